@@ -1,0 +1,47 @@
+"""Affine and ReLU layers, forward and backward, as a drop-in for CS231n-style NumPy code, on any array library.
+
+>>> import numpy as np
+>>> from rectilinear import affine_relu_forward, affine_relu_backward
+>>> x, w, b = np.ones((4, 3), "f4"), np.ones((3, 2), "f4"), np.zeros(2, "f4")
+>>> out, cache = affine_relu_forward(x, w, b)
+>>> dx, dw, db = affine_relu_backward(np.ones_like(out), cache)
+>>> db
+array([4., 4.], dtype=float32)
+"""
+
+from rectilinear.arrays import asarray, synchronize, to_numpy
+from rectilinear.backends.registry import get_backend, list_backends, set_backend, use_backend
+from rectilinear.errors import BackendError, DTypeError, ShapeError
+from rectilinear.keepmask import KeepMask
+from rectilinear.layers import (
+    affine_backward,
+    affine_forward,
+    affine_relu_backward,
+    affine_relu_forward,
+    relu_backward,
+    relu_forward,
+    softmax_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "DTypeError",
+    "KeepMask",
+    "ShapeError",
+    "affine_backward",
+    "affine_forward",
+    "affine_relu_backward",
+    "affine_relu_forward",
+    "asarray",
+    "get_backend",
+    "list_backends",
+    "relu_backward",
+    "relu_forward",
+    "set_backend",
+    "softmax_loss",
+    "synchronize",
+    "to_numpy",
+    "use_backend",
+]

@@ -1,0 +1,106 @@
+"""Bringing arrays to the chosen backend and back, and waiting for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from rectilinear.backends import registry
+from rectilinear.backends.contract import Array
+from rectilinear.dispatch import library_name
+from rectilinear.keepmask import KeepMask
+
+
+def asarray(x: Any, dtype: Any = None) -> Array:
+    """x as an array of the chosen backend's library, on its device. From there everything stays there.
+
+    Parameters
+    ----------
+    x : array of any library, nested lists, or a scalar
+    dtype : dtype or its name, optional
+        Default: what x has.
+
+    Returns
+    -------
+    array
+        Without a copy where x is one already. NumPy for the numpy and numba backends, CuPy for cupy.
+
+    Raises
+    ------
+    TypeError
+        For masked arrays, whose mask would be lost.
+
+    Examples
+    --------
+    >>> asarray([[1, 2], [3, 4]], dtype="float32")
+    array([[1., 2.],
+           [3., 4.]], dtype=float32)
+    """
+    backend = registry.active()
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("asarray: x is a masked array, whose mask would be lost; pass x.filled(value)")
+    if compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic) and library_name(x) != backend.library:
+        x = to_numpy(x)
+    return backend.asarray(x, dtype)
+
+
+def to_numpy(x: Any) -> Any:
+    """An array of any library, or a `KeepMask`, on the host. NumPy arrays are returned as they are.
+
+    Parameters
+    ----------
+    x : array or KeepMask
+        torch: outside autograd. Lazy arrays are computed.
+
+    Returns
+    -------
+    numpy.ndarray, or KeepMask
+
+    Examples
+    --------
+    >>> import array_api_strict
+    >>> to_numpy(array_api_strict.asarray([1.0, 2.0]))
+    array([1., 2.])
+    """
+    if isinstance(x, KeepMask):
+        return x if isinstance(x.bits, np.ndarray) else KeepMask(to_numpy(x.bits), x.shape)
+    if compat.is_cupy_array(x):
+        return x.get()
+    if compat.is_torch_array(x):
+        x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":  # torch hands no bfloat16 to NumPy; the same bits under ml_dtypes' name
+            import ml_dtypes
+
+            return x.view(dtype=_torch_int16(x)).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
+    if library_name(x) == "array_api_strict":
+        import array_api_strict
+
+        x = compat.to_device(x, array_api_strict.Device("CPU_DEVICE"))
+    return np.asarray(x)
+
+
+def synchronize(*arrays: Array) -> None:
+    """Wait until the work behind these arrays is done; without arguments, until all of the chosen backend's is.
+
+    Examples
+    --------
+    >>> synchronize()
+    """
+    if not arrays:
+        registry.active().synchronize()
+    for x in arrays:
+        if compat.is_jax_array(x):
+            x.block_until_ready()
+        elif compat.is_torch_array(x) and x.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(x.device)
+        elif compat.is_cupy_array(x):
+            registry.serving("cupy").synchronize()
+
+
+def _torch_int16(x: Array) -> Any:
+    return compat.array_namespace(x).int16

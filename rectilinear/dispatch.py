@@ -1,0 +1,294 @@
+"""From the arguments of one call to the backend that serves it: library, device, dtype, ``out``, all looked at once.
+
+`resolve` gives a `Call`, which turns arguments into operands as `backends.contract` promises them and results into what the caller
+is to see. What the extents have to be is the business of `layers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from rectilinear.backends import registry
+from rectilinear.backends.contract import Array, Backend
+from rectilinear.backends.generic import known
+from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.keepmask import KeepMask
+
+_HALVES = frozenset({"float16", "bfloat16"})
+_FLOATS = _HALVES | {"float32", "float64"}
+_INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
+_NUMBERS = _FLOATS | _INTEGERS | {"bool"}
+_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
+
+# Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
+_OVERLAP_WORK = 10_000
+
+
+class Call:
+    """How one call is served.
+
+    Attributes
+    ----------
+    function : str
+        The public function, for messages.
+    backend : Backend
+    xp : module
+        Namespace of the arguments' library.
+    dtype : dtype
+        T, the dtype of every result.
+    compute : dtype
+        What the backend is given: T, or float32 for a 16-bit T.
+    plain : bool
+        The arguments are operands as they are: base NumPy arrays of dtype T.
+    """
+
+    __slots__ = ("backend", "compute", "dtype", "function", "plain", "xp")
+
+    def __init__(self, function: str, backend: Backend, xp: Any, dtype: Any, compute: Any, plain: bool) -> None:
+        self.function = function
+        self.backend = backend
+        self.xp = xp
+        self.dtype = dtype
+        self.compute = compute
+        self.plain = plain
+
+    @property
+    def moves(self) -> bool:
+        """NumPy arguments for a backend that computes elsewhere: taken there, and the results back."""
+        return self.xp is np and self.backend.library != "numpy"
+
+    def operand(self, x: Array | None) -> Array | None:
+        """x as the backend takes it: base array of the compute dtype, outside autograd, on the backend's device."""
+        if self.plain or x is None:
+            return x
+        if self.xp is np:
+            x = np.asarray(x, dtype=self.compute)
+            return self.backend.asarray(x) if self.moves else x
+        if compat.is_torch_array(x):
+            x = x.detach()
+        return x if x.dtype == self.compute else self.xp.astype(x, self.compute)
+
+    def keep_operand(self, keep: Array | KeepMask | None) -> Array | KeepMask | None:
+        if not isinstance(keep, KeepMask):
+            return self.operand(keep)
+        return self.backend.asarray(keep) if self.moves else keep
+
+    def target(self, out: Array | None, shape: tuple[Any, ...]) -> Array | None:
+        """`out` as the backend may fill it, seen in the operand's shape; None where it cannot be: `deliver` copies then."""
+        if out is None or self.xp is not np or self.moves or self.compute != self.dtype:
+            return None
+        if out.shape == shape:
+            return out.view(np.ndarray)
+        try:
+            return np.reshape(out.view(np.ndarray), shape, copy=False)
+        except ValueError:
+            return None
+
+    def deliver(self, result: Array | None, shape: tuple[Any, ...] | None = None, out: Array | None = None, target: Array | None = None) -> Any:
+        """The backend's result as the caller gets it: in T, in `shape`, in the caller's library, in `out` if there is one."""
+        if result is None or (out is not None and result is target):
+            return out
+        if self.moves:
+            result = self.backend.to_numpy(result)
+        if isinstance(result, KeepMask):
+            return result
+        if self.compute != self.dtype:
+            result = self.xp.astype(result, self.dtype) if self.xp is not np else np.asarray(result).astype(self.dtype)
+        if shape is not None and result.ndim != len(shape):
+            result = self.xp.reshape(result, shape)
+        if out is None:
+            return result
+        (out.detach() if compat.is_torch_array(out) else out)[...] = result
+        return out
+
+
+# ---------------------------------------------------------------- who serves, and in which dtype
+
+
+def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None]) -> Call:
+    """The `Call` for these arguments; None stands for one that was left out, and a `KeepMask` has no say.
+
+    Raises
+    ------
+    TypeError
+        An argument is no array, or not of the same library or device as the others.
+    DTypeError
+        There is no common dtype, or it is none that rectilinear computes in.
+    """
+    first = arrays[0]
+    if type(first) is np.ndarray and first.dtype in _NATIVE:
+        # Most calls: exact type and one native dtype, told apart without asking anyone.
+        dtype = first.dtype
+        for other in arrays:
+            if not (other is None or (type(other) is np.ndarray and other.dtype is dtype)):
+                break
+        else:
+            backend = registry.active()
+            return Call(function, backend, np, dtype, dtype, backend.library == "numpy")
+    given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None]
+    xp = common_namespace(function, given)
+    backend = _backend_for(xp, given[0][1])
+    voting = [(name, array) for name, array in given if not isinstance(array, KeepMask)]
+    dtype = _common_dtype(function, xp, voting)
+    compute = xp.float32 if dtype_name(dtype) in _HALVES and not backend.half else dtype
+    return Call(function, backend, xp, dtype, np.dtype(compute) if xp is np else compute, False)
+
+
+def _backend_for(xp: Any, array: Array) -> Backend:
+    return registry.active() if xp is np else registry.serving(library_name(array))
+
+
+def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
+    """The array namespace of all these arguments (NumPy itself for NumPy's), or the TypeError that says which one is not of it."""
+    first_name, first = given[0]
+    xp = _namespace(function, first_name, first)
+    place = None if xp is np else _device(first)
+    for name, array in given[1:]:
+        if _namespace(function, name, array) is not xp:
+            raise TypeError(
+                f"{function}: {first_name} is a {library_name(first)} array but {name} is a {library_name(array)} array; "
+                f"bring both to one library, for example with rectilinear.to_numpy({name if xp is np else first_name})"
+            )
+        other = None if xp is np else _device(array)
+        if place is not None and other is not None and other != place:
+            raise TypeError(
+                f"{function}: {first_name} is on device {place} but {name} is on device {other}; "
+                f"move one of them, for example with array_api_compat.to_device({name}, device)"
+            )
+        place = other if place is None else place
+    return xp
+
+
+def _namespace(function: str, name: str, x: Any) -> Any:
+    if isinstance(x, np.ndarray | np.generic):
+        if isinstance(x, np.matrix | np.ma.MaskedArray):
+            raise TypeError(f"{function}: {name} is a {_type_name(x)}, whose operators mean other things; pass np.asarray({name})")
+        return np
+    if isinstance(x, KeepMask):
+        return _namespace(function, name, x.bits)
+    try:
+        return compat.array_namespace(x)
+    except TypeError:
+        raise TypeError(f"{function}: {name} is a {_type_name(x)}, not an array; pass rectilinear.asarray({name})") from None
+
+
+def _device(x: Array) -> Any:
+    """The device of x, or None where the library does not tell (traced and lazy arrays)."""
+    try:
+        return compat.device(x.bits if isinstance(x, KeepMask) else x)
+    except Exception:  # a tracer may answer with any error of its own; an unknown device matches every other
+        return None
+
+
+def _common_dtype(function: str, xp: Any, given: Sequence[tuple[str, Array]]) -> Any:
+    dtypes = [array.dtype for _, array in given]
+    met = ", ".join(f"{name} {dtype_name(array.dtype)}" for name, array in given)
+    if any(dtype_name(dtype) not in _NUMBERS for dtype in dtypes):
+        raise DTypeError(
+            f"{function}: cannot compute in these dtypes: {met}; convert to float32, float64, float16 or bfloat16, "
+            f"for example with {given[0][0]}.astype('float32')"
+        )
+    floats = [dtype for dtype in dtypes if dtype_name(dtype) in _FLOATS]
+    try:
+        dtype = _promote(xp, dtypes)
+    except Exception:  # each library refuses with an error of its own: then integers take the floats' dtype
+        try:
+            dtype = _promote(xp, floats or dtypes)
+        except Exception as error:
+            raise DTypeError(f"{function}: these dtypes have no common dtype: {met}; convert one of them") from error
+    if dtype_name(dtype) not in _FLOATS:
+        dtype = floats[0] if floats else xp.zeros(()).dtype
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _promote(xp: Any, dtypes: Sequence[Any]) -> Any:
+    first = dtypes[0]
+    return first if all(dtype == first for dtype in dtypes) else xp.result_type(*dtypes)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Name of a dtype of any library, as the standard spells it: ``float32``."""
+    return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
+
+
+def library_name(x: Any) -> str:
+    """Name of the library whose array x is, as one imports it."""
+    module = type(x.bits if isinstance(x, KeepMask) else x).__module__.partition(".")[0]
+    return {"jaxlib": "jax"}.get(module, module)
+
+
+def _type_name(x: Any) -> str:
+    module = type(x).__module__
+    return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
+
+
+# ---------------------------------------------------------------- out
+
+
+def check_out(call: Call, name: str, out: Array, shape: tuple[Any, ...], arrays: Sequence[tuple[str, Array | None]]) -> None:
+    """Whether `out` can take a result of this shape and T without touching an argument."""
+    function = call.function
+    if _namespace(function, name, out) is not call.xp:
+        raise TypeError(f"{function}: {name} is a {library_name(out)} array, but the arguments are of another library; make it with theirs")
+    if not compat.is_writeable_array(out):
+        raise (
+            ValueError(f"{function}: {name} is read-only; pass a writable array")
+            if call.xp is np
+            else TypeError(f"{function}: {name} is given, but {library_name(out)} arrays are immutable; call without out")
+        )
+    if not same_shape(out.shape, shape):
+        raise ShapeError(f"{function}: {name} has shape {shape_text(out.shape)} but the result has {shape_text(shape)}")
+    if out.dtype != call.dtype:
+        raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)} but the result has {dtype_name(call.dtype)}")
+    for other_name, other in arrays:
+        if other is not None and _overlap(out, other):
+            raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
+
+
+def _overlap(a: Array, b: Array | KeepMask) -> bool:
+    if a is b:
+        return True
+    first, second = host_view(a), host_view(b.bits if isinstance(b, KeepMask) else b)
+    if first is None or second is None or not np.may_share_memory(first, second):
+        return False
+    try:
+        return np.shares_memory(first, second, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def host_view(x: Array) -> np.ndarray | None:
+    """The memory of x as a NumPy array, where that needs neither a copy nor waiting; else None."""
+    if isinstance(x, np.ndarray | np.generic):
+        return np.asarray(x)
+    if compat.is_torch_array(x):
+        return x.detach().numpy() if x.device.type == "cpu" and dtype_name(x.dtype) != "bfloat16" else None
+    if library_name(x) == "array_api_strict" and str(compat.device(x)) == "CPU_DEVICE":
+        return np.asarray(x)
+    return None
+
+
+# ---------------------------------------------------------------- extents
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two extents can be equal; an unknown one can be any."""
+    return bool(a == b) or not known(a) or not known(b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def product(extents: Sequence[Any]) -> Any:
+    """Product of extents, None if one is unknown."""
+    return math.prod(extents) if all(map(known, extents)) else None
+
+
+def shape_text(shape: Sequence[Any]) -> str:
+    return str(tuple(extent if known(extent) else "?" for extent in shape)).replace("'", "")

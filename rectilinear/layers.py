@@ -1,0 +1,472 @@
+"""The drop-in functions: affine and ReLU layers, forward and backward, and the softmax loss, with CS231n's names and caches.
+
+Every function here checks its arguments, asks `dispatch` who serves them, and hands operands to that backend; none computes. The
+mathematics is derived in ``docs/mathematics.md``, after CS231n, assignments 1 and 2.
+
+Words used below: N samples, D features, M outputs; B groups in the stacked form, where every array has one more leading axis.
+
+Notes that hold for all of them:
+
+- dtypes: everything computes in T, what the arrays' library promotes them to (integers alone: its default float). float16 and
+  bfloat16 compute in float32 and are rounded once.
+- ``out`` is a writable array of exactly the result's shape and dtype that shares no memory with an argument; it is filled and returned.
+- Errors: `ShapeError` (a ValueError), `DTypeError` (a TypeError), TypeError for what is no array, `BackendError` where the choice of
+  backend cannot work. Nothing has been written when one is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rectilinear.backends.contract import Array, Keep, Wanted
+from rectilinear.dispatch import (
+    Call,
+    check_out,
+    common_namespace,
+    dtype_name,
+    host_view,
+    known,
+    product,
+    resolve,
+    same,
+    same_shape,
+    shape_text,
+)
+from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.keepmask import KeepMask
+
+__all__ = [
+    "affine_backward",
+    "affine_forward",
+    "affine_relu_backward",
+    "affine_relu_forward",
+    "relu_backward",
+    "relu_forward",
+    "softmax_loss",
+]
+
+_AFFINE = ("x", "w", "b")
+_AFFINE_BACKWARD = ("dout", "x", "w", "b", "relu cache")
+_RELU = ("x",)
+_RELU_BACKWARD = ("dout", "cache")
+_GRADIENTS = ("dx", "dw", "db")
+
+
+# ---------------------------------------------------------------- affine
+
+
+def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = None) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    """Affine (fully connected) layer: ``out = x w + b``.
+
+    Parameters
+    ----------
+    x : array of shape (N, d_1, ..., d_k), or (B, N, d_1, ..., d_k) in the stacked form
+        Each sample is flattened to D = d_1 ... d_k features; shape (N,) has D = 1.
+    w : array of shape (D, M), or (B, D, M)
+        Two axes or three decide between the plain and the stacked form.
+    b : array of shape (M,), or (B, M); or None
+        None: no bias.
+    out : array of shape (N, M) or (B, N, M) and dtype T, optional
+
+    Returns
+    -------
+    out : array of shape (N, M), or (B, N, M)
+    cache : tuple
+        ``(x, w, b)``, the caller's own arrays, for `affine_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0, 2.0], [3.0, 4.0]])  # (N, D)
+    >>> w = np.array([[1.0, 0.0, -1.0], [0.0, 1.0, 1.0]])  # (D, M)
+    >>> out, cache = affine_forward(x, w, np.array([0.5, 0.0, 0.0]))
+    >>> out
+    array([[1.5, 2. , 1. ],
+           [3.5, 4. , 1. ]])
+    """
+    call = resolve("affine_forward", _AFFINE, (x, w, b))
+    operands, shape = _affine_operands(call, x, w, b)
+    target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
+    result = call.backend.affine_forward(*operands, target)
+    return (result if call.plain and out is None else call.deliver(result, None, out, target)), (x, w, b)
+
+
+def affine_backward(
+    dout: Array,
+    cache: tuple[Array, Array, Array | None],
+    *,
+    needs: Wanted = (True, True, True),
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of `affine_forward`: ``dx = dout w^T``, ``dw = x^T dout``, ``db = dout.sum(axis=0)``.
+
+    Parameters
+    ----------
+    dout : array of shape (N, M), or (B, N, M)
+        Gradient of the loss with respect to the output.
+    cache : tuple
+        ``(x, w, b)``, as `affine_forward` returned it.
+    needs : tuple of three bools
+        Which of dx, dw, db to compute; the others come back None.
+    out : tuple of three arrays or None, optional
+        Where dx, dw and db go; None for one that is to be a fresh array or is not needed.
+
+    Returns
+    -------
+    dx : array of x's shape
+    dw : array of w's shape
+    db : array of b's shape; None if b is None
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, w = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0, -1.0], [0.0, 1.0, 1.0]])
+    >>> out, cache = affine_forward(x, w, np.zeros(3))
+    >>> dx, dw, db = affine_backward(np.ones((2, 3)), cache)
+    >>> db  # every row of out had b added to it
+    array([2., 2., 2.])
+    """
+    x, w, b = _affine_cache("affine_backward", cache)
+    return _affine_backward("affine_backward", dout, x, w, b, None, needs, out)
+
+
+# ---------------------------------------------------------------- ReLU
+
+
+def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Array]:
+    """Rectified linear unit: x where ``not (x < 0)``, else 0. NaN, -0.0 and +inf stay, -inf gives 0.
+
+    Parameters
+    ----------
+    x : array of any shape
+    out : array of x's shape and dtype T, optional
+
+    Returns
+    -------
+    out : array of x's shape
+    cache : array
+        x itself, for `relu_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, cache = relu_forward(np.array([-1.0, 0.0, 2.0]))
+    >>> out
+    array([0., 0., 2.])
+    """
+    call = resolve("relu_forward", _RELU, (x,))
+    if call.plain and out is None:
+        return call.backend.relu_forward(x, None), x
+    target = _target(call, "out", out, x.shape, (("x", x),))
+    return call.deliver(call.backend.relu_forward(call.operand(x), target), None, out, target), x
+
+
+def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = None) -> Array:
+    """Gradient of `relu_forward`: dout where ``not (x < 0)``, else 0.
+
+    At x == 0 the gradient passes, where most frameworks take 0. Where it does not pass the result is exactly 0, also for a dout of
+    NaN or inf. On a device that flushes subnormals a negative subnormal x may count as 0 and pass.
+
+    Parameters
+    ----------
+    dout : array of x's shape
+    cache : array or KeepMask
+        x, as `relu_forward` returned it, or the ReLU half of `affine_relu_forward`'s cache. A bool or integer array is an x too.
+    out : array of x's shape and dtype T, optional
+        Here dout itself will do.
+
+    Returns
+    -------
+    dx : array of x's shape
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> relu_backward(np.array([10.0, 20.0, 30.0]), np.array([-1.0, 0.0, 2.0]))
+    array([ 0., 20., 30.])
+    """
+    if isinstance(cache, tuple | list):
+        raise TypeError(
+            f"relu_backward: cache is a {type(cache).__name__} of {len(cache)}; it takes the array x that relu_forward returned, "
+            "or the second half of affine_relu_forward's cache"
+        )
+    call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache))
+    if not same_shape(dout.shape, cache.shape):
+        raise ShapeError(f"relu_backward: dout has shape {shape_text(dout.shape)} but the forward's x had {shape_text(cache.shape)}")
+    in_place = out is dout
+    target = _target(call, "out", out, dout.shape, (("cache", cache),) if in_place else (("dout", dout), ("cache", cache)))
+    operand = target if in_place and target is not None else call.operand(dout)  # the same object, so that a backend sees it
+    return call.deliver(call.backend.relu_backward(operand, call.keep_operand(cache), target), None, out, target)
+
+
+# ---------------------------------------------------------------- affine, then ReLU
+
+
+def affine_relu_forward(
+    x: Array, w: Array, b: Array | None, *, out: Array | None = None
+) -> tuple[Array, tuple[tuple[Array, Array, Array | None], Keep]]:
+    """Affine layer followed by ReLU: ``out = relu(x w + b)``, fused where the backend can.
+
+    Parameters
+    ----------
+    x, w, b, out
+        As for `affine_forward`.
+
+    Returns
+    -------
+    out : array of shape (N, M), or (B, N, M)
+    cache : tuple
+        ``(fc_cache, relu_cache)``, for `affine_relu_backward`. The first half serves `affine_backward`, the second `relu_backward`; it
+        is ``z = x w + b`` or, where the backend never stores z, a `KeepMask`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, (fc_cache, relu_cache) = affine_relu_forward(np.array([[1.0, 2.0]]), np.eye(2), np.array([-1.5, 0.0]))
+    >>> out
+    array([[0., 2.]])
+    """
+    call = resolve("affine_relu_forward", _AFFINE, (x, w, b))
+    operands, shape = _affine_operands(call, x, w, b)
+    target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
+    if call.compute != call.dtype:
+        # Rounded before ReLU looks at the sign, so that a z which rounds to -0.0 is kept by forward and backward alike.
+        z = call.deliver(call.backend.affine_forward(*operands, None))
+        return relu_forward(z, out=out)[0], ((x, w, b), z)
+    result, keep = call.backend.affine_relu_forward(*operands, target)
+    if call.plain and out is None:
+        return result, ((x, w, b), keep)
+    return call.deliver(result, None, out, target), ((x, w, b), call.deliver(keep))
+
+
+def affine_relu_backward(
+    dout: Array,
+    cache: tuple[tuple[Array, Array, Array | None], Array | KeepMask],
+    *,
+    needs: Wanted = (True, True, True),
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of `affine_relu_forward`: `relu_backward`, then `affine_backward`, fused where the backend can.
+
+    Parameters
+    ----------
+    dout : array of shape (N, M), or (B, N, M)
+    cache : tuple
+        ``(fc_cache, relu_cache)``, as `affine_relu_forward` returned it, of this backend or of another for the same library.
+    needs, out
+        As for `affine_backward`.
+
+    Returns
+    -------
+    dx, dw, db
+        As for `affine_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, cache = affine_relu_forward(np.array([[1.0, 2.0]]), np.eye(2), np.array([-1.5, 0.0]))
+    >>> dx, dw, db = affine_relu_backward(np.ones((1, 2)), cache)
+    >>> dx
+    array([[0., 1.]])
+    """
+    if not isinstance(cache, tuple | list) or len(cache) != 2:
+        raise TypeError(f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it")
+    x, w, b = _affine_cache("affine_relu_backward", cache[0])
+    if cache[1] is None:
+        raise TypeError("affine_relu_backward: the ReLU half of cache is None; it takes z or a KeepMask, as affine_relu_forward returned it")
+    return _affine_backward("affine_relu_backward", dout, x, w, b, cache[1], needs, out)
+
+
+# ---------------------------------------------------------------- softmax
+
+
+def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None) -> tuple[Any, Array]:
+    """Softmax cross-entropy, averaged over samples, and its gradient.
+
+    Loss ``mean_i(-log softmax(x_i)[y_i])``, gradient ``(softmax(x) - onehot(y)) / N``; stable for any finite scores.
+
+    Parameters
+    ----------
+    x : array of shape (N, C), C >= 1
+        Scores.
+    y : array of integers of shape (N,), or a list of ints
+        Labels, 0 to C - 1. Where they cannot be read without waiting (GPU, traced and lazy arrays) a label outside that range gives a
+        NaN loss and a NaN row of dx; elsewhere a ValueError.
+    out : array of shape (N, C) and dtype T, optional
+        For dx.
+
+    Returns
+    -------
+    loss : 0-d value of dtype T; a NumPy scalar for NumPy arrays
+        NaN for N = 0.
+    dx : array of shape (N, C)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> loss, dx = softmax_loss(np.array([[0.0, 0.0], [0.0, 0.0]]), [0, 1])
+    >>> float(round(loss, 4))
+    0.6931
+    >>> dx
+    array([[-0.25,  0.25],
+           [ 0.25, -0.25]])
+    """
+    call = resolve("softmax_loss", _RELU, (x,))
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ShapeError(f"softmax_loss: x has shape {shape_text(x.shape)}; it takes (N, C) scores of C >= 1 classes")
+    y = _labels(call, x, y)
+    target = _target(call, "out", out, x.shape, (("x", x), ("y", y)))
+    loss, dx = call.backend.softmax_loss(call.operand(x), call.backend.asarray(y) if call.moves else y, target)
+    if call.plain and out is None:
+        return loss, dx
+    loss = call.deliver(loss)
+    return (loss[()] if call.xp is np else loss), call.deliver(dx, None, out, target)
+
+
+def _labels(call: Call, x: Array, y: Any) -> Array:
+    if isinstance(y, list | tuple):
+        y = np.asarray(y) if y else np.zeros(0, np.int64)
+        if y.dtype.kind not in "iu":
+            raise DTypeError(f"softmax_loss: y is a list of {y.dtype.name}; labels are integers, 0 to {x.shape[1] - 1}")
+        if call.xp is not np:
+            y = call.xp.asarray(y, device=_device_of(x))
+    common_namespace("softmax_loss", (("x", x), ("y", y)))
+    y = np.asarray(y) if call.xp is np else y
+    if dtype_name(y.dtype).lstrip("u") not in ("int8", "int16", "int32", "int64"):
+        raise DTypeError(f"softmax_loss: y has dtype {dtype_name(y.dtype)}; labels are integers, 0 to {x.shape[1] - 1}")
+    if not same_shape(y.shape, x.shape[:1]):
+        raise ShapeError(f"softmax_loss: y has shape {shape_text(y.shape)} but x of shape {shape_text(x.shape)} wants one label per sample")
+    values = host_view(y)
+    if values is not None and values.size and known(x.shape[1]):
+        if values.min() < 0 or values.max() >= x.shape[1]:
+            i = int(np.argmax((values < 0) | (values >= x.shape[1])))
+            raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {x.shape[1]} classes, labels go from 0 to {x.shape[1] - 1}")
+    return y
+
+
+def _device_of(x: Array) -> Any:
+    from array_api_compat import device
+
+    return device(x)
+
+
+# ---------------------------------------------------------------- shapes, caches, out
+
+
+def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Array, Array, Array | None], tuple[Any, ...]]:
+    """x as (..., n, d), w and b for the backend, and the shape of the output; raises where they do not fit."""
+    x_shape, w_shape = x.shape, w.shape
+    lead = len(w_shape) - 1
+    if len(x_shape) == 2 == len(w_shape) and x_shape[1] == w_shape[0]:  # most calls
+        flat = x_shape
+    else:
+        flat = _flat_shape(call.function, x_shape, w_shape, lead)
+    shape = (*flat[:lead], w_shape[-1])
+    if b is not None and not (b.shape == w_shape[1:] if lead == 1 else same_shape(b.shape, (w_shape[0], w_shape[2]))):
+        if not same_shape(b.shape, (*w_shape[:-2], w_shape[-1])):
+            raise ShapeError(
+                f"{call.function}: b has shape {shape_text(b.shape)} but w of shape {shape_text(w_shape)} wants {shape_text((*w_shape[:-2], w_shape[-1]))}"
+            )
+    if call.plain:
+        return (x if flat is x_shape else x.reshape(flat), w, b), shape
+    x = call.operand(x)
+    return (x if len(flat) == len(x_shape) else _reshape(call, x, flat), call.operand(w), call.operand(b)), shape
+
+
+def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...], lead: int) -> tuple[Any, ...]:
+    if lead not in (1, 2):
+        raise ShapeError(f"{function}: w has shape {shape_text(w_shape)}; it takes (D, M), or (B, D, M) for the stacked form")
+    if len(x_shape) < lead:
+        wanted = "(N, ...)" if lead == 1 else "(B, N, ...), since w is stacked"
+        raise ShapeError(f"{function}: x has shape {shape_text(x_shape)}; it takes {wanted}")
+    if lead == 2 and not same(x_shape[0], w_shape[0]):
+        raise ShapeError(
+            f"{function}: x has {x_shape[0]} groups (shape {shape_text(x_shape)}) but w has {w_shape[0]} (shape {shape_text(w_shape)})"
+        )
+    features = product(x_shape[lead:])
+    if not same(features, w_shape[-2]):
+        raise ShapeError(
+            f"{function}: x has {features} features per sample (shape {shape_text(x_shape)}) but w takes {w_shape[-2]} (shape {shape_text(w_shape)})"
+        )
+    return (*x_shape[:lead], features if known(features) else w_shape[-2])
+
+
+def _reshape(call: Call, x: Array, shape: tuple[Any, ...]) -> Array:
+    """To (..., n, d). One extent may be unknown: the library works it out."""
+    return call.xp.reshape(x, tuple(extent if known(extent) else -1 for extent in shape))
+
+
+def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None]:
+    if isinstance(cache, tuple | list) and len(cache) == 3:
+        x, w, b = cache
+        return x, w, b
+    hint = "; for affine_relu_forward's cache there is affine_relu_backward" if isinstance(cache, tuple | list) and len(cache) == 2 else ""
+    raise TypeError(f"{function}: cache is {_met(cache)}; it takes (x, w, b), as affine_forward returned it{hint}")
+
+
+def _met(cache: Any) -> str:
+    name = type(cache).__name__
+    return f"a {name} of {len(cache)}" if isinstance(cache, tuple | list) else f"a {name}"
+
+
+def _affine_backward(
+    function: str, dout: Array, x: Array, w: Array, b: Array | None, keep: Any, needs: Any, out: Any
+) -> tuple[Array | None, Array | None, Array | None]:
+    call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep))
+    operands, shape = _affine_operands(call, x, w, b)
+    if dout.shape != shape and not same_shape(dout.shape, shape):
+        raise ShapeError(f"{function}: dout has shape {shape_text(dout.shape)} but the forward's output had {shape_text(shape)}")
+    if keep is not None and keep.shape != shape and not same_shape(keep.shape, shape):
+        raise ShapeError(f"{function}: the ReLU half of cache has shape {shape_text(keep.shape)} but the forward's output had {shape_text(shape)}")
+    wanted = _wanted(function, needs, b)
+    if out is None and call.plain:
+        targets = (None, None, None)
+    else:
+        out = _gradient_outs(function, out, wanted)
+        taken = (("dout", dout), ("x", x), ("w", w), ("b", b), ("the ReLU half of cache", keep))
+        shapes = (x.shape, w.shape, None if b is None else b.shape)
+        flat = (operands[0].shape, w.shape, shapes[2])
+        for i, buffer in enumerate(out):
+            if buffer is not None:
+                others = tuple((f"out[{j}]", out[j]) for j in range(i))
+                check_out(call, f"out[{i}] ({_GRADIENTS[i]})", buffer, shapes[i], taken + others)
+        targets = tuple(None if buffer is None else call.target(buffer, shape) for buffer, shape in zip(out, flat, strict=True))
+    if wanted == (False, False, True) and keep is None:
+        grads = None, None, call.backend.bias_backward(call.operand(dout), targets[2])
+    elif any(wanted):
+        x2, w2, _ = operands
+        grads = call.backend.affine_backward(call.operand(dout), x2, w2, call.keep_operand(keep), wanted, targets)
+    else:
+        grads = None, None, None
+    if out is None:
+        dx, dw, db = grads
+        return (dx if dx is None or dx.ndim == x.ndim else dx.reshape(x.shape)), dw, db
+    return tuple(call.deliver(g, s, o, t) for g, s, o, t in zip(grads, shapes, out, targets, strict=True))
+
+
+def _wanted(function: str, needs: Any, b: Array | None) -> Wanted:
+    if not isinstance(needs, tuple | list) or len(needs) != 3 or not all(isinstance(need, bool | np.bool_) for need in needs):
+        raise TypeError(f"{function}: needs is {needs!r}; it takes three bools, for dx, dw and db")
+    return bool(needs[0]), bool(needs[1]), bool(needs[2]) and b is not None
+
+
+def _gradient_outs(function: str, out: Any, wanted: Wanted) -> tuple[Array | None, Array | None, Array | None]:
+    if out is None:
+        return None, None, None
+    if not isinstance(out, tuple | list) or len(out) != 3:
+        raise TypeError(f"{function}: out is {_met(out)}; it takes a tuple (dx, dw, db), with None where no array is given")
+    for buffer, want, name in zip(out, wanted, _GRADIENTS, strict=True):
+        if buffer is not None and not want:
+            raise ValueError(f"{function}: out has an array for {name}, which is not computed (needs, or b is None); put None there")
+    dx, dw, db = out
+    return dx, dw, db
+
+
+def _target(call: Call, name: str, out: Array | None, shape: tuple[Any, ...], taken: Sequence[tuple[str, Array | None]]) -> Array | None:
+    if out is None:
+        return None
+    check_out(call, name, out, shape, taken)
+    return call.target(out, shape)
