@@ -89,7 +89,13 @@ class Call:
         except ValueError:
             return None
 
-    def deliver(self, result: Array | None, shape: tuple[Any, ...] | None = None, out: Array | None = None, target: Array | None = None) -> Any:
+    def deliver(
+        self,
+        result: Array | None,
+        shape: tuple[Any, ...] | None = None,
+        out: Array | None = None,
+        target: Array | None = None,
+    ) -> Any:
         """The backend's result as the caller gets it: in T, in `shape`, in the caller's library, in `out` if there is one."""
         if result is None or (out is not None and result is target):
             return out
@@ -257,7 +263,7 @@ def _overlap(a: Array, b: Array | KeepMask) -> bool:
     if first is None or second is None or not np.may_share_memory(first, second):
         return False
     try:
-        return np.shares_memory(first, second, max_work=_OVERLAP_WORK)
+        return np.shares_memory(first, second, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]  # the stubs know only 0 and -1
     except np.exceptions.TooHardError:
         return True
 

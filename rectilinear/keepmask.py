@@ -66,7 +66,7 @@ class KeepMask:
             raise TypeError("this KeepMask lies on a GPU; rectilinear.to_numpy(mask) brings it to the host")
         if copy is False:
             raise ValueError("a KeepMask is stored as bits: it cannot become an array without a copy")
-        signs = self.to_bool().view(np.int8) * np.int8(2) - np.int8(1)
+        signs: np.ndarray = self.to_bool().view(np.int8) * np.int8(2) - np.int8(1)
         return signs if dtype is None else signs.astype(dtype)
 
     def __gt__(self, other: Any) -> Any:

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Wanted
+from rectilinear.backends.generic import known
 from rectilinear.dispatch import (
     Call,
     check_out,
     common_namespace,
     dtype_name,
     host_view,
-    known,
     product,
     resolve,
     same,
@@ -273,10 +273,14 @@ def affine_relu_backward(
     array([[0., 1.]])
     """
     if not isinstance(cache, tuple | list) or len(cache) != 2:
-        raise TypeError(f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it")
+        raise TypeError(
+            f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it"
+        )
     x, w, b = _affine_cache("affine_relu_backward", cache[0])
     if cache[1] is None:
-        raise TypeError("affine_relu_backward: the ReLU half of cache is None; it takes z or a KeepMask, as affine_relu_forward returned it")
+        raise TypeError(
+            "affine_relu_backward: the ReLU half of cache is None; it takes z or a KeepMask, as affine_relu_forward returned it"
+        )
     return _affine_backward("affine_relu_backward", dout, x, w, b, cache[1], needs, out)
 
 
@@ -340,10 +344,9 @@ def _labels(call: Call, x: Array, y: Any) -> Array:
     if not same_shape(y.shape, x.shape[:1]):
         raise ShapeError(f"softmax_loss: y has shape {shape_text(y.shape)} but x of shape {shape_text(x.shape)} wants one label per sample")
     values = host_view(y)
-    if values is not None and values.size and known(x.shape[1]):
-        if values.min() < 0 or values.max() >= x.shape[1]:
-            i = int(np.argmax((values < 0) | (values >= x.shape[1])))
-            raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {x.shape[1]} classes, labels go from 0 to {x.shape[1] - 1}")
+    if values is not None and values.size and known(x.shape[1]) and (values.min() < 0 or values.max() >= x.shape[1]):
+        i = int(np.argmax((values < 0) | (values >= x.shape[1])))
+        raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {x.shape[1]} classes, labels go from 0 to {x.shape[1] - 1}")
     return y
 
 
@@ -360,15 +363,14 @@ def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[t
     """x as (..., n, d), w and b for the backend, and the shape of the output; raises where they do not fit."""
     x_shape, w_shape = x.shape, w.shape
     lead = len(w_shape) - 1
-    if len(x_shape) == 2 == len(w_shape) and x_shape[1] == w_shape[0]:  # most calls
-        flat = x_shape
-    else:
-        flat = _flat_shape(call.function, x_shape, w_shape, lead)
+    fits = len(x_shape) == 2 == len(w_shape) and x_shape[1] == w_shape[0]  # most calls
+    flat = x_shape if fits else _flat_shape(call.function, x_shape, w_shape, lead)
     shape = (*flat[:lead], w_shape[-1])
-    if b is not None and not (b.shape == w_shape[1:] if lead == 1 else same_shape(b.shape, (w_shape[0], w_shape[2]))):
-        if not same_shape(b.shape, (*w_shape[:-2], w_shape[-1])):
+    if b is not None:
+        b_shape = (*w_shape[:-2], w_shape[-1])
+        if b.shape != b_shape and not same_shape(b.shape, b_shape):
             raise ShapeError(
-                f"{call.function}: b has shape {shape_text(b.shape)} but w of shape {shape_text(w_shape)} wants {shape_text((*w_shape[:-2], w_shape[-1]))}"
+                f"{call.function}: b has shape {shape_text(b.shape)} but w of shape {shape_text(w_shape)} wants {shape_text(b_shape)}"
             )
     if call.plain:
         return (x if flat is x_shape else x.reshape(flat), w, b), shape
@@ -388,9 +390,8 @@ def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...
         )
     features = product(x_shape[lead:])
     if not same(features, w_shape[-2]):
-        raise ShapeError(
-            f"{function}: x has {features} features per sample (shape {shape_text(x_shape)}) but w takes {w_shape[-2]} (shape {shape_text(w_shape)})"
-        )
+        met, wanted = shape_text(x_shape), shape_text(w_shape)
+        raise ShapeError(f"{function}: x has {features} features per sample (shape {met}) but w takes {w_shape[-2]} (shape {wanted})")
     return (*x_shape[:lead], features if known(features) else w_shape[-2])
 
 
@@ -420,31 +421,32 @@ def _affine_backward(
     if dout.shape != shape and not same_shape(dout.shape, shape):
         raise ShapeError(f"{function}: dout has shape {shape_text(dout.shape)} but the forward's output had {shape_text(shape)}")
     if keep is not None and keep.shape != shape and not same_shape(keep.shape, shape):
-        raise ShapeError(f"{function}: the ReLU half of cache has shape {shape_text(keep.shape)} but the forward's output had {shape_text(shape)}")
+        raise ShapeError(
+            f"{function}: the ReLU half of cache has shape {shape_text(keep.shape)} but the forward's output had {shape_text(shape)}"
+        )
     wanted = _wanted(function, needs, b)
-    if out is None and call.plain:
-        targets = (None, None, None)
-    else:
-        out = _gradient_outs(function, out, wanted)
-        taken = (("dout", dout), ("x", x), ("w", w), ("b", b), ("the ReLU half of cache", keep))
-        shapes = (x.shape, w.shape, None if b is None else b.shape)
-        flat = (operands[0].shape, w.shape, shapes[2])
-        for i, buffer in enumerate(out):
+    shapes = (x.shape, w.shape, () if b is None else b.shape)
+    outs = _gradient_outs(function, out, wanted)
+    targets = outs
+    if out is not None:
+        taken: tuple[tuple[str, Any], ...] = (("dout", dout), ("x", x), ("w", w), ("b", b), ("the ReLU half of cache", keep))
+        for i, buffer in enumerate(outs):
             if buffer is not None:
-                others = tuple((f"out[{j}]", out[j]) for j in range(i))
-                check_out(call, f"out[{i}] ({_GRADIENTS[i]})", buffer, shapes[i], taken + others)
-        targets = tuple(None if buffer is None else call.target(buffer, shape) for buffer, shape in zip(out, flat, strict=True))
+                name = f"out[{i}] ({_GRADIENTS[i]})"
+                check_out(call, name, buffer, shapes[i], taken)
+                taken = (*taken, (name, buffer))
+        targets = (call.target(outs[0], operands[0].shape), call.target(outs[1], shapes[1]), call.target(outs[2], shapes[2]))
+    x2, w2, _ = operands
+    dout2 = call.operand(dout)
+    grads: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if wanted == (False, False, True) and keep is None:
-        grads = None, None, call.backend.bias_backward(call.operand(dout), targets[2])
+        grads = None, None, call.backend.bias_backward(dout2, targets[2])
     elif any(wanted):
-        x2, w2, _ = operands
-        grads = call.backend.affine_backward(call.operand(dout), x2, w2, call.keep_operand(keep), wanted, targets)
-    else:
-        grads = None, None, None
-    if out is None:
-        dx, dw, db = grads
-        return (dx if dx is None or dx.ndim == x.ndim else dx.reshape(x.shape)), dw, db
-    return tuple(call.deliver(g, s, o, t) for g, s, o, t in zip(grads, shapes, out, targets, strict=True))
+        grads = call.backend.affine_backward(dout2, x2, w2, call.keep_operand(keep), wanted, targets)
+    if call.plain and out is None and x2.ndim == len(shapes[0]):
+        return grads
+    dx, dw, db = (call.deliver(*each) for each in zip(grads, shapes, outs, targets, strict=True))
+    return dx, dw, db
 
 
 def _wanted(function: str, needs: Any, b: Array | None) -> Wanted:

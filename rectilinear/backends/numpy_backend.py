@@ -23,7 +23,7 @@ class NumpyBackend(GenericBackend):
     def probe(self) -> Probe:
         from threadpoolctl import threadpool_info
 
-        blas = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
+        blas: dict[str, Any] = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
         kernel = " ".join(str(blas[key]) for key in ("internal_api", "architecture") if blas.get(key))
         return Probe(True, version=np.__version__, device="cpu", threads=blas.get("num_threads"), simd=kernel or None)
 

@@ -141,13 +141,16 @@ def _factories() -> dict[str, Callable[[], Backend]]:
 
 def _importer(path: str) -> Callable[[], Backend]:
     module, _, attribute = path.partition(":")
-    return lambda: getattr(importlib.import_module(module), attribute)()  # type: ignore[no-any-return]
+    return lambda: getattr(importlib.import_module(module), attribute)()
 
 
 def _plug_ins() -> dict[str, Callable[[], Backend]]:
-    from importlib.metadata import entry_points  # about 10 ms, and only needed for names that are not built in
+    from importlib.metadata import EntryPoint, entry_points  # about 10 ms, and only needed for names that are not built in
 
-    return {point.name.lower(): (lambda point=point: point.load()()) for point in entry_points(group=ENTRY_POINTS)}
+    def factory(point: EntryPoint) -> Callable[[], Backend]:
+        return lambda: point.load()()
+
+    return {point.name.lower(): factory(point) for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _known(name: str) -> Callable[[], Backend] | None:
@@ -163,14 +166,14 @@ def _load(name: str, factory: Callable[[], Backend]) -> _Loaded:
         return loaded
     with _lock:
         if name not in _loaded:
+            backend: Backend | None = None
             try:
                 backend = factory()
                 probe = backend.probe()
                 if probe.usable and backend.api_version != API_VERSION:
-                    reason = f"it was written for contract {backend.api_version}, this rectilinear has {API_VERSION}; update it"
-                    probe = Probe(False, reason)
-            except Exception as error:  # any failure of foreign code is one more reason for the table, not a crash of all
-                backend, probe = None, Probe(False, f"{type(error).__name__} while loading it: {error}")  # type: ignore[assignment]
+                    probe = Probe(False, f"written for contract {backend.api_version}, this rectilinear has {API_VERSION}; update it")
+            except Exception as error:  # a broken backend is one more reason in the table, not the end of the others
+                probe = Probe(False, f"{type(error).__name__} while loading it: {error}")
             _loaded[name] = _Loaded(backend, probe)
         return _loaded[name]
 
@@ -227,7 +230,7 @@ def _choose_default() -> _Choice:
 
 
 def _auto(chosen_by: str) -> _Choice:
-    passed_over = []
+    passed_over: list[str] = []
     for name in _AUTO_ORDER:
         backend, probe = _load(name, _importer(_BUILT_IN[name]))
         if backend is not None and probe.usable:
@@ -404,4 +407,3 @@ def _forget_everything() -> None:
         _process = _default = None
         _loaded.clear()
         _override.set(None)
-

@@ -1,0 +1,50 @@
+# Each target makes .venv from pyproject's extras when needed, says what it does, and is fast the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# One stamp an extra: pyproject.toml or constraints.txt changed, so install again.
+$(VENV)/.made:
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "== installing rectilinear[$*] into $(VENV)"
+	@$(INSTALL) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable backend; ends with a table and a picture
+	@echo "== training a two-layer net on handwritten digits under every usable backend"
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-test  ## the tests that need no large library
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest -q -m 'not libraries' --junitxml=out/test.xml
+
+test-all: $(VENV)/.installed-test $(VENV)/.installed-libraries  ## the tests on torch, JAX and dask arrays
+	@echo "== running the tests on torch, JAX and dask arrays"
+	@$(BIN)/python -m pytest -q -m libraries --junitxml=out/test-all.xml
+
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== mypy --strict"
+	@$(BIN)/mypy
+	@echo "== doctests of docstrings, README and docs"
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' rectilinear README.md docs
+
+wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
+	@echo "== building a wheel and trying it outside of the checkout"
+	@$(BIN)/python tools/check_wheel.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) out build dist
+
+.PHONY: help demo test test-all lint wheel clean
