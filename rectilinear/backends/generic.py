@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
@@ -82,13 +83,16 @@ class GenericBackend:
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
         xp = self.namespace(x)
+        nan = _zero(x) + float("nan")
+        if x.shape[0] == 0:
+            return nan, _into(out, xp.zeros_like(x))
         classes = xp.arange(x.shape[1], device=device(x))
         onehot = classes[None, :] == xp.astype(y, classes.dtype)[:, None]
         labelled = xp.any(onehot, axis=1)  # false for a label that is no class
-        nan = _zero(x) + float("nan")
 
-        shifted = x - xp.max(x, axis=1, keepdims=True)  # so that exp cannot overflow
-        e = xp.exp(shifted)
+        with np.errstate(over="ignore", invalid="ignore"):  # libraries over NumPy warn where far scores give exp(-inf), a right 0
+            shifted = x - xp.max(x, axis=1, keepdims=True)  # so that exp cannot overflow
+            e = xp.exp(shifted)
         total = xp.sum(e, axis=1, keepdims=True)
         minus_log = xp.sum(xp.where(onehot, xp.log(total) - shifted, _zero(x)), axis=1)
         n = xp.sum(xp.astype(y == y, x.dtype))  # counted, since a lazy array may not know its extent

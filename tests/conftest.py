@@ -1,0 +1,145 @@
+"""The backends and array libraries that the tests run on, as one parametrised fixture, `lib`.
+
+A test that asks for `lib` runs once for every variant. Those of large libraries carry the marker ``libraries``. A backend that should work on
+this machine and does not is a failure, not a skip: nothing passes by being absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rectilinear
+from rectilinear.backends import registry
+
+from .loopback import LoopbackBackend
+
+
+@dataclass(frozen=True)
+class Lib:
+    """One way to run the layers: which arrays, under which chosen backend."""
+
+    name: str
+    array: Callable[[Any], Any]
+    """A NumPy array as this library's (a copy)."""
+    backend: str = "numpy"
+    writable: bool = True
+    """Whether the library's arrays can be written to at all, so that ``out`` makes sense."""
+    readonly_inputs: bool = False
+    ours: bool = False
+    """Whether the kernels are ours, so that SPEC's promises about bits hold."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.asarray(rectilinear.to_numpy(x))
+
+    def owns(self, x: Any) -> bool:
+        """Whether x is an array of this library."""
+        return type(x).__module__.partition(".")[0] == type(self.array(np.zeros(1))).__module__.partition(".")[0]
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A writable array full of a value no test expects."""
+        made = self.array(np.full(shape, 77, dtype))
+        if self.readonly_inputs:
+            made.setflags(write=True)
+        return made
+
+
+def _copy(x: Any) -> np.ndarray:
+    return np.array(x)
+
+
+def _readonly(x: Any) -> np.ndarray:
+    """Catches whoever writes into an argument."""
+    made = np.array(x)
+    made.setflags(write=False)
+    return made
+
+
+def _strict(x: Any) -> Any:
+    import array_api_strict
+
+    return array_api_strict.asarray(np.array(x))
+
+
+def _torch(x: Any) -> Any:
+    import torch
+
+    return torch.asarray(np.array(x))
+
+
+def _jax(x: Any) -> Any:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return jax.numpy.asarray(np.array(x))
+
+
+def _dask(x: Any) -> Any:
+    import dask.array
+
+    dask.config.set(scheduler="synchronous")
+    return dask.array.from_array(np.array(x), chunks=-1)
+
+
+NUMPY_LIBS = [
+    Lib("numpy", _copy),
+    Lib("numpy-readonly", _readonly, readonly_inputs=True),
+    Lib("loopback", _copy, backend="loopback"),
+]
+LIBS = [
+    *NUMPY_LIBS,
+    Lib("strict", _strict),
+    Lib("torch", _torch),
+    Lib("jax", _jax, writable=False),
+    Lib("dask", _dask),
+]
+LARGE = {"torch", "jax", "dask"}
+
+
+def lib_params(libs: list[Lib]) -> list[Any]:
+    return [pytest.param(lib, id=lib.name, marks=[pytest.mark.libraries] if lib.name in LARGE else []) for lib in libs]
+
+
+@pytest.fixture(params=lib_params(LIBS))
+def lib(request: pytest.FixtureRequest) -> Iterator[Lib]:
+    with rectilinear.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(params=lib_params(NUMPY_LIBS))
+def numpy_lib(request: pytest.FixtureRequest) -> Iterator[Lib]:
+    """The variants on NumPy arrays, for what only NumPy has: strides, byte order, memory."""
+    with rectilinear.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loopback() -> Iterator[None]:
+    registry.register("loopback", LoopbackBackend)
+    yield
+    registry.unregister("loopback")
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from the state after import, whatever the environment of the run."""
+    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    rectilinear.set_backend(None)
+    yield
+    rectilinear.set_backend(None)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260923)
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
