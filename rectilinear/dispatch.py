@@ -23,6 +23,7 @@ _HALVES = frozenset({"float16", "bfloat16"})
 _FLOATS = _HALVES | {"float32", "float64"}
 _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
+_OPTIONAL = frozenset({"b", "relu cache"})
 _NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
@@ -136,7 +137,7 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None])
         else:
             backend = registry.active()
             return Call(function, backend, np, dtype, dtype, backend.library == "numpy")
-    given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None]
+    given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None or name not in _OPTIONAL]
     xp = common_namespace(function, given)
     backend = _backend_for(xp, given[0][1])
     voting = [(name, array) for name, array in given if not isinstance(array, KeepMask)]
@@ -180,7 +181,8 @@ def _namespace(function: str, name: str, x: Any) -> Any:
     try:
         return compat.array_namespace(x)
     except TypeError:
-        raise TypeError(f"{function}: {name} is a {_type_name(x)}, not an array; pass rectilinear.asarray({name})") from None
+        met = "None" if x is None else f"a {_type_name(x)}"
+        raise TypeError(f"{function}: {name} is {met}, not an array; pass rectilinear.asarray({name})") from None
 
 
 def _device(x: Array) -> Any:

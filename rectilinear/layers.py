@@ -193,6 +193,8 @@ def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = N
             f"relu_backward: cache is a {type(cache).__name__} of {len(cache)}; it takes the array x that relu_forward returned, "
             "or the second half of affine_relu_forward's cache"
         )
+    if cache is None:
+        raise TypeError("relu_backward: cache is None; it takes the array x that relu_forward returned")
     call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache))
     if not same_shape(dout.shape, cache.shape):
         raise ShapeError(f"relu_backward: dout has shape {shape_text(dout.shape)} but the forward's x had {shape_text(cache.shape)}")
@@ -361,7 +363,10 @@ def _device_of(x: Array) -> Any:
 
 def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Array, Array, Array | None], tuple[Any, ...]]:
     """x as (..., n, d), w and b for the backend, and the shape of the output; raises where they do not fit."""
-    x_shape, w_shape = x.shape, w.shape
+    try:
+        x_shape, w_shape = x.shape, w.shape
+    except AttributeError:
+        raise TypeError(f"{call.function}: {'x' if x is None else 'w'} is None, not an array; only b may be None") from None
     lead = len(w_shape) - 1
     fits = len(x_shape) == 2 == len(w_shape) and x_shape[1] == w_shape[0]  # most calls
     flat = x_shape if fits else _flat_shape(call.function, x_shape, w_shape, lead)
