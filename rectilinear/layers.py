@@ -379,8 +379,8 @@ def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[t
             )
     if call.plain:
         return (x if flat is x_shape else x.reshape(flat), w, b), shape
-    x = call.operand(x)
-    return (x if len(flat) == len(x_shape) else _reshape(call, x, flat), call.operand(w), call.operand(b)), shape
+    x = x if len(flat) == len(x_shape) else _flatten(call, x, flat)
+    return (call.operand(x), call.operand(w), call.operand(b)), shape
 
 
 def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...], lead: int) -> tuple[Any, ...]:
@@ -400,9 +400,14 @@ def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...
     return (*x_shape[:lead], features if known(features) else w_shape[-2])
 
 
-def _reshape(call: Call, x: Array, shape: tuple[Any, ...]) -> Array:
-    """To (..., n, d). One extent may be unknown: the library works it out."""
-    return call.xp.reshape(x, tuple(extent if known(extent) else -1 for extent in shape))
+def _flatten(call: Call, x: Array, shape: tuple[Any, ...]) -> Array:
+    try:
+        return call.xp.reshape(x, tuple(extent if known(extent) else -1 for extent in shape))
+    except (ValueError, TypeError) as error:  # dask flattens nothing of unknown extent
+        raise ShapeError(
+            f"{call.function}: x of shape {shape_text(x.shape)} has to be flattened to {shape_text(shape)}, which its library cannot do "
+            "while an extent is unknown; let it find out (dask: x.compute_chunk_sizes()) or flatten the samples before"
+        ) from error
 
 
 def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None]:

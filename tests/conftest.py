@@ -1,7 +1,7 @@
 """The backends and array libraries that the tests run on, as one parametrised fixture, `lib`.
 
-A test that asks for `lib` runs once for every variant. Those of large libraries carry the marker ``libraries``. A backend that should work on
-this machine and does not is a failure, not a skip: nothing passes by being absent.
+A test that asks for `lib` runs once for every variant. Those of large libraries carry the marker ``libraries``. A backend
+that should work on this machine and does not is a failure, not a skip: nothing passes by being absent.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ It keeps the dispatcher honest: a layer function that reached a result without i
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Tagged(np.ndarray):
 class LoopbackBackend(GenericBackend):
     name = "loopback"
     library = "numpy"
-    calls: Counter[str] = Counter()
+    calls: ClassVar[Counter[str]] = Counter()
 
     def probe(self) -> Probe:
         return Probe(True, version="1", device="cpu", threads=1)

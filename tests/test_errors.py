@@ -14,7 +14,6 @@ X, W, B, DOUT = np.ones((5, 6)), np.ones((6, 4)), np.ones(4), np.ones((5, 4))
 STACKED = np.ones((3, 6, 4))
 
 
-
 def _matrix(x: Any) -> Any:
     with warnings.catch_warnings(action="ignore"):  # NumPy would rather that nobody made one
         return np.matrix(x)
@@ -54,7 +53,11 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "b of one column": (lambda: r.affine_forward(X, W, np.ones((1, 4))), r.ShapeError, ["b", "(1, 4)", "(4,)"]),
     "dout": (lambda: r.affine_backward(np.ones((4, 5)), (X, W, B)), r.ShapeError, ["affine_backward", "dout", "(4, 5)", "(5, 4)"]),
     "relu dout": (lambda: r.relu_backward(np.ones(4), X), r.ShapeError, ["relu_backward", "dout", "(4,)", "(5, 6)"]),
-    "fused cache in affine": (lambda: r.affine_backward(DOUT, ((X, W, B), DOUT)), TypeError, ["cache", "tuple of 2", "affine_relu_backward"]),
+    "fused cache in affine": (
+        lambda: r.affine_backward(DOUT, ((X, W, B), DOUT)),
+        TypeError,
+        ["cache", "tuple of 2", "affine_relu_backward"],
+    ),
     "plain cache in fused": (lambda: r.affine_relu_backward(DOUT, (X, W, B)), TypeError, ["cache", "tuple of 3", "affine_relu_forward"]),
     "cache that is an array": (lambda: r.affine_backward(DOUT, X), TypeError, ["cache", "ndarray", "(x, w, b)"]),
     "tuple in relu": (lambda: r.relu_backward(DOUT, (X, W, B)), TypeError, ["relu_backward", "cache", "tuple of 3", "relu_forward"]),
@@ -134,7 +137,9 @@ def test_results_stay_on_their_device() -> None:
     assert all(array.device == device for array in results)
     # Labels there cannot be read without waiting: a bad one shows as NaN.
     loss, dx = r.softmax_loss(x, xp.asarray([0, 1, 99, 2, -1], device=device))
-    assert np.isnan(float(xp.to_device(loss, xp.Device("CPU_DEVICE")) if hasattr(xp, "to_device") else loss.to_device(xp.Device("CPU_DEVICE"))))
+    assert np.isnan(
+        float(xp.to_device(loss, xp.Device("CPU_DEVICE")) if hasattr(xp, "to_device") else loss.to_device(xp.Device("CPU_DEVICE")))
+    )
     bad = np.isnan(r.to_numpy(dx)).all(axis=1)
     np.testing.assert_array_equal(bad, [False, False, True, False, True])
 

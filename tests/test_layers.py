@@ -34,7 +34,9 @@ def assert_close(got: Any, want: Any, dtype: str = "float64") -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_affine_and_fused_values(lib: Lib, rng: np.random.Generator, shape: tuple[int, int, int], stack: tuple[int, ...], dtype: str) -> None:
+def test_affine_and_fused_values(
+    lib: Lib, rng: np.random.Generator, shape: tuple[int, int, int], stack: tuple[int, ...], dtype: str
+) -> None:
     x, w, b, dout = operands(rng, stack, *shape, dtype)
     X, W, B, D = map(lib.array, (x, w, b, dout))
 
@@ -388,7 +390,9 @@ def test_halves_compute_in_float32_and_round_once(half: str, numpy_lib: Lib, rng
     assert (np.abs(out.astype(np.float64) - ref.relu(z)) <= bound).all()
     kept = ref.keep(np.asarray(cache[1]).astype(np.float64))
     for got, want in zip(
-        r.affine_relu_backward(numpy_lib.array(dout), cache), ref.affine_backward(np.where(kept, dout, 0).astype(np.float64), x, w), strict=True
+        r.affine_relu_backward(numpy_lib.array(dout), cache),
+        ref.affine_backward(np.where(kept, dout, 0).astype(np.float64), x, w),
+        strict=True,
     ):
         assert got.dtype == dtype
         np.testing.assert_allclose(got.astype(np.float64), want, rtol=2e-2, atol=2e-2)

@@ -185,7 +185,7 @@ def test_what_is_not_needed_is_not_computed(case: tuple[Any, ...]) -> None:
 
 def test_wrong_needs_and_outs(case: tuple[Any, ...]) -> None:
     x, w, b, dout = case
-    with pytest.raises(TypeError, match="needs is .*takes three bools"):
+    with pytest.raises(TypeError, match=r"needs is .*takes three bools"):
         r.affine_backward(dout, (x, w, b), needs=(True, True))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"takes a tuple \(dx, dw, db\)"):
         r.affine_backward(dout, (x, w, b), out=np.zeros((5, 4)))  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""asarray, to_numpy, synchronize, and the keep-mask as an object."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rectilinear as r
+from rectilinear.backends.generic import GenericBackend
+from rectilinear.backends.numpy_backend import NumpyBackend
+
+from .conftest import Lib
+
+
+def test_asarray_takes_lists_scalars_and_arrays() -> None:
+    assert r.asarray([[1, 2], [3, 4]]).shape == (2, 2)
+    assert r.asarray(2.5).shape == ()
+    assert r.asarray([1, 2], dtype="float32").dtype == np.float32
+    x = np.ones(3)
+    assert r.asarray(x) is x
+
+
+def test_asarray_and_back(lib: Lib) -> None:
+    """An array of any library comes to the chosen backend, and any array to the host."""
+    x = np.arange(6.0).reshape(2, 3)
+    made = lib.array(x)
+    r.synchronize(made)
+    np.testing.assert_array_equal(r.to_numpy(made), x)
+    got = r.asarray(made)
+    assert isinstance(got, np.ndarray)
+    np.testing.assert_array_equal(got, x)
+
+
+def test_asarray_refuses_to_lose_a_mask() -> None:
+    with pytest.raises(TypeError, match=r"masked array.*filled"):
+        r.asarray(np.ma.masked_array([1.0, 2.0], [True, False]))
+
+
+@pytest.mark.libraries
+def test_torch_bfloat16_comes_to_the_host() -> None:
+    import ml_dtypes
+    import torch
+
+    got = r.to_numpy(torch.tensor([1.5, -2.0], dtype=torch.bfloat16, requires_grad=True))
+    assert got.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(got.astype(np.float32), [1.5, -2.0])
+
+
+# ---------------------------------------------------------------- KeepMask
+
+
+def make_mask(keep: Any) -> r.KeepMask:
+    return r.KeepMask(np.packbits(keep, axis=-1, bitorder="little"), keep.shape)
+
+
+@pytest.fixture
+def keep(rng: np.random.Generator) -> np.ndarray:
+    return rng.random((5, 13)) < 0.5
+
+
+def test_keepmask_shows_signs(keep: np.ndarray) -> None:
+    mask = make_mask(keep)
+    assert mask.shape == keep.shape
+    assert mask.ndim == 2
+    assert mask.nbytes <= keep.size
+    signs = np.asarray(mask)
+    assert signs.dtype == np.int8
+    np.testing.assert_array_equal(signs, np.where(keep, 1, -1))
+    assert np.asarray(mask, dtype=np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="without a copy"):
+        np.array(mask, copy=False)
+
+
+def test_foreign_code_selects_what_was_kept(keep: np.ndarray) -> None:
+    mask = make_mask(keep)
+    for selected in (mask > 0, mask >= 0, ~(mask < 0), ~(mask <= 0), np.greater(mask, 0), 0 < mask, np.asarray(mask) > 0):
+        np.testing.assert_array_equal(selected, keep)
+    dout = np.ones(keep.shape)
+    np.testing.assert_array_equal(dout * (mask > 0), keep)
+
+
+def test_keepmask_copies_and_pickles(keep: np.ndarray) -> None:
+    mask = make_mask(keep)
+    for other in (copy.deepcopy(mask), copy.copy(mask), pickle.loads(pickle.dumps(mask))):
+        assert other.shape == mask.shape
+        np.testing.assert_array_equal(other.to_bool(), keep)
+    assert "KeepMask(shape=(5, 13)" in repr(mask)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+@pytest.mark.parametrize("backend", [NumpyBackend(), GenericBackend()], ids=["numpy", "generic"])
+def test_backends_read_a_mask_that_another_made(backend: Any, rng: np.random.Generator, stack: tuple[int, ...]) -> None:
+    keep = rng.random((*stack, 5, 13)) < 0.5
+    dout, x, w = rng.standard_normal(keep.shape), rng.standard_normal((*stack, 5, 4)), rng.standard_normal((*stack, 4, 13))
+    z = np.where(keep, 1.0, -1.0)
+    everything, nothing = (True, True, True), (None, None, None)
+    for got, want in zip(
+        backend.affine_backward(dout, x, w, make_mask(keep), everything, nothing),
+        backend.affine_backward(dout, x, w, z, everything, nothing),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(r.relu_backward(dout, make_mask(keep)), np.where(keep, dout, 0))
+
+
+def test_a_mask_of_another_shape_is_refused(keep: np.ndarray) -> None:
+    with pytest.raises(r.ShapeError, match=r"dout has shape \(5, 12\) but the forward's x had \(5, 13\)"):
+        r.relu_backward(np.ones((5, 12)), make_mask(keep))
+
+
+def test_a_mask_has_a_library_too(keep: np.ndarray) -> None:
+    import array_api_strict
+
+    with pytest.raises(TypeError, match="array_api_strict array but cache is a numpy array"):
+        r.relu_backward(array_api_strict.ones((5, 13)), make_mask(keep))

@@ -1,0 +1,454 @@
+"""The choice of backend: precedence, threads, tasks, nesting, the variable, plug-ins, and what is said about it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, replace
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rectilinear as r
+from rectilinear.__main__ import main
+from rectilinear.backends import contract, registry
+from rectilinear.backends.numpy_backend import NumpyBackend
+
+from .loopback import PRIMITIVES, LoopbackBackend, Tagged
+
+
+def in_thread(function: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def in_new_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        (sys.executable, "-W", "error", "-c", code),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# ---------------------------------------------------------------- precedence
+
+
+def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "loopback")
+    r.set_backend(None)
+    assert r.get_backend() == "loopback"
+    r.set_backend("numpy")
+    assert r.get_backend() == "numpy"
+    with r.use_backend("loopback"):
+        assert r.get_backend() == "loopback"
+    assert r.get_backend() == "numpy"
+    r.set_backend(None)
+    assert r.get_backend() == "loopback"
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    unset = r.get_backend()
+    monkeypatch.setenv("RECTILINEAR_BACKEND", value)
+    r.set_backend(None)
+    assert r.get_backend() == unset
+    assert active().chosen_by == "auto"
+
+
+@pytest.mark.parametrize("name", ["LoopBack", " loopback ", "LOOPBACK\n"])
+def test_case_and_blanks_do_not_matter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("RECTILINEAR_BACKEND", name)
+    r.set_backend(None)
+    assert r.get_backend() == "loopback"
+    r.set_backend(name)
+    with r.use_backend(name):
+        assert r.get_backend() == "loopback"
+
+
+def test_the_variable_is_read_once_and_anew_after_set_backend_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "loopback")
+    r.set_backend(None)
+    assert r.get_backend() == "loopback"
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "numpy")
+    assert r.get_backend() == "loopback"
+    r.set_backend(None)
+    assert r.get_backend() == "numpy"
+
+
+def active() -> registry.BackendInfo:
+    (info,) = (info for info in r.list_backends() if info.active)
+    return info
+
+
+def test_what_chose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert active().chosen_by == "auto"
+    r.set_backend("numpy")
+    assert active().chosen_by == "process"
+    with r.use_backend("loopback"):
+        assert (active().name, active().chosen_by) == ("loopback", "context")
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "numpy")
+    r.set_backend(None)
+    assert active().chosen_by == "variable"
+
+
+def test_auto_remembers_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_AUTO_ORDER", ("broken", "numpy"))
+    monkeypatch.setitem(registry._BUILT_IN, "broken", "no_such_module:Backend")
+    r.set_backend(None)
+    assert active().name == "numpy"
+    assert "auto passed over broken: ModuleNotFoundError" in (active().reason or "")
+
+
+# ---------------------------------------------------------------- unknown and unusable names
+
+
+def test_an_unknown_name_raises_at_once_and_changes_nothing() -> None:
+    r.set_backend("loopback")
+    for ask in (r.set_backend, r.use_backend):
+        with pytest.raises(r.BackendError, match=r"unknown backend 'nmupy' \(did you mean 'numpy'\?\)") as caught:
+            ask("nmupy")
+        for row in ("auto", "numpy", "loopback"):
+            assert f"\n  {row}" in str(caught.value)
+    assert r.get_backend() == "loopback"
+
+
+def test_generic_is_listed_and_never_chosen() -> None:
+    assert "generic" in [info.name for info in r.list_backends()]
+    with pytest.raises(r.BackendError, match="never chosen"):
+        r.set_backend("generic")
+
+
+def test_an_unusable_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unusable(NumpyBackend):
+        def probe(self) -> contract.Probe:
+            return contract.Probe(False, "no such device; plug one in")
+
+    registry.register("unusable", Unusable)
+    try:
+        with pytest.raises(r.BackendError, match="backend 'unusable' is not usable here: no such device; plug one in"):
+            r.set_backend("unusable")
+        (info,) = (info for info in r.list_backends() if info.name == "unusable")
+        assert (info.usable, info.reason) == (False, "no such device; plug one in")
+    finally:
+        registry.unregister("unusable")
+
+
+def test_a_bad_variable_raises_only_in_calls_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import array_api_strict as xp
+
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "nmupy")
+    r.set_backend(None)
+    out, _ = r.relu_forward(xp.ones(3))  # serves itself
+    assert isinstance(out, type(xp.ones(3)))
+    with r.use_backend("numpy"):
+        r.relu_forward(np.ones(3))
+    assert not any(info.active for info in r.list_backends())
+    for call in (lambda: r.relu_forward(np.ones(3)), r.get_backend, lambda: r.asarray([1.0])):
+        with pytest.raises(r.BackendError, match=r"RECTILINEAR_BACKEND='nmupy': unknown backend"):
+            call()
+    r.set_backend("numpy")
+    r.relu_forward(np.ones(3))
+
+
+def test_a_bad_variable_does_not_break_the_import() -> None:
+    assert in_new_process("import rectilinear; print('imported')", RECTILINEAR_BACKEND="nmupy") == "imported"
+
+
+# ---------------------------------------------------------------- threads, tasks, nesting
+
+
+def test_nesting_restores_exactly_what_was_before() -> None:
+    r.set_backend("numpy")
+    outer = r.use_backend("loopback")
+    with outer:
+        with r.use_backend("numpy"):
+            with outer:  # the same object, open twice
+                assert r.get_backend() == "loopback"
+            assert r.get_backend() == "numpy"
+        r.set_backend("loopback")  # the process's choice, from inside a context
+        assert r.get_backend() == "loopback"
+        r.set_backend("numpy")
+        assert r.get_backend() == "loopback"
+    assert r.get_backend() == "numpy"
+    with pytest.raises(KeyError), r.use_backend("loopback"):
+        raise KeyError
+    assert r.get_backend() == "numpy"
+
+
+def test_new_threads_see_the_process_and_not_the_context() -> None:
+    r.set_backend("loopback")
+    assert in_thread(r.get_backend) == "loopback"
+    with r.use_backend("numpy"):
+        assert in_thread(r.get_backend) == "loopback"
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    gate, wrong = threading.Barrier(2), []
+
+    def work(name: str) -> None:
+        for _ in range(200):
+            with r.use_backend(name):
+                gate.wait(10)
+                if r.get_backend() != name:
+                    wrong.append(name)
+                r.relu_forward(np.ones(3))
+                gate.wait(10)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("numpy", "loopback")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_tasks_inherit_and_do_not_leak() -> None:
+    async def child() -> tuple[str, str]:
+        await asyncio.sleep(0)
+        return r.get_backend(), await asyncio.to_thread(r.get_backend)
+
+    async def other() -> str:
+        with r.use_backend("numpy"):
+            await asyncio.sleep(0.01)
+            return r.get_backend()
+
+    async def run() -> tuple[Any, ...]:
+        with r.use_backend("loopback"):
+            return await asyncio.gather(child(), other(), child())
+
+    r.set_backend("numpy")
+    assert asyncio.run(run()) == [("loopback", "loopback"), "numpy", ("loopback", "loopback")]
+    assert r.get_backend() == "numpy"
+
+
+def test_a_thread_that_inherits_its_starters_context_ignores_it() -> None:
+    """What a free-threaded build does by itself (sys.flags.thread_inherit_context), done by hand here."""
+
+    class Inheriting(threading.Thread):
+        def start(self) -> None:
+            self._context = contextvars.copy_context()
+            super().start()
+
+        def run(self) -> None:
+            self.seen = self._context.run(r.get_backend)
+            handed_over = contextvars.copy_context()
+            handed_over.run(lambda: r.use_backend("numpy").__enter__())
+            self.given = handed_over.run(r.get_backend)
+
+    r.set_backend("numpy")
+    with r.use_backend("loopback"):
+        thread = Inheriting()
+        thread.start()
+        thread.join()
+    assert (thread.seen, thread.given) == ("numpy", "numpy")
+
+
+def test_many_threads_choose_first_together() -> None:
+    r.set_backend(None)
+    with ThreadPoolExecutor(8) as pool:
+        assert len({pool.submit(r.get_backend).result() for _ in range(64)}) == 1
+
+
+# ---------------------------------------------------------------- loopback: the dispatcher itself
+
+
+def test_every_primitive_is_reached_through_the_dispatcher() -> None:
+    """A result that came another way would leave a count at 0."""
+    x, w, b, dout = np.ones((3, 2)), np.ones((2, 4)), np.ones(4), np.ones((3, 4))
+    by_primitive = {
+        "affine_forward": lambda: r.affine_forward(x, w, b),
+        "affine_relu_forward": lambda: r.affine_relu_forward(x, w, b),
+        "affine_backward": lambda: r.affine_backward(dout, (x, w, b)),
+        "bias_backward": lambda: r.affine_backward(dout, (x, w, b), needs=(False, False, True)),
+        "relu_forward": lambda: r.relu_forward(x),
+        "relu_backward": lambda: r.relu_backward(x, x),
+        "softmax_loss": lambda: r.softmax_loss(x, [0, 1, 0]),
+        "asarray": lambda: r.asarray([1.0]),
+        "synchronize": r.synchronize,
+    }
+    assert set(by_primitive) == set(PRIMITIVES) - {"to_numpy"}  # NumPy arrays need no way back
+    with r.use_backend("loopback"):
+        for primitive, call in by_primitive.items():
+            LoopbackBackend.calls.clear()
+            call()
+            assert LoopbackBackend.calls[primitive] == 1, primitive
+    assert isinstance(in_loopback(lambda: r.asarray([1.0])), Tagged)
+
+
+def in_loopback(call: Any) -> Any:
+    with r.use_backend("loopback"):
+        return call()
+
+
+def test_the_primitives_are_the_contracts() -> None:
+    methods = {name for name, value in vars(contract.Backend).items() if callable(value) and not name.startswith("_")}
+    assert methods - {"probe"} == set(PRIMITIVES)
+
+
+class Elsewhere(LoopbackBackend):
+    """Computes in another library than NumPy, on a device that NumPy cannot reach: what the dispatcher must do for a GPU."""
+
+    name = "elsewhere"
+    library = "array_api_strict"
+
+    def asarray(self, x: Any, dtype: Any = None) -> Any:
+        import array_api_strict as xp
+
+        return xp.asarray(np.array(x), dtype=dtype, device=xp.Device("device1"))
+
+    def to_numpy(self, x: Any) -> Any:
+        import array_api_strict as xp
+
+        return np.asarray(x.to_device(xp.Device("CPU_DEVICE")))
+
+
+def test_numpy_arrays_are_taken_to_a_backend_elsewhere_and_back(rng: np.random.Generator) -> None:
+    x, w, b, dout = rng.standard_normal((5, 2, 3)), rng.standard_normal((6, 4)), rng.standard_normal(4), rng.standard_normal((5, 4))
+    registry.register("elsewhere", Elsewhere)
+    try:
+        got = []
+        for name in ("numpy", "elsewhere"):
+            with r.use_backend(name):
+                out, cache = r.affine_relu_forward(x, w, b)
+                room = np.empty_like(dout)
+                loss, dx = r.softmax_loss(dout, [0, 1, 2, 3, 0], out=room)
+                got.append([out, cache[1], *r.affine_relu_backward(dout, cache), r.relu_backward(dout, cache[1]), loss, dx])
+                assert dx is room
+                assert cache[0][0] is x
+        for have, want in zip(*got, strict=True):
+            assert type(have) is type(want)
+            np.testing.assert_allclose(have, want, rtol=1e-12)
+    finally:
+        registry.unregister("elsewhere")
+
+
+# ---------------------------------------------------------------- plug-ins
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
+    import importlib.metadata
+
+    made = tuple(EntryPoint(name, value, "rectilinear.backends") for name, value in points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: made if group == "rectilinear.backends" else ())
+
+
+def test_plug_ins_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, ("Plugged", "tests.test_backends:Plugged"), ("numpy", "tests.test_backends:Plugged"))
+    with r.use_backend("plugged"):
+        assert r.get_backend() == "plugged"
+        np.testing.assert_array_equal(r.relu_forward(np.array([-1.0, 1.0]))[0], [0, 1])
+    r.set_backend("numpy")
+    assert type(registry.active()) is NumpyBackend  # a plug-in cannot take a built-in's name
+
+
+class Plugged(NumpyBackend):
+    name = "plugged"
+
+
+class Outdated(NumpyBackend):
+    name = "outdated"
+    api_version = 0
+
+
+def test_broken_plug_ins_are_listed_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, ("broken", "no_such_module:Backend"), ("outdated", "tests.test_backends:Outdated"))
+    reasons = {info.name: info.reason for info in r.list_backends()}
+    assert "ModuleNotFoundError" in str(reasons["broken"])
+    assert "written for contract 0" in str(reasons["outdated"])
+    assert r.get_backend()
+    with pytest.raises(r.BackendError, match="no_such_module"):
+        r.set_backend("broken")
+
+
+@pytest.fixture(autouse=True)
+def _forget_plug_ins() -> Any:
+    yield
+    for name in ("plugged", "outdated", "broken"):
+        registry._loaded.pop(name, None)
+
+
+# ---------------------------------------------------------------- what is said about it
+
+
+def test_infos_are_frozen() -> None:
+    info = r.list_backends()[0]
+    with pytest.raises(FrozenInstanceError):
+        info.name = "other"  # type: ignore[misc]
+    assert replace(info, name="other").name == "other"
+
+
+def test_info_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    r.set_backend("numpy")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "active (chosen by set_backend)" in out
+    assert "generic" in out
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert list(state) == ["rectilinear", "python", "platform", "backends"]
+    assert state["rectilinear"] == r.__version__
+    rows = {row["name"]: row for row in state["backends"]}
+    assert rows["numpy"]["usable"] is True
+    assert sum(row["active"] for row in rows.values()) == 1
+    assert set(rows["numpy"]) == {"name", "usable", "reason", "version", "device", "threads", "simd", "active", "chosen_by"}
+
+
+def test_info_shows_a_bad_variable_and_exits_with_0() -> None:
+    for arguments in (("info",), ("info", "--json")):
+        done = subprocess.run(
+            (sys.executable, "-m", "rectilinear", *arguments),
+            env={**os.environ, "RECTILINEAR_BACKEND": "nmupy"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0
+        assert "unknown backend 'nmupy' (did you mean 'numpy'?)" in done.stdout
+
+
+def test_import_is_pure() -> None:
+    """Of array libraries only NumPy; nothing that is needed only elsewhere."""
+    loaded = in_new_process("import sys, rectilinear, rectilinear.layers; print(*{name.partition('.')[0] for name in sys.modules})").split()
+    heavy = {"numba", "llvmlite", "cupy", "torch", "jax", "dask", "sparse", "rich", "threadpoolctl", "safetensors", "matplotlib", "scipy"}
+    assert not heavy & set(loaded)
+    assert "numpy" in loaded
+
+
+def test_public_names() -> None:
+    from rectilinear import layers
+
+    seven = {
+        "affine_forward",
+        "affine_backward",
+        "relu_forward",
+        "relu_backward",
+        "affine_relu_forward",
+        "affine_relu_backward",
+        "softmax_loss",
+    }
+    assert set(layers.__all__) == seven
+    assert set(r.__all__) >= seven | {
+        *("set_backend", "use_backend", "get_backend", "list_backends", "asarray", "to_numpy", "synchronize"),
+        *("BackendError", "ShapeError", "DTypeError", "KeepMask"),
+    }
+    for name in r.__all__:
+        assert getattr(r, name)
+        assert type(getattr(r, name)).__name__ != "module"
