@@ -24,7 +24,7 @@ _FLOATS = _HALVES | {"float32", "float64"}
 _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
 _OPTIONAL = frozenset({"b", "relu cache"})
-_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
+NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
 _OVERLAP_WORK = 10_000
@@ -128,7 +128,7 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None])
         There is no common dtype, or it is none that rectilinear computes in.
     """
     first = arrays[0]
-    if type(first) is np.ndarray and first.dtype in _NATIVE:
+    if type(first) is np.ndarray and first.dtype in NATIVE:
         # Most calls: exact type and one native dtype, told apart without asking anyone.
         dtype = first.dtype
         for other in arrays:

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.backends.contract import Array, Keep, Wanted
+from rectilinear.backends.contract import Array, Backend, Keep, Wanted
 from rectilinear.backends.generic import known
+from rectilinear.backends.registry import active
 from rectilinear.dispatch import (
+    NATIVE,
     Call,
     check_out,
     common_namespace,
@@ -53,6 +55,8 @@ _AFFINE_BACKWARD = ("dout", "x", "w", "b", "relu cache")
 _RELU = ("x",)
 _RELU_BACKWARD = ("dout", "cache")
 _GRADIENTS = ("dx", "dw", "db")
+_EVERYTHING = (True, True, True)
+_NOWHERE = (None, None, None)
 
 
 # ---------------------------------------------------------------- affine
@@ -87,18 +91,20 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
     array([[1.5, 2. , 1. ],
            [3.5, 4. , 1. ]])
     """
+    backend = _at_once(x, w, b) if out is None else None
+    if backend is not None:
+        return backend.affine_forward(x, w, b, None), (x, w, b)
     call = resolve("affine_forward", _AFFINE, (x, w, b))
     operands, shape = _affine_operands(call, x, w, b)
     target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
-    result = call.backend.affine_forward(*operands, target)
-    return (result if call.plain and out is None else call.deliver(result, None, out, target)), (x, w, b)
+    return call.deliver(call.backend.affine_forward(*operands, target), None, out, target), (x, w, b)
 
 
 def affine_backward(
     dout: Array,
     cache: tuple[Array, Array, Array | None],
     *,
-    needs: Wanted = (True, True, True),
+    needs: Wanted = _EVERYTHING,
     out: tuple[Array | None, Array | None, Array | None] | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients of `affine_forward`: ``dx = dout w^T``, ``dw = x^T dout``, ``db = dout.sum(axis=0)``.
@@ -231,6 +237,10 @@ def affine_relu_forward(
     >>> out
     array([[0., 2.]])
     """
+    backend = _at_once(x, w, b) if out is None else None
+    if backend is not None:
+        result, keep = backend.affine_relu_forward(x, w, b, None)
+        return result, ((x, w, b), keep)
     call = resolve("affine_relu_forward", _AFFINE, (x, w, b))
     operands, shape = _affine_operands(call, x, w, b)
     target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
@@ -239,8 +249,6 @@ def affine_relu_forward(
         z = call.deliver(call.backend.affine_forward(*operands, None))
         return relu_forward(z, out=out)[0], ((x, w, b), z)
     result, keep = call.backend.affine_relu_forward(*operands, target)
-    if call.plain and out is None:
-        return result, ((x, w, b), keep)
     return call.deliver(result, None, out, target), ((x, w, b), call.deliver(keep))
 
 
@@ -248,7 +256,7 @@ def affine_relu_backward(
     dout: Array,
     cache: tuple[tuple[Array, Array, Array | None], Array | KeepMask],
     *,
-    needs: Wanted = (True, True, True),
+    needs: Wanted = _EVERYTHING,
     out: tuple[Array | None, Array | None, Array | None] | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients of `affine_relu_forward`: `relu_backward`, then `affine_backward`, fused where the backend can.
@@ -361,6 +369,26 @@ def _device_of(x: Array) -> Any:
 # ---------------------------------------------------------------- shapes, caches, out
 
 
+def _at_once(x: Array, w: Array, b: Array | None) -> Backend | None:
+    """The backend, if this is the commonest call of all: base NumPy arrays of one native dtype, plain form, extents that fit.
+
+    It saves small layers 1.5 us of looking; anything else, errors too, takes the full way with the same result.
+    """
+    if type(x) is not np.ndarray or type(w) is not np.ndarray:
+        return None
+    dtype, shape = x.dtype, w.shape
+    if dtype not in NATIVE or dtype is not w.dtype or x.ndim != 2 or w.ndim != 2 or x.shape[1] != shape[0]:
+        return None
+    if b is not None and not _is_plain(b, dtype, shape[1:]):
+        return None
+    backend = active()
+    return backend if backend.library == "numpy" else None
+
+
+def _is_plain(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
+    return type(x) is np.ndarray and x.dtype is dtype and x.shape == shape
+
+
 def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Array, Array, Array | None], tuple[Any, ...]]:
     """x as (..., n, d), w and b for the backend, and the shape of the output; raises where they do not fit."""
     try:
@@ -426,6 +454,12 @@ def _met(cache: Any) -> str:
 def _affine_backward(
     function: str, dout: Array, x: Array, w: Array, b: Array | None, keep: Any, needs: Any, out: Any
 ) -> tuple[Array | None, Array | None, Array | None]:
+    backend = _at_once(x, w, b) if out is None and needs is _EVERYTHING and b is not None else None
+    if backend is not None:
+        dtype, shape = x.dtype, (x.shape[0], w.shape[1])
+        by_bits = type(keep) is KeepMask and type(keep.bits) is np.ndarray and keep.shape == shape
+        if _is_plain(dout, dtype, shape) and (keep is None or by_bits or _is_plain(keep, dtype, shape)):
+            return backend.affine_backward(dout, x, w, keep, needs, _NOWHERE)
     call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep))
     operands, shape = _affine_operands(call, x, w, b)
     if dout.shape != shape and not same_shape(dout.shape, shape):

@@ -60,7 +60,7 @@ class NumpyBackend(GenericBackend):
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
         if out is None:
-            return np.where(x < 0, x.dtype.type(0), x)
+            return np.where(x < 0, 0, x)
         drop = x < 0
         np.copyto(out, x)
         np.copyto(out, 0, where=drop)
@@ -69,7 +69,7 @@ class NumpyBackend(GenericBackend):
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
         drop = ~keep.to_bool() if isinstance(keep, KeepMask) else keep < 0
         if out is None:
-            return np.where(drop, dout.dtype.type(0), dout)
+            return np.where(drop, 0, dout)
         if out is not dout:
             np.copyto(out, dout)
         np.copyto(out, 0, where=drop)
