@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -377,7 +378,8 @@ def default_float(lib: Lib) -> str:
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_halves_compute_in_float32_and_round_once(half: str, numpy_lib: Lib, rng: np.random.Generator) -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    import ml_dtypes
+
     dtype = np.dtype(half if half == "float16" else ml_dtypes.bfloat16)
     x, w, b, dout = (a.astype(dtype) for a in operands(rng, (), 40, 600, 7))
     out, cache = r.affine_relu_forward(*map(numpy_lib.array, (x, w, b)))
@@ -422,8 +424,10 @@ def test_results_are_fresh(numpy_lib: Lib, rng: np.random.Generator) -> None:
             assert not np.shares_memory(a, other)
 
 
-def test_torch_results_are_outside_autograd(request: pytest.FixtureRequest) -> None:
-    torch = pytest.importorskip("torch")
+@pytest.mark.libraries
+def test_torch_results_are_outside_autograd() -> None:
+    import torch
+
     x, w = torch.ones((2, 3), requires_grad=True), torch.ones((3, 4), requires_grad=True)
     out, cache = r.affine_relu_forward(x, w, None)
     grads = r.affine_relu_backward(torch.ones((2, 4)), cache)
@@ -431,4 +435,18 @@ def test_torch_results_are_outside_autograd(request: pytest.FixtureRequest) -> N
     assert not any(t.requires_grad for t in (out, *grads[:2], r.relu_forward(x)[0], r.softmax_loss(x, [0, 1])[1]))
 
 
-test_torch_results_are_outside_autograd = pytest.mark.libraries(test_torch_results_are_outside_autograd)
+@pytest.mark.libraries
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_the_libraries_own_halves(rng: np.random.Generator, library: str, half: str) -> None:
+    """Computed in float32 and rounded once: a sum of 1,000 halves in bfloat16 itself would stop at 256."""
+    xp = importlib.import_module({"torch": "torch", "jax": "jax.numpy"}[library])
+    dtype = getattr(xp, half)
+    x, w = xp.ones((3, 1000), dtype=dtype), xp.ones((1000, 2), dtype=dtype)
+    out, cache = r.affine_relu_forward(x, w, xp.zeros(2, dtype=dtype))
+    grads = r.affine_relu_backward(xp.ones((3, 2), dtype=dtype), cache)
+    loss, dx = r.softmax_loss(x, [1, 2, 3])
+    for got in (out, *grads, r.relu_forward(x)[0], loss, dx):
+        assert got.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(r.to_numpy(out), np.float64), 1000)
+    np.testing.assert_array_equal(np.asarray(r.to_numpy(grads[2]), np.float64), 3)

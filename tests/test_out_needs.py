@@ -129,14 +129,13 @@ def test_interleaved_views_do_not_overlap(numpy_lib: Lib) -> None:
     np.testing.assert_array_equal(out, room[::2])
 
 
+@pytest.mark.libraries
 def test_torch_out_overlap() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     x = torch.ones(6)
     with pytest.raises(ValueError, match="shares memory"):
         r.relu_forward(x[:4], out=x[2:])
-
-
-test_torch_out_overlap = pytest.mark.libraries(test_torch_out_overlap)
 
 
 @pytest.mark.parametrize(
