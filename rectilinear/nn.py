@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace, is_array_api_obj, to_device
+from array_api_compat import array_namespace, to_device
 from array_api_compat import device as device_of
 
-import rectilinear
+from rectilinear.arrays import asarray, to_numpy
+from rectilinear.dispatch import common_namespace, dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.layers import (
     affine_backward,
@@ -67,7 +68,7 @@ class Module(ABC):
     def state_dict(self) -> dict[str, np.ndarray]:
         """The parameters as NumPy arrays, copied, under names such as ``"w"`` or, in a chain, ``"0.w"``."""
         return {
-            prefix + name: np.array(rectilinear.to_numpy(value))
+            prefix + name: np.array(to_numpy(value))
             for prefix, layer in self.leaves()
             for name, value in layer.params.items()
         }
@@ -90,7 +91,7 @@ class Module(ABC):
             An array is not of real numbers.
         """
         slots = {prefix + name: (layer, name) for prefix, layer in self.leaves() for name in layer.params}
-        given = {key: np.array(rectilinear.to_numpy(value)) for key, value in state.items()}
+        given = {key: np.array(to_numpy(value)) for key, value in state.items()}
         misshapen = [
             f"{key} has shape {given[key].shape}, wanted {tuple(layer.params[name].shape)}"
             for key, (layer, name) in slots.items()
@@ -108,7 +109,7 @@ class Module(ABC):
             if value.dtype.kind not in "fiub":
                 raise DTypeError(f"load_state_dict: {key} has dtype {value.dtype}, wanted real numbers")
         for key, (layer, name) in slots.items():
-            layer.params[name] = _bring(given[key], layer.params[name])
+            layer.params[name] = _bring(layer, key, given[key], layer.params[name])
 
 
 class Layer(Module):
@@ -170,8 +171,8 @@ class Affine(Layer):
     """
 
     # The class attributes are what `AffineReLU` replaces; the rest is the same for both.
-    _forward = staticmethod(affine_forward)
-    _backward = staticmethod(affine_backward)
+    _forward: ClassVar[Callable[..., Any]] = staticmethod(affine_forward)
+    _backward: ClassVar[Callable[..., Any]] = staticmethod(affine_backward)
 
     def __init__(
         self,
@@ -198,14 +199,14 @@ class Affine(Layer):
     def forward(self, x: Array) -> Array:
         """x (N, d_1, ..., d_k), D = d_1 ... d_k, to (N, M)."""
         w = self.params["w"]
-        out, cache = self._forward(_bring(x, w), w, self.params.get("b"))
+        out, cache = self._forward(_bring(self, "x", x, w), w, self.params.get("b"))
         self._cache = (cache,)
         return out
 
     def backward(self, dout: Array, *, need_dx: bool = True) -> Array | None:
         """dout (N, M) to dx of x's shape; ``grads["w"]`` (D, M) and ``grads["b"]`` (M,) are overwritten."""
         cache, bias = self._cached(), "b" in self.params
-        dx, dw, db = self._backward(_bring(dout, self.params["w"]), cache, needs=(need_dx, True, bias))
+        dx, dw, db = self._backward(_bring(self, "dout", dout, self.params["w"]), cache, needs=(need_dx, True, bias))
         self.grads = {"w": dw, "b": db} if bias else {"w": dw}
         return dx
 
@@ -277,7 +278,8 @@ class SoftmaxCrossEntropy:
 
     def forward(self, scores: Array, y: Array) -> Array:
         """scores (N, C) and integer labels y (N,), brought to where the scores are, to a 0-d value of their dtype."""
-        loss, self._dscores = softmax_loss(scores, y if isinstance(y, list) else _bring(y, scores, cast=False))
+        labels = y if isinstance(y, list | tuple) else _bring(self, "y", y, scores, cast=False)
+        loss, self._dscores = softmax_loss(scores, labels)
         return loss
 
     def backward(self) -> Array:
@@ -434,30 +436,29 @@ def _has_parameters(layers: tuple[Module, ...]) -> bool:
 
 def _place(values: np.ndarray, dtype: Any, xp: Any, device: Any) -> Array:
     """Fresh float64 values as a parameter: in xp, or on the chosen backend."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or np.dtype(dtype).name
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     if name not in ("float16", "float32", "float64"):
         raise DTypeError(f"dtype is {dtype!r}, wanted 'float16', 'float32' or 'float64'")
     values = values.astype(name)
     if xp is None:
-        return rectilinear.asarray(values)
+        return asarray(values)
     placed = xp.asarray(values) if device is None else xp.asarray(values, device=device)
-    if not str(placed.dtype).endswith(name):  # JAX makes float32 of float64 without a word, unless told otherwise
+    if dtype_name(placed.dtype) != name:  # JAX makes float32 of float64 without a word, unless told otherwise
         raise DTypeError(
             f"{xp.__name__} made {placed.dtype} of {name}; for JAX: jax.config.update('jax_enable_x64', True)"
         )
     return placed
 
 
-def _bring(x: Array, like: Array, *, cast: bool = True) -> Array:
+def _bring(owner: object, name: str, x: Array, like: Array, *, cast: bool = True) -> Array:
     """x in the library and on the device of `like`, and in its dtype; x itself where it is all that."""
     if type(x) is np.ndarray and type(like) is np.ndarray and (x.dtype == like.dtype or not cast):
         return x
+    common_namespace(type(owner).__name__, [(name, x)])  # refuses what is no array, and says how to make one
     xp = array_namespace(like)
-    if not is_array_api_obj(x):
-        x = np.asarray(x)
     if array_namespace(x) is not xp:
         # Copied, so that a read-only array does not end in a library that has no such thing (PyTorch warns).
-        x = xp.asarray(np.array(rectilinear.to_numpy(x)), device=device_of(like))
+        x = xp.asarray(np.array(to_numpy(x)), device=device_of(like))
     elif device_of(x) != device_of(like):
         x = to_device(x, device_of(like))
     if not cast or x.dtype == like.dtype or not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
