@@ -88,9 +88,7 @@ def two_layer_net(width: int, rng: np.random.Generator, **where: object) -> Sequ
     return Sequential(AffineReLU(PIXELS, width, rng=rng, **where), Affine(width, CLASSES, rng=rng, **where))
 
 
-def train(
-    net: Sequential, data: Data, epochs: int, rng: np.random.Generator, after_epoch: Callable[[int], None]
-) -> list[float]:
+def train(net: Sequential, data: Data, epochs: int, rng: np.random.Generator, after_epoch: Callable[[int], None]) -> list[float]:
     """Stochastic gradient descent on the softmax loss. Returns the loss of every batch."""
     criterion, optimizer = SoftmaxCrossEntropy(), SGD(net, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
     losses = []
@@ -145,13 +143,13 @@ def validate(build: Build, seed: int, width: int, tick: Callable[[int], None] = 
 # ---------------------------------------------------------------- all seeds, and what is printed
 
 
-def run_all(build: Build, seeds: Sequence[int], console: Console) -> list[Run]:
+def run_all(build: Build, seeds: Sequence[int], epochs: int, console: Console) -> list[Run]:
     table = Table("seed", "seconds", "final loss", "test accuracy")
     runs = []
     with _progress(console) as progress:
         for seed in seeds:
-            task = progress.add_task(f"seed {seed}", total=EPOCHS)
-            done = run(build, seed, WIDTH, EPOCHS, lambda epoch, task=task: progress.update(task, completed=epoch))
+            task = progress.add_task(f"seed {seed}", total=epochs)
+            done = run(build, seed, WIDTH, epochs, lambda epoch, task=task: progress.update(task, completed=epoch))
             runs.append(done)
             table.add_row(str(seed), f"{done.seconds:.2f}", f"{done.final_loss:.5f}", f"{done.accuracy:.2%}")
     scores = [done.accuracy for done in runs]
@@ -190,6 +188,7 @@ def _progress(console: Console) -> Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"))
     parser.add_argument("--xp", metavar="MODULE", help="array API library to keep the parameters in")
     parser.add_argument("--json", metavar="FILE", help="write the runs there too")
@@ -203,7 +202,7 @@ def main() -> None:
     if options.choose:
         choose(build, options.seeds, console)
         return
-    runs = run_all(build, options.seeds, console)
+    runs = run_all(build, options.seeds, options.epochs, console)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([asdict(done) for done in runs], file)

@@ -67,11 +67,7 @@ class Module(ABC):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The parameters as NumPy arrays, copied, under names such as ``"w"`` or, in a chain, ``"0.w"``."""
-        return {
-            prefix + name: np.array(to_numpy(value))
-            for prefix, layer in self.leaves()
-            for name, value in layer.params.items()
-        }
+        return {prefix + name: np.array(to_numpy(value)) for prefix, layer in self.leaves() for name, value in layer.params.items()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Take every parameter from `state`, each to the library, device and dtype of the one it replaces.
@@ -188,8 +184,7 @@ class Affine(Layer):
         super().__init__()
         if not isinstance(rng, np.random.Generator):
             raise TypeError(
-                f"{type(self).__name__}: rng is {rng!r}, wanted a numpy.random.Generator, "
-                f"as numpy.random.default_rng(0) makes one"
+                f"{type(self).__name__}: rng is {rng!r}, wanted a numpy.random.Generator, as numpy.random.default_rng(0) makes one"
             )
         std = math.sqrt(2 / max(n_in, 1))
         self.params["w"] = _place(std * rng.standard_normal((n_in, n_out)), dtype, xp, device)
@@ -383,8 +378,7 @@ class SGD:
     def __init__(self, model: Module, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         if not lr > 0 or not 0 <= momentum < 1 or not weight_decay >= 0:
             raise ValueError(
-                f"SGD: lr={lr}, momentum={momentum}, weight_decay={weight_decay}; "
-                f"wanted lr > 0, 0 <= momentum < 1, weight_decay >= 0"
+                f"SGD: lr={lr}, momentum={momentum}, weight_decay={weight_decay}; wanted lr > 0, 0 <= momentum < 1, weight_decay >= 0"
             )
         self.model, self.lr, self.momentum, self.weight_decay = model, lr, momentum, weight_decay
         self.velocity: dict[str, Array] = {}
@@ -444,9 +438,7 @@ def _place(values: np.ndarray, dtype: Any, xp: Any, device: Any) -> Array:
         return asarray(values)
     placed = xp.asarray(values) if device is None else xp.asarray(values, device=device)
     if dtype_name(placed.dtype) != name:  # JAX makes float32 of float64 without a word, unless told otherwise
-        raise DTypeError(
-            f"{xp.__name__} made {placed.dtype} of {name}; for JAX: jax.config.update('jax_enable_x64', True)"
-        )
+        raise DTypeError(f"{xp.__name__} made {placed.dtype} of {name}; for JAX: jax.config.update('jax_enable_x64', True)")
     return placed
 
 
