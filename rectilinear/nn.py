@@ -102,7 +102,7 @@ class Module(ABC):
             message = f"load_state_dict: {'; '.join(problems)}. Load into a model of the layers that the state is from."
             raise ShapeError(message) if misshapen else ValueError(message)
         for key, value in given.items():
-            if value.dtype.kind not in "fiub":
+            if not _is_real(value.dtype):
                 raise DTypeError(f"load_state_dict: {key} has dtype {value.dtype}, wanted real numbers")
         for key, (layer, name) in slots.items():
             layer.params[name] = _bring(layer, key, given[key], layer.params[name])
@@ -447,12 +447,14 @@ def _bring(owner: object, name: str, x: Array, like: Array, *, cast: bool = True
     if type(x) is np.ndarray and type(like) is np.ndarray and (x.dtype == like.dtype or not cast):
         return x
     common_namespace(type(owner).__name__, [(name, x)])  # refuses what is no array, and says how to make one
-    xp = array_namespace(like)
+    xp, cast = array_namespace(like), cast and _is_real(x.dtype)
     if array_namespace(x) is not xp:
-        # Copied, so that a read-only array does not end in a library that has no such thing (PyTorch warns).
-        x = xp.asarray(np.array(to_numpy(x)), device=device_of(like))
+        # Cast before it moves, since the other library may lack the dtype it has; and copied, since PyTorch warns of read-only memory.
+        x = xp.asarray(np.array(to_numpy(x), dtype=dtype_name(like.dtype) if cast else None), device=device_of(like))
     elif device_of(x) != device_of(like):
         x = to_device(x, device_of(like))
-    if not cast or x.dtype == like.dtype or not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
-        return x
-    return xp.astype(x, like.dtype)
+    return xp.astype(x, like.dtype) if cast and x.dtype != like.dtype else x
+
+
+def _is_real(dtype: Any) -> bool:
+    return dtype_name(dtype).startswith(("bool", "int", "uint", "float", "bfloat"))

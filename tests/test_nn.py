@@ -1,0 +1,420 @@
+"""Layer objects: they call the layer functions and keep what lies between, wherever their parameters lie."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rectilinear
+from rectilinear import DTypeError, ShapeError, layers
+from rectilinear.backends import registry
+from rectilinear.backends.numpy_backend import NumpyBackend
+from rectilinear.nn import SGD, Affine, AffineReLU, ReLU, Sequential, SoftmaxCrossEntropy, load, save
+
+OTHER_LIBRARIES = [
+    "array_api_strict",
+    pytest.param("torch", marks=pytest.mark.libraries),
+    pytest.param("jax.numpy", marks=pytest.mark.libraries),
+]
+
+
+@pytest.fixture(params=[None, *OTHER_LIBRARIES])
+def xp(request):
+    """None for the chosen backend, or another library's namespace."""
+    return request.param and importlib.import_module(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def read_only(a: np.ndarray) -> np.ndarray:
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def net_of(rng, xp=None, dtype="float32"):
+    where = {"rng": rng, "xp": xp, "dtype": dtype}
+    return Sequential(AffineReLU(6, 5, **where), Affine(5, 4, bias=False, **where), ReLU(), Affine(4, 3, **where))
+
+
+def library(array) -> str:
+    return type(array).__module__.partition(".")[0].removesuffix("lib")
+
+
+# ---------------------------------------------------------------- layers are the functions
+
+
+@pytest.mark.parametrize(
+    ("layer_class", "forward", "backward"),
+    [(Affine, layers.affine_forward, layers.affine_backward), (AffineReLU, layers.affine_relu_forward, layers.affine_relu_backward)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_affine_layers_are_their_functions(layer_class, forward, backward, bias, rng):
+    layer = layer_class(6, 4, rng=rng, bias=bias, dtype="float64")
+    if bias:
+        layer.params["b"] = rng.standard_normal(4)
+    x, dout = read_only(rng.standard_normal((5, 2, 3))), read_only(rng.standard_normal((5, 4)))
+    out, cache = forward(x, layer.params["w"], layer.params.get("b"))
+    dx, dw, db = backward(dout, cache)
+    np.testing.assert_array_equal(layer.forward(x), out)
+    np.testing.assert_array_equal(layer.backward(dout), dx)
+    np.testing.assert_array_equal(layer.grads["w"], dw)
+    assert list(layer.grads) == list(layer.params) == (["w", "b"] if bias else ["w"])
+    if bias:
+        np.testing.assert_array_equal(layer.grads["b"], db)
+
+
+def test_relu_is_its_function(rng):
+    x, dout = rng.standard_normal((5, 4)), rng.standard_normal((5, 4))
+    x[0, 0] = 0.0
+    layer = ReLU()
+    np.testing.assert_array_equal(layer.forward(x), layers.relu_forward(x)[0])
+    np.testing.assert_array_equal(layer.backward(dout), layers.relu_backward(dout, x))
+    assert layer.params == layer.grads == {}
+    assert layer.backward(dout, need_dx=False) is None
+
+
+def test_backward_overwrites_the_gradients(rng):
+    layer = Affine(3, 2, rng=rng)
+    layer.forward(np.ones((4, 3), "f4"))
+    layer.backward(np.ones((4, 2), "f4"))
+    layer.backward(np.full((4, 2), 2, "f4"))
+    np.testing.assert_array_equal(layer.grads["b"], np.full(2, 8, "f4"))
+
+
+@pytest.mark.parametrize("layer", [ReLU(), Affine(2, 2, rng=np.random.default_rng(0)), SoftmaxCrossEntropy()])
+def test_backward_needs_a_forward(layer):
+    name = type(layer).__name__
+    with pytest.raises(RuntimeError, match=f"^{name}.backward: no forward to go back from; call forward first$"):
+        layer.backward(*(() if name == "SoftmaxCrossEntropy" else (np.ones((1, 2)),)))
+
+
+def test_whole_net_against_differences(rng):
+    net, loss = net_of(rng, dtype="float64"), SoftmaxCrossEntropy()
+    for _, layer in net.leaves():
+        if "b" in layer.params:
+            layer.params["b"] = rng.standard_normal(layer.params["b"].shape)
+    x, y, h = rng.standard_normal((7, 6)), rng.integers(3, size=7), 1e-6
+    loss.forward(net.forward(x), y)
+    dx = net.backward(loss.backward(), need_dx=True)
+    for values, gradient in [(x, dx), *((net.params[name], net.grads[name]) for name in net.params)]:
+        for index in np.ndindex(values.shape):
+            kept = values[index]
+            sides = []
+            for step in (h, -h):
+                values[index] = kept + step
+                sides.append(loss.forward(net.forward(x), y))
+            values[index] = kept
+            assert gradient[index] == pytest.approx((sides[0] - sides[1]) / (2 * h), abs=1e-8)
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+def test_weights_are_he_normal_and_biases_zero(rng):
+    layer = Affine(400, 300, rng=rng)
+    w = layer.params["w"]
+    assert w.dtype == np.float32
+    assert np.std(w) == pytest.approx(np.sqrt(2 / 400), rel=0.02)  # 120,000 draws: standard error 0.2 %
+    assert abs(np.mean(w)) < 5 * np.sqrt(2 / 400 / w.size)
+    np.testing.assert_array_equal(layer.params["b"], np.zeros(300, "f4"))
+
+
+def test_equal_seeds_give_equal_weights_everywhere(xp):
+    here = Affine(3, 2, rng=np.random.default_rng(0), dtype="float32")
+    there = Affine(3, 2, rng=np.random.default_rng(0), dtype="float32", xp=xp)
+    np.testing.assert_array_equal(rectilinear.to_numpy(there.params["w"]), here.params["w"])
+    precise = Affine(3, 2, rng=np.random.default_rng(0), dtype="float64")
+    np.testing.assert_array_equal(precise.params["w"].astype("f4"), here.params["w"])
+
+
+def test_one_generator_serves_layer_after_layer():
+    rng = np.random.default_rng(0)
+    assert not np.array_equal(Affine(3, 2, rng=rng).params["w"], Affine(3, 2, rng=rng).params["w"])
+
+
+def test_layer_without_inputs_or_outputs(rng):
+    assert Affine(0, 2, rng=rng).forward(np.ones((3, 0))).shape == (3, 2)
+    assert Affine(2, 0, rng=rng).forward(np.ones((3, 2))).shape == (3, 0)
+
+
+def test_generator_is_explicit():
+    with pytest.raises(TypeError, match=r"^Affine: rng is 0, wanted a numpy\.random\.Generator, as numpy\.random\.default_rng"):
+        Affine(3, 2, rng=0)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", np.longdouble, "bfloat16"])
+def test_parameters_are_floating(dtype, rng):
+    with pytest.raises(DTypeError, match="wanted 'float16', 'float32' or 'float64'"):
+        Affine(3, 2, rng=rng, dtype=dtype)
+
+
+@pytest.mark.libraries
+def test_float64_in_a_jax_that_has_none(rng):
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(False), pytest.raises(DTypeError, match="jax_enable_x64"):
+        Affine(3, 2, rng=rng, dtype="float64", xp=jax.numpy)
+
+
+# ---------------------------------------------------------------- where parameters lie, and what comes to them
+
+
+def test_everything_stays_with_the_parameters(xp, rng):
+    net, loss = net_of(rng, xp), SoftmaxCrossEntropy()
+    optimizer = SGD(net, lr=0.1, momentum=0.9, weight_decay=0.01)
+    x, y = read_only(rng.standard_normal((4, 2, 3)).astype("f4")), read_only(np.array([0, 2, 1, 0]))
+    home = "numpy" if xp is None else xp.__name__.partition(".")[0]
+    for _ in range(2):
+        value = loss.forward(net.forward(x), y)
+        dx = net.backward(loss.backward(), need_dx=True)
+        optimizer.step()
+        arrays = [dx, loss.backward(), *net.params.values(), *net.grads.values(), *optimizer.velocity.values(), value]
+        assert {library(array) for array in arrays} == {home}
+        assert {str(array.dtype).rpartition(".")[2] for array in arrays} == {"float32"}
+
+
+def test_same_steps_as_numpy(xp, rng):
+    x, y, trained = rng.standard_normal((4, 6)), [0, 2, 1, 0], []
+    for home in (None, xp):
+        net, loss = net_of(np.random.default_rng(0), home), SoftmaxCrossEntropy()
+        optimizer = SGD(net, lr=0.1, momentum=0.9, weight_decay=0.01)
+        for _ in range(5):
+            loss.forward(net.forward(x), y)
+            net.backward(loss.backward())
+            optimizer.step()
+        trained.append(net.state_dict())
+    for name, values in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "uint8", "int64", "bool"])
+def test_inputs_are_cast_to_the_layers_dtype(dtype, xp, rng):
+    layer = Affine(3, 2, rng=rng, xp=xp)
+    x = read_only((rng.standard_normal((4, 3)) > 0).astype(dtype))
+    out = layer.forward(x)
+    layer.backward(np.ones((4, 2)))
+    assert {str(a.dtype).rpartition(".")[2] for a in (out, *layer.grads.values())} == {"float32"}
+    np.testing.assert_allclose(rectilinear.to_numpy(out), x.astype("f4") @ rectilinear.to_numpy(layer.params["w"]), rtol=1e-6)
+
+
+def test_input_of_another_library_comes_home(xp, rng):
+    strict = pytest.importorskip("array_api_strict")
+    layer = Affine(3, 2, rng=rng, xp=xp)
+    x = rng.standard_normal((4, 3)).astype("f4")
+    np.testing.assert_array_equal(rectilinear.to_numpy(layer.forward(strict.asarray(x))), rectilinear.to_numpy(layer.forward(x)))
+
+
+def test_input_on_another_device_comes_home(rng):
+    strict = pytest.importorskip("array_api_strict")
+    far = strict.Device("device1")
+    layer = Affine(3, 2, rng=rng, xp=strict, device=far)
+    out = layer.forward(strict.asarray(rng.standard_normal((4, 3))))
+    assert {array.device for array in (out, *layer.params.values())} == {far}
+
+
+def test_parameters_lie_on_the_chosen_backend(rng):
+    made = []
+
+    class Recording(NumpyBackend):
+        name = "recording"
+
+        def asarray(self, x, dtype=None):
+            made.append(np.asarray(x, dtype=dtype).view())
+            return made[-1]
+
+    registry.register("recording", Recording)
+    try:
+        with rectilinear.use_backend("recording"):
+            layer = Affine(3, 2, rng=rng)
+    finally:
+        registry.unregister("recording")
+    assert [id(array) for array in layer.params.values()] == [id(array) for array in made]
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "said"),
+    [
+        ([[1.0, 2.0, 3.0]], TypeError, r"^Affine: x is a list, not an array; pass rectilinear\.asarray\(x\)"),
+        (np.ma.masked_array(np.ones((2, 3))), TypeError, "MaskedArray"),
+        (np.ones((2, 3), complex), DTypeError, "complex128"),
+        (np.ones((2, 4), "f4"), ShapeError, r"affine_forward: x has 4 features"),
+    ],
+)
+def test_what_cannot_be_an_input(x, error, said, rng):
+    with pytest.raises(error, match=said):
+        Affine(3, 2, rng=rng).forward(x)
+
+
+def test_labels_are_not_cast(rng):
+    loss = SoftmaxCrossEntropy()
+    with pytest.raises(DTypeError, match="softmax_loss"):
+        loss.forward(rng.standard_normal((3, 2)), np.array([0.0, 1.0, 0.0]))
+
+
+# ---------------------------------------------------------------- Sequential
+
+
+def test_chain_names_parameters_by_place(rng):
+    net = Sequential(ReLU(), Affine(4, 3, rng=rng), Sequential(ReLU(), Affine(3, 2, rng=rng, bias=False)))
+    assert list(net.params) == list(net.state_dict()) == ["1.w", "1.b", "2.1.w"]
+    assert net.grads == {}
+    assert repr(net) == "Sequential(ReLU(), Affine(4, 3), Sequential(ReLU(), Affine(3, 2, bias=False)))"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_backward_stops_at_the_first_parameters(inner, rng, monkeypatch):
+    needs = []
+
+    def backward(*args, **kwargs):
+        needs.append(kwargs["needs"])
+        return layers.affine_backward(*args, **kwargs)
+
+    monkeypatch.setattr(Affine, "_backward", staticmethod(backward))
+    first, second = Affine(4, 3, rng=rng), Affine(3, 2, rng=rng)
+    net = Sequential(Sequential(ReLU(), first), second) if inner else Sequential(ReLU(), first, second)
+    net.forward(np.ones((5, 4), "f4"))
+    assert net.backward(np.ones((5, 2), "f4")) is None
+    assert needs == [(True, True, True), (False, True, True)]
+    assert net.backward(np.ones((5, 2), "f4"), need_dx=True).shape == (5, 4)
+    assert needs[2:] == [(True, True, True), (True, True, True)]
+
+
+# ---------------------------------------------------------------- state
+
+
+def test_state_is_a_copy_both_ways(xp, rng):
+    net = net_of(rng, xp)
+    state = net.state_dict()
+    before = {name: values.copy() for name, values in state.items()}
+    net.forward(np.ones((2, 6)))
+    net.backward(np.ones((2, 3)))
+    SGD(net, lr=1.0).step()
+    for name, values in state.items():
+        np.testing.assert_array_equal(values, before[name])
+    net.load_state_dict(state)
+    for values in state.values():
+        values[...] = -1
+    for name, values in net.state_dict().items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+def test_file_round_trip(xp, rng, tmp_path):
+    net, other = net_of(rng, xp), net_of(rng)
+    save(net, tmp_path / "net.safetensors")
+    load(other, tmp_path / "net.safetensors")
+    for name, values in net.state_dict().items():
+        np.testing.assert_array_equal(other.params[name], values)
+    load(net, tmp_path / "net.safetensors")
+    assert {library(array) for array in net.params.values()} == {"numpy" if xp is None else xp.__name__.partition(".")[0]}
+
+
+def test_file_is_safetensors(rng, tmp_path):
+    from safetensors.numpy import load_file
+
+    net = Sequential(Affine(3, 2, rng=rng), Affine(2, 2, rng=rng, dtype="float64", bias=False))
+    save(net, tmp_path / "net.safetensors")
+    found = load_file(tmp_path / "net.safetensors")
+    assert {name: (values.shape, values.dtype.name) for name, values in found.items()} == {
+        "0.w": ((3, 2), "float32"),
+        "0.b": ((2,), "float32"),
+        "1.w": ((2, 2), "float64"),
+    }
+
+
+def test_loaded_arrays_take_the_layers_dtype(rng):
+    layer = Affine(3, 2, rng=rng, dtype="float16")
+    layer.load_state_dict({"w": np.ones((3, 2)), "b": np.array([1, 2])})
+    assert [array.dtype.name for array in layer.params.values()] == ["float16", "float16"]
+    np.testing.assert_array_equal(layer.params["b"], [1, 2])
+
+
+def test_wrong_names_are_named_and_nothing_is_changed(rng):
+    net = Sequential(Affine(3, 2, rng=rng), ReLU(), Affine(2, 2, rng=rng))
+    before = net.state_dict()
+    state = {name: values + 1 for name, values in before.items()}
+    state["0.v"], state["1.w"] = state.pop("0.w"), state.pop("2.b")
+    with pytest.raises(ValueError, match=r"^load_state_dict: missing: 0\.w, 2\.b; not in this model: 0\.v, 1\.w\. "):
+        net.load_state_dict(state)
+    state = {name: values + 1 for name, values in before.items()}
+    state["2.w"] = np.ones((2, 3))
+    with pytest.raises(ShapeError, match=r"^load_state_dict: 2\.w has shape \(2, 3\), wanted \(2, 2\)\. "):
+        net.load_state_dict(state)
+    with pytest.raises(DTypeError, match=r"^load_state_dict: 2\.w has dtype complex128"):
+        net.load_state_dict(state | {"2.w": np.ones((2, 2), complex)})
+    for name, values in net.state_dict().items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+def test_nn_loads_no_file_format_and_no_other_library():
+    code = "import sys, rectilinear.nn; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"safetensors", "torch", "jax", "dask", "cupy", "numba", "array_api_strict", "rich"} & set(loaded)
+
+
+# ---------------------------------------------------------------- SGD
+
+
+def stepped(steps: int, **settings) -> tuple[np.ndarray, np.ndarray]:
+    """w and b of a 1 x 1 layer after steps along constant gradients of 1, from w = 2 and b = 3."""
+    layer = Affine(1, 1, rng=np.random.default_rng(0), dtype="float64")
+    layer.params = {"w": np.array([[2.0]]), "b": np.array([3.0])}
+    layer.grads = {"w": np.array([[1.0]]), "b": np.array([1.0])}
+    optimizer = SGD(layer, **settings)
+    for _ in range(steps):
+        optimizer.step()
+    return layer.params["w"].item(), layer.params["b"].item()
+
+
+def test_plain_descent():
+    assert stepped(3, lr=0.5) == (0.5, 1.5)
+
+
+def test_momentum():
+    # Moves of 0.5, 0.5 (1 + 0.5), 0.5 (1 + 0.5 + 0.25).
+    assert stepped(3, lr=0.5, momentum=0.5) == (2 - 0.5 - 0.75 - 0.875, 3 - 0.5 - 0.75 - 0.875)
+
+
+def test_weights_decay_and_biases_do_not():
+    # dw = 1 + 0.5 w: 2 -> 2 - 0.5 * 2 -> 1 - 0.5 * 1.5
+    assert stepped(2, lr=0.5, weight_decay=0.5) == (0.25, 2.0)
+
+
+def test_learning_rate_may_change(rng):
+    layer = Affine(1, 1, rng=rng, bias=False, dtype="float64")
+    layer.params["w"], layer.grads["w"] = np.array([[2.0]]), np.array([[1.0]])
+    optimizer = SGD(layer, lr=0.5)
+    optimizer.step()
+    optimizer.lr = 0.25
+    optimizer.step()
+    assert layer.params["w"].item() == 1.25
+
+
+def test_gradients_and_velocity_do_not_alias(rng):
+    layer = Affine(2, 2, rng=rng, dtype="float64")
+    optimizer = SGD(layer, lr=0.5, momentum=0.5)
+    layer.forward(np.ones((3, 2)))
+    layer.backward(np.ones((3, 2)))
+    gradients = {name: grad.copy() for name, grad in layer.grads.items()}
+    for _ in range(2):
+        optimizer.step()
+    for name, grad in layer.grads.items():
+        np.testing.assert_array_equal(grad, gradients[name])
+        assert not np.shares_memory(optimizer.velocity[name], layer.params[name])
+
+
+def test_step_needs_gradients(rng):
+    with pytest.raises(RuntimeError, match=r"^SGD\.step: 0\.w has no gradient; call the model's backward first$"):
+        SGD(Sequential(Affine(2, 2, rng=rng)), lr=0.1).step()
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0}, {"lr": -1}, {"lr": float("nan")}, {"lr": 1, "momentum": 1}, {"lr": 1, "weight_decay": -1}])
+def test_settings_out_of_range(settings, rng):
+    with pytest.raises(ValueError, match="wanted lr > 0, 0 <= momentum < 1, weight_decay >= 0"):
+        SGD(Affine(2, 2, rng=rng), **settings)
