@@ -144,3 +144,10 @@ def test_demo_names_what_it_leaves_out(demo, monkeypatch):
     monkeypatch.setattr(rectilinear, "list_backends", lambda: [absent])
     assert demo.left_out() == ["not run: absent: not installed; install it"]
     assert [contestant.name for contestant in demo.contestants(3)] == ["array-api-strict"]
+
+
+def test_the_picture_of_the_graph_is_what_its_script_draws(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "docs" / "figures")
+    import graph
+
+    assert (EXAMPLES.parent / "docs" / "figures" / "graph.svg").read_text(encoding="utf-8") == graph.draw()
