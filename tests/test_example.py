@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,11 @@ def test_the_picture_of_the_graph_is_what_its_script_draws(monkeypatch):
     import graph
 
     assert (EXAMPLES.parent / "docs" / "figures" / "graph.svg").read_text(encoding="utf-8") == graph.draw()
+
+
+def test_links_of_the_mathematics_lead_somewhere():
+    page = EXAMPLES.parent / "docs" / "mathematics.md"
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    near = [link for link in links if not link.startswith("https://")]
+    assert len(near) > 10
+    assert [link for link in near if not (page.parent / link).is_file()] == []
