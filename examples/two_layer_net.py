@@ -198,7 +198,8 @@ def main() -> None:
     console = Console()
     xp = importlib.import_module(options.xp) if options.xp else None
     build = functools.partial(two_layer_net, dtype=options.dtype, xp=xp)
-    console.print(f"{options.xp or rectilinear.get_backend() + ' backend'}, {options.dtype}", highlight=False)
+    home = type(build(1, np.random.default_rng(0)).params["0.w"]).__module__.partition(".")[0]
+    console.print(f"{rectilinear.get_backend()} backend, {options.dtype} parameters in {home}", highlight=False)
     if options.choose:
         choose(build, options.seeds, console)
         return

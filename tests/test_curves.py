@@ -14,7 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
+import rectilinear
 from rectilinear.nn import SGD, Affine, AffineReLU, Layer, ReLU, Sequential, SoftmaxCrossEntropy
 
 STEPS, BATCH = 1000, 32
@@ -62,19 +64,21 @@ def curve(xp, home: str) -> np.ndarray:
     for layer in net.layers:
         watch(layer, home)
     criterion, optimizer, losses = SoftmaxCrossEntropy(), SGD(net, lr=0.02, momentum=0.9, weight_decay=1e-4), []
-    for _ in range(STEPS):
-        batch = rng.choice(len(x), BATCH, replace=False)
-        loss = criterion.forward(net.forward(x[batch]), y[batch])
-        assert library(loss) == home
-        net.backward(criterion.backward())
-        optimizer.step()
-        losses.append(float(loss))
+    with threadpool_limits(1):  # on products this small, threads wait for one another longer than they work
+        for _ in range(STEPS):
+            batch = rng.choice(len(x), BATCH, replace=False)
+            loss = criterion.forward(net.forward(x[batch]), y[batch])
+            assert library(loss) == home
+            net.backward(criterion.backward())
+            optimizer.step()
+            losses.append(float(loss))
     return np.array(losses)
 
 
 @pytest.fixture(scope="module")
 def numpy_curve() -> np.ndarray:
-    return curve(np, "numpy")
+    with rectilinear.use_backend("numpy"):
+        return curve(np, "numpy")
 
 
 def test_numpy_curve_is_of_a_training_that_works(numpy_curve):
@@ -91,25 +95,18 @@ def test_numpy_curve_is_of_a_training_that_works(numpy_curve):
 )
 def test_curve_in_another_library(module, numpy_curve):
     xp, home = importlib.import_module(module), module.partition(".")[0]
-    with float64_on_one_thread(home):
+    with float64(home):
         found = curve(xp, home)
     np.testing.assert_allclose(found, numpy_curve, rtol=1e-10, atol=0)
 
 
 @contextmanager
-def float64_on_one_thread(home: str):
-    """JAX has float64 only when told; torch's threads, on products this small, wait for one another longer than they work."""
-    if home == "jax":
-        import jax
-
-        with jax.enable_x64(True):
-            yield
-    elif home == "torch":
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+def float64(home: str):
+    """JAX has float64 only when told."""
+    if home != "jax":
         yield
-        torch.set_num_threads(threads)
-    else:
+        return
+    import jax
+
+    with jax.enable_x64(True):
         yield
