@@ -19,6 +19,7 @@ OTHER_LIBRARIES = [
     "array_api_strict",
     pytest.param("torch", marks=pytest.mark.libraries),
     pytest.param("jax.numpy", marks=pytest.mark.libraries),
+    pytest.param("dask.array", marks=pytest.mark.libraries),
 ]
 
 
