@@ -52,6 +52,7 @@ def _info(as_json: bool) -> int:
 def _print_table(infos: Sequence[BackendInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title=f"rectilinear {rectilinear.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
@@ -64,9 +65,10 @@ def _print_table(infos: Sequence[BackendInfo]) -> None:
             state = "serves other libraries' arrays"
         if row.reason:
             state += f": {row.reason}"
-        cells = (row.version, row.device, row.threads, row.simd)
+        cells = (row.name, state, row.version, row.device, row.threads, row.simd)
         style = "bold" if row.active else None if row.usable else "dim"
-        table.add_row(row.name, state, *("" if cell is None else str(cell) for cell in cells), style=style)
+        # As Text: rich would read the brackets of a reason such as "pip install rectilinear[numba]" as markup.
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), style=style)
     Console(soft_wrap=False).print(table)
 
 

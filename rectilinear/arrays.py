@@ -30,7 +30,7 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     Raises
     ------
     TypeError
-        For masked arrays, whose mask would be lost.
+        For masked arrays, whose mask would be lost, and None.
 
     Examples
     --------
@@ -39,6 +39,12 @@ def asarray(x: Any, dtype: Any = None) -> Array:
            [3., 4.]], dtype=float32)
     """
     backend = registry.active()
+    if x is None:
+        raise TypeError("asarray: x is None, not an array, nested lists or a scalar")
+    if dtype == "bfloat16":
+        import ml_dtypes  # whose import teaches NumPy the name
+
+        dtype = ml_dtypes.bfloat16
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("asarray: x is a masked array, whose mask would be lost; pass x.filled(value)")
     if compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic) and library_name(x) != backend.library:
@@ -64,12 +70,14 @@ def to_numpy(x: Any) -> Any:
     >>> to_numpy(array_api_strict.asarray([1.0, 2.0]))
     array([1., 2.])
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("to_numpy: x is a masked array, whose mask would be lost; pass x.filled(value)")
     if isinstance(x, KeepMask):
         return x if isinstance(x.bits, np.ndarray) else KeepMask(to_numpy(x.bits), x.shape)
     if compat.is_cupy_array(x):
         return x.get()
     if compat.is_torch_array(x):
-        x = x.detach().cpu()
+        x = x.detach().cpu().resolve_conj().resolve_neg()
         if str(x.dtype) == "torch.bfloat16":  # torch hands no bfloat16 to NumPy; the same bits under ml_dtypes' name
             import ml_dtypes
 
@@ -93,7 +101,7 @@ def synchronize(*arrays: Array) -> None:
         registry.active().synchronize()
     for x in arrays:
         if compat.is_jax_array(x):
-            x.block_until_ready()
+            getattr(x, "block_until_ready", lambda: None)()  # a tracer has nothing to wait for
         elif compat.is_torch_array(x) and x.device.type == "cuda":
             import torch
 

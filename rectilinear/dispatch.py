@@ -24,6 +24,7 @@ _FLOATS = _HALVES | {"float32", "float64"}
 _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
 _OPTIONAL = frozenset({"b", "relu cache"})
+_MASKS = frozenset({"cache", "relu cache"})  # where a KeepMask may stand for an array
 NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
@@ -46,12 +47,26 @@ class Call:
         What the backend is given: T, or float32 for a 16-bit T.
     plain : bool
         The arguments are operands as they are: base NumPy arrays of dtype T.
+    names, arrays : sequences
+        The array arguments; None for one that was left out.
     """
 
-    __slots__ = ("backend", "compute", "dtype", "function", "plain", "xp")
+    __slots__ = ("arrays", "backend", "compute", "dtype", "function", "names", "plain", "xp")
 
-    def __init__(self, function: str, backend: Backend, xp: Any, dtype: Any, compute: Any, plain: bool) -> None:
+    def __init__(
+        self,
+        function: str,
+        names: Sequence[str],
+        arrays: Sequence[Array | None],
+        backend: Backend,
+        xp: Any,
+        dtype: Any,
+        compute: Any,
+        plain: bool,
+    ) -> None:
         self.function = function
+        self.names = names
+        self.arrays = arrays
         self.backend = backend
         self.xp = xp
         self.dtype = dtype
@@ -59,9 +74,29 @@ class Call:
         self.plain = plain
 
     @property
+    def given(self) -> list[tuple[str, Array]]:
+        return [(name, array) for name, array in zip(self.names, self.arrays, strict=True) if array is not None]
+
+    @property
     def moves(self) -> bool:
         """NumPy arguments for a backend that computes elsewhere: taken there, and the results back."""
         return self.xp is np and self.backend.library != "numpy"
+
+    def run(self, primitive: str, *operands: Any) -> Any:
+        """Call the backend's primitive."""
+        method = getattr(self.backend, primitive)
+        if self.xp is np:
+            return method(*operands)
+        try:
+            return method(*operands)
+        except Exception as error:  # each lazy library refuses with an error of its own
+            if not any(has_unknown_extent(array) for _, array in self.given):
+                raise
+            shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in self.given)
+            raise ShapeError(
+                f"{self.function}: the library cannot combine these while an extent is unknown: {shapes}; "
+                "let it find out before (dask: x.compute_chunk_sizes())"
+            ) from error
 
     def operand(self, x: Array | None) -> Array | None:
         """x as the backend takes it: base array of the compute dtype, outside autograd, on the backend's device."""
@@ -81,10 +116,10 @@ class Call:
 
     def target(self, out: Array | None, shape: tuple[Any, ...]) -> Array | None:
         """`out` as the backend may fill it, seen in the operand's shape; None where it cannot be: `deliver` copies then."""
-        if out is None or self.xp is not np or self.moves or self.compute != self.dtype:
+        if out is None or self.moves or self.compute != self.dtype:
             return None
-        if out.shape == shape:
-            return out.view(np.ndarray)
+        if self.xp is not np:
+            return out if compat.is_cupy_array(out) and out.shape == shape else None
         try:
             return np.reshape(out.view(np.ndarray), shape, copy=False)
         except ValueError:
@@ -136,18 +171,17 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None])
                 break
         else:
             backend = registry.active()
-            return Call(function, backend, np, dtype, dtype, backend.library == "numpy")
+            return Call(function, names, arrays, backend, np, dtype, dtype, backend.library == "numpy")
     given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None or name not in _OPTIONAL]
+    for name, array in given:
+        if isinstance(array, KeepMask) and name not in _MASKS:
+            raise TypeError(f"{function}: {name} is a KeepMask, which stands for an array only as the cache of a ReLU")
     xp = common_namespace(function, given)
-    backend = _backend_for(xp, given[0][1])
+    backend = registry.active() if xp is np else registry.serving(library_name(given[0][1]))
     voting = [(name, array) for name, array in given if not isinstance(array, KeepMask)]
     dtype = _common_dtype(function, xp, voting)
     compute = xp.float32 if dtype_name(dtype) in _HALVES and not backend.half else dtype
-    return Call(function, backend, xp, dtype, np.dtype(compute) if xp is np else compute, False)
-
-
-def _backend_for(xp: Any, array: Array) -> Backend:
-    return registry.active() if xp is np else registry.serving(library_name(array))
+    return Call(function, names, arrays, backend, xp, dtype, np.dtype(compute) if xp is np else compute, False)
 
 
 def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
@@ -156,10 +190,12 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     xp = _namespace(function, first_name, first)
     place = None if xp is np else _device(first)
     for name, array in given[1:]:
-        if _namespace(function, name, array) is not xp:
+        if _namespace(function, name, array, library_name(first)) is not xp:
+            wanted = library_name(first)
+            how = f"rectilinear.to_numpy({name})" if xp is np else f"{wanted}.asarray(rectilinear.to_numpy({name}))"
             raise TypeError(
-                f"{function}: {first_name} is a {library_name(first)} array but {name} is a {library_name(array)} array; "
-                f"bring both to one library, for example with rectilinear.to_numpy({name if xp is np else first_name})"
+                f"{function}: {first_name} is {_a(wanted)} array but {name} is {_a(library_name(array))} array; "
+                f"bring both to one library, for example with {how}"
             )
         other = None if xp is np else _device(array)
         if place is not None and other is not None and other != place:
@@ -171,36 +207,37 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     return xp
 
 
-def _namespace(function: str, name: str, x: Any) -> Any:
+def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
+    """The namespace of x; `library` is that of the arguments before it, for the remedy."""
     if isinstance(x, np.ndarray | np.generic):
         if isinstance(x, np.matrix | np.ma.MaskedArray):
-            raise TypeError(f"{function}: {name} is a {_type_name(x)}, whose operators mean other things; pass np.asarray({name})")
+            raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, whose operators mean other things; pass np.asarray({name})")
         return np
     if isinstance(x, KeepMask):
         return _namespace(function, name, x.bits)
     try:
         return compat.array_namespace(x)
     except TypeError:
-        met = "None" if x is None else f"a {_type_name(x)}"
-        raise TypeError(f"{function}: {name} is {met}, not an array; pass rectilinear.asarray({name})") from None
+        maker = "rectilinear" if library == "numpy" else library
+        remedy = "" if x is None else f"; pass {maker}.asarray({name})"
+        raise TypeError(f"{function}: {name} is {'None' if x is None else _a(_type_name(x))}, not an array{remedy}") from None
 
 
 def _device(x: Array) -> Any:
-    """The device of x, or None where the library does not tell (traced and lazy arrays)."""
+    """The device of x, or None where the library does not name one (traced, lazy and sharded arrays): it then matches any."""
     try:
-        return compat.device(x.bits if isinstance(x, KeepMask) else x)
-    except Exception:  # a tracer may answer with any error of its own; an unknown device matches every other
+        place = compat.device(x.bits if isinstance(x, KeepMask) else x)
+    except Exception:  # a tracer may answer with any error of its own
         return None
+    return None if compat.is_jax_array(x) and not hasattr(place, "platform") else place
 
 
 def _common_dtype(function: str, xp: Any, given: Sequence[tuple[str, Array]]) -> Any:
     dtypes = [array.dtype for _, array in given]
     met = ", ".join(f"{name} {dtype_name(array.dtype)}" for name, array in given)
-    if any(dtype_name(dtype) not in _NUMBERS for dtype in dtypes):
-        raise DTypeError(
-            f"{function}: cannot compute in these dtypes: {met}; convert to float32, float64, float16 or bfloat16, "
-            f"for example with {given[0][0]}.astype('float32')"
-        )
+    odd = [name for name, array in given if dtype_name(array.dtype) not in _NUMBERS]
+    if odd:
+        raise DTypeError(f"{function}: cannot compute in these dtypes: {met}; convert {odd[0]} to float32, float64, float16 or bfloat16")
     floats = [dtype for dtype in dtypes if dtype_name(dtype) in _FLOATS]
     try:
         dtype = _promote(xp, dtypes)
@@ -235,14 +272,24 @@ def _type_name(x: Any) -> str:
     return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
 
 
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 # ---------------------------------------------------------------- out
 
 
-def check_out(call: Call, name: str, out: Array, shape: tuple[Any, ...], arrays: Sequence[tuple[str, Array | None]]) -> None:
-    """Whether `out` can take a result of this shape and T without touching an argument."""
-    function = call.function
-    if _namespace(function, name, out) is not call.xp:
-        raise TypeError(f"{function}: {name} is a {library_name(out)} array, but the arguments are of another library; make it with theirs")
+def check_out(
+    call: Call, name: str, out: Array, shape: tuple[Any, ...], *, in_place: Array | None = None, also: Sequence[tuple[str, Array]] = ()
+) -> None:
+    """Whether `out` can take a result of this shape and T without touching an argument, those in `also` included.
+
+    `in_place` is the one argument that `out` may be.
+    """
+    function, given = call.function, (*call.given, *also)
+    if isinstance(out, KeepMask):
+        raise TypeError(f"{function}: {name} is a KeepMask; pass an array")
+    common_namespace(function, (given[0], (name, out)))
     if not compat.is_writeable_array(out):
         raise (
             ValueError(f"{function}: {name} is read-only; pass a writable array")
@@ -252,17 +299,21 @@ def check_out(call: Call, name: str, out: Array, shape: tuple[Any, ...], arrays:
     if not same_shape(out.shape, shape):
         raise ShapeError(f"{function}: {name} has shape {shape_text(out.shape)} but the result has {shape_text(shape)}")
     if out.dtype != call.dtype:
-        raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)} but the result has {dtype_name(call.dtype)}")
-    for other_name, other in arrays:
-        if other is not None and _overlap(out, other):
+        order = ", in another byte order" if dtype_name(out.dtype) == dtype_name(call.dtype) else ""
+        raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)}{order} but the result has {dtype_name(call.dtype)}")
+    memory = memory_of(out)
+    if memory is not None and any(n > 1 and stride == 0 for n, stride in zip(memory.shape, memory.strides, strict=True)):
+        raise ValueError(f"{function}: elements of {name} share memory with one another (a stride of 0); pass another array")
+    for other_name, other in given:
+        if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
 
 
 def _overlap(a: Array, b: Array | KeepMask) -> bool:
-    if a is b:
-        return True
-    first, second = host_view(a), host_view(b.bits if isinstance(b, KeepMask) else b)
-    if first is None or second is None or not np.may_share_memory(first, second):
+    first, second = memory_of(a), memory_of(b.bits if isinstance(b, KeepMask) else b)
+    if first is None or second is None:
+        return a is b
+    if not np.may_share_memory(first, second):
         return False
     try:
         return np.shares_memory(first, second, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]  # the stubs know only 0 and -1
@@ -270,15 +321,47 @@ def _overlap(a: Array, b: Array | KeepMask) -> bool:
         return True
 
 
-def host_view(x: Array) -> np.ndarray | None:
-    """The memory of x as a NumPy array, where that needs neither a copy nor waiting; else None."""
+class _Layout:
+    """What an array says of its memory, for NumPy to reason about addresses; the memory itself may be a GPU's and is not touched."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
+        self.address = address
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{itemsize}",
+        }
+
+
+def memory_of(x: Array) -> np.ndarray | None:
+    """Addresses and strides of x as a NumPy array that must not be read; None where the library does not tell."""
     if isinstance(x, np.ndarray | np.generic):
         return np.asarray(x)
-    if compat.is_torch_array(x):
-        return x.detach().numpy() if x.device.type == "cpu" and dtype_name(x.dtype) != "bfloat16" else None
-    if library_name(x) == "array_api_strict" and str(compat.device(x)) == "CPU_DEVICE":
-        return np.asarray(x)
-    return None
+    try:
+        if compat.is_torch_array(x):
+            size = x.element_size()
+            layout = _Layout(x.data_ptr(), tuple(x.shape), tuple(size * stride for stride in x.stride()), size)
+        elif compat.is_cupy_array(x):
+            layout = _Layout(x.data.ptr, x.shape, x.strides, x.itemsize)
+        else:
+            return x._array if library_name(x) == "array_api_strict" else None
+    except Exception:  # traced, fake and lazy tensors have no memory to speak of
+        return None
+    return np.asarray(layout) if layout.address else None
+
+
+def readable(x: Array) -> np.ndarray | None:
+    """The values of x where they can be had without waiting (NumPy, strict, torch CPU), else None."""
+    if isinstance(x, np.ndarray):
+        return x
+    try:
+        if compat.is_torch_array(x):
+            return x.detach().numpy() if x.device.type == "cpu" else None
+        return np.asarray(x) if library_name(x) == "array_api_strict" else None
+    except Exception:  # torch under vmap, strict on a device that NumPy cannot reach
+        return None
 
 
 # ---------------------------------------------------------------- extents
@@ -291,6 +374,10 @@ def same(a: Any, b: Any) -> bool:
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(same, a, b))
+
+
+def has_unknown_extent(x: Array) -> bool:
+    return not all(map(known, x.shape))
 
 
 def product(extents: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace, device
 
 
 class KeepMask:
@@ -23,7 +24,7 @@ class KeepMask:
 
     Notes
     -----
-    ``np.asarray(mask)`` and comparisons see int8 values, +1 where kept and -1 where not, so that code
+    ``np.asarray(mask)`` and comparisons see int8 values, +1 where kept and -1 where not (as bool: kept or not), so that code
     which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept.
 
     Examples
@@ -57,9 +58,10 @@ class KeepMask:
         if isinstance(self.bits, np.ndarray):
             return np.unpackbits(self.bits, axis=-1, count=self.shape[-1], bitorder="little").view(np.bool_)
         # CuPy's unpackbits has neither axis nor count.
-        xp, m = _namespace(self.bits), self.shape[-1]
-        spread = (self.bits[..., None] >> xp.arange(8, dtype=xp.uint8)) & 1
-        return spread.reshape(*self.bits.shape[:-1], -1)[..., :m].astype(xp.bool_)
+        xp = array_namespace(self.bits)
+        one = xp.ones_like(self.bits[..., None])
+        spread = (self.bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=device(self.bits))) & one
+        return xp.reshape(spread, (*self.bits.shape[:-1], -1))[..., : self.shape[-1]] == 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if not isinstance(self.bits, np.ndarray):
@@ -67,7 +69,13 @@ class KeepMask:
         if copy is False:
             raise ValueError("a KeepMask is stored as bits: it cannot become an array without a copy")
         signs: np.ndarray = self.to_bool().view(np.int8) * np.int8(2) - np.int8(1)
-        return signs if dtype is None else signs.astype(dtype)
+        return signs if dtype is None else self.to_bool() if np.dtype(dtype) == np.bool_ else signs.astype(dtype)
+
+    def __eq__(self, other: object) -> Any:
+        return np.asarray(self) == other
+
+    def __ne__(self, other: object) -> Any:
+        return np.asarray(self) != other
 
     def __gt__(self, other: Any) -> Any:
         return np.asarray(self) > other
@@ -89,9 +97,3 @@ class KeepMask:
 
     def __setstate__(self, state: tuple[Any, tuple[int, ...]]) -> None:
         self.bits, self.shape = state
-
-
-def _namespace(array: Any) -> Any:
-    from array_api_compat import array_namespace
-
-    return array_namespace(array)

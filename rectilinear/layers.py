@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import Array, Backend, Keep, Wanted
-from rectilinear.backends.generic import known
+from rectilinear.backends.generic import beside, known
 from rectilinear.backends.registry import active
 from rectilinear.dispatch import (
     NATIVE,
@@ -30,8 +30,8 @@ from rectilinear.dispatch import (
     check_out,
     common_namespace,
     dtype_name,
-    host_view,
     product,
+    readable,
     resolve,
     same,
     same_shape,
@@ -53,6 +53,7 @@ __all__ = [
 _AFFINE = ("x", "w", "b")
 _AFFINE_BACKWARD = ("dout", "x", "w", "b", "relu cache")
 _RELU = ("x",)
+_SOFTMAX = ("x", "y")
 _RELU_BACKWARD = ("dout", "cache")
 _GRADIENTS = ("dx", "dw", "db")
 _EVERYTHING = (True, True, True)
@@ -95,9 +96,10 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
     if backend is not None:
         return backend.affine_forward(x, w, b, None), (x, w, b)
     call = resolve("affine_forward", _AFFINE, (x, w, b))
-    operands, shape = _affine_operands(call, x, w, b)
-    target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
-    return call.deliver(call.backend.affine_forward(*operands, target), None, out, target), (x, w, b)
+    flat, shape = _affine_shapes(call, x, w, b)
+    target = _target(call, out, shape)
+    operands = _samples(call, x, flat), call.operand(w), call.operand(b)
+    return call.deliver(call.run("affine_forward", *operands, target), None, out, target), (x, w, b)
 
 
 def affine_backward(
@@ -166,8 +168,8 @@ def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Array]:
     call = resolve("relu_forward", _RELU, (x,))
     if call.plain and out is None:
         return call.backend.relu_forward(x, None), x
-    target = _target(call, "out", out, x.shape, (("x", x),))
-    return call.deliver(call.backend.relu_forward(call.operand(x), target), None, out, target), x
+    target = _target(call, out, x.shape)
+    return call.deliver(call.run("relu_forward", call.operand(x), target), None, out, target), x
 
 
 def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = None) -> Array:
@@ -204,10 +206,8 @@ def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = N
     call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache))
     if not same_shape(dout.shape, cache.shape):
         raise ShapeError(f"relu_backward: dout has shape {shape_text(dout.shape)} but the forward's x had {shape_text(cache.shape)}")
-    in_place = out is dout
-    target = _target(call, "out", out, dout.shape, (("cache", cache),) if in_place else (("dout", dout), ("cache", cache)))
-    operand = target if in_place and target is not None else call.operand(dout)  # the same object, so that a backend sees it
-    return call.deliver(call.backend.relu_backward(operand, call.keep_operand(cache), target), None, out, target)
+    target = _target(call, out, dout.shape, in_place=dout)
+    return call.deliver(call.run("relu_backward", call.operand(dout), call.keep_operand(cache), target), None, out, target)
 
 
 # ---------------------------------------------------------------- affine, then ReLU
@@ -242,13 +242,14 @@ def affine_relu_forward(
         result, keep = backend.affine_relu_forward(x, w, b, None)
         return result, ((x, w, b), keep)
     call = resolve("affine_relu_forward", _AFFINE, (x, w, b))
-    operands, shape = _affine_operands(call, x, w, b)
-    target = _target(call, "out", out, shape, (("x", x), ("w", w), ("b", b)))
+    flat, shape = _affine_shapes(call, x, w, b)
+    target = _target(call, out, shape)
+    operands = _samples(call, x, flat), call.operand(w), call.operand(b)
     if call.compute != call.dtype:
         # Rounded before ReLU looks at the sign, so that a z which rounds to -0.0 is kept by forward and backward alike.
-        z = call.deliver(call.backend.affine_forward(*operands, None))
+        z = call.deliver(call.run("affine_forward", *operands, None))
         return relu_forward(z, out=out)[0], ((x, w, b), z)
-    result, keep = call.backend.affine_relu_forward(*operands, target)
+    result, keep = call.run("affine_relu_forward", *operands, target)
     return call.deliver(result, None, out, target), ((x, w, b), call.deliver(keep))
 
 
@@ -287,9 +288,10 @@ def affine_relu_backward(
             f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it"
         )
     x, w, b = _affine_cache("affine_relu_backward", cache[0])
-    if cache[1] is None:
+    if cache[1] is None or isinstance(cache[1], tuple | list):
+        met = _met(cache[1])
         raise TypeError(
-            "affine_relu_backward: the ReLU half of cache is None; it takes z or a KeepMask, as affine_relu_forward returned it"
+            f"affine_relu_backward: the ReLU half of cache is {met}; it takes z or a KeepMask, as affine_relu_forward returned it"
         )
     return _affine_backward("affine_relu_backward", dout, x, w, b, cache[1], needs, out)
 
@@ -332,8 +334,9 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
     if x.ndim != 2 or x.shape[1] == 0:
         raise ShapeError(f"softmax_loss: x has shape {shape_text(x.shape)}; it takes (N, C) scores of C >= 1 classes")
     y = _labels(call, x, y)
-    target = _target(call, "out", out, x.shape, (("x", x), ("y", y)))
-    loss, dx = call.backend.softmax_loss(call.operand(x), call.backend.asarray(y) if call.moves else y, target)
+    call.names, call.arrays = _SOFTMAX, (x, y)
+    target = _target(call, out, x.shape)
+    loss, dx = call.run("softmax_loss", call.operand(x), call.backend.asarray(y) if call.moves else y, target)
     if call.plain and out is None:
         return loss, dx
     loss = call.deliver(loss)
@@ -341,29 +344,24 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
 
 
 def _labels(call: Call, x: Array, y: Any) -> Array:
+    classes = x.shape[1]
     if isinstance(y, list | tuple):
-        y = np.asarray(y) if y else np.zeros(0, np.int64)
-        if y.dtype.kind not in "iu":
-            raise DTypeError(f"softmax_loss: y is a list of {y.dtype.name}; labels are integers, 0 to {x.shape[1] - 1}")
+        if not all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in y):
+            raise DTypeError(f"softmax_loss: y is a {type(y).__name__} of other things than ints; labels are integers, 0 to {classes - 1}")
+        y = np.asarray(y, np.int64)
         if call.xp is not np:
-            y = call.xp.asarray(y, device=_device_of(x))
-    common_namespace("softmax_loss", (("x", x), ("y", y)))
+            y = call.xp.asarray(y, **beside(x))
+    common_namespace("softmax_loss", tuple(zip(_SOFTMAX, (x, y), strict=True)))
     y = np.asarray(y) if call.xp is np else y
     if dtype_name(y.dtype).lstrip("u") not in ("int8", "int16", "int32", "int64"):
-        raise DTypeError(f"softmax_loss: y has dtype {dtype_name(y.dtype)}; labels are integers, 0 to {x.shape[1] - 1}")
+        raise DTypeError(f"softmax_loss: y has dtype {dtype_name(y.dtype)}; labels are integers, 0 to {classes - 1}")
     if not same_shape(y.shape, x.shape[:1]):
         raise ShapeError(f"softmax_loss: y has shape {shape_text(y.shape)} but x of shape {shape_text(x.shape)} wants one label per sample")
-    values = host_view(y)
-    if values is not None and values.size and known(x.shape[1]) and (values.min() < 0 or values.max() >= x.shape[1]):
-        i = int(np.argmax((values < 0) | (values >= x.shape[1])))
-        raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {x.shape[1]} classes, labels go from 0 to {x.shape[1] - 1}")
+    values = readable(y)
+    if values is not None and values.size and (values.min() < 0 or values.max() >= classes):
+        i = int(np.argmax((values < 0) | (values >= classes)))
+        raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {classes} classes, labels go from 0 to {classes - 1}")
     return y
-
-
-def _device_of(x: Array) -> Any:
-    from array_api_compat import device
-
-    return device(x)
 
 
 # ---------------------------------------------------------------- shapes, caches, out
@@ -389,26 +387,36 @@ def _is_plain(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
     return type(x) is np.ndarray and x.dtype is dtype and x.shape == shape
 
 
-def _affine_operands(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Array, Array, Array | None], tuple[Any, ...]]:
-    """x as (..., n, d), w and b for the backend, and the shape of the output; raises where they do not fit."""
+def _affine_shapes(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Shapes of x as (..., n, d) and of the output; raises where the arguments do not fit."""
     try:
         x_shape, w_shape = x.shape, w.shape
     except AttributeError:
         raise TypeError(f"{call.function}: {'x' if x is None else 'w'} is None, not an array; only b may be None") from None
     lead = len(w_shape) - 1
-    fits = len(x_shape) == 2 == len(w_shape) and x_shape[1] == w_shape[0]  # most calls
-    flat = x_shape if fits else _flat_shape(call.function, x_shape, w_shape, lead)
-    shape = (*flat[:lead], w_shape[-1])
+    flat = _flat_shape(call.function, x_shape, w_shape, lead)
     if b is not None:
         b_shape = (*w_shape[:-2], w_shape[-1])
-        if b.shape != b_shape and not same_shape(b.shape, b_shape):
+        if not same_shape(b.shape, b_shape):
             raise ShapeError(
                 f"{call.function}: b has shape {shape_text(b.shape)} but w of shape {shape_text(w_shape)} wants {shape_text(b_shape)}"
             )
-    if call.plain:
-        return (x if flat is x_shape else x.reshape(flat), w, b), shape
-    x = x if len(flat) == len(x_shape) else _flatten(call, x, flat)
-    return (call.operand(x), call.operand(w), call.operand(b)), shape
+    return flat, (*flat[:lead], w_shape[-1])
+
+
+def _samples(call: Call, x: Array, flat: tuple[Any, ...]) -> Array:
+    """x as the operand (..., n, d)."""
+    if len(flat) == x.ndim:
+        return call.operand(x)
+    if len(flat) == x.ndim + 1:
+        return call.operand(x[..., None])
+    try:
+        return call.operand(call.xp.reshape(x, tuple(extent if known(extent) else -1 for extent in flat)))
+    except (ValueError, TypeError) as error:  # dask flattens nothing of unknown extent
+        raise ShapeError(
+            f"{call.function}: x of shape {shape_text(x.shape)} has to be flattened to {shape_text(flat)}, which its library cannot do "
+            "while an extent is unknown; let it find out (dask: x.compute_chunk_sizes()) or flatten the samples before"
+        ) from error
 
 
 def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...], lead: int) -> tuple[Any, ...]:
@@ -428,16 +436,6 @@ def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...
     return (*x_shape[:lead], features if known(features) else w_shape[-2])
 
 
-def _flatten(call: Call, x: Array, shape: tuple[Any, ...]) -> Array:
-    try:
-        return call.xp.reshape(x, tuple(extent if known(extent) else -1 for extent in shape))
-    except (ValueError, TypeError) as error:  # dask flattens nothing of unknown extent
-        raise ShapeError(
-            f"{call.function}: x of shape {shape_text(x.shape)} has to be flattened to {shape_text(shape)}, which its library cannot do "
-            "while an extent is unknown; let it find out (dask: x.compute_chunk_sizes()) or flatten the samples before"
-        ) from error
-
-
 def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None]:
     if isinstance(cache, tuple | list) and len(cache) == 3:
         x, w, b = cache
@@ -447,8 +445,10 @@ def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None
 
 
 def _met(cache: Any) -> str:
+    if cache is None:
+        return "None"
     name = type(cache).__name__
-    return f"a {name} of {len(cache)}" if isinstance(cache, tuple | list) else f"a {name}"
+    return f"a {name} of {len(cache)}" if isinstance(cache, tuple | list) else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _affine_backward(
@@ -461,34 +461,29 @@ def _affine_backward(
         if _is_plain(dout, dtype, shape) and (keep is None or by_bits or _is_plain(keep, dtype, shape)):
             return backend.affine_backward(dout, x, w, keep, needs, _NOWHERE)
     call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep))
-    operands, shape = _affine_operands(call, x, w, b)
-    if dout.shape != shape and not same_shape(dout.shape, shape):
+    flat, shape = _affine_shapes(call, x, w, b)
+    if not same_shape(dout.shape, shape):
         raise ShapeError(f"{function}: dout has shape {shape_text(dout.shape)} but the forward's output had {shape_text(shape)}")
-    if keep is not None and keep.shape != shape and not same_shape(keep.shape, shape):
+    if keep is not None and not same_shape(keep.shape, shape):
         raise ShapeError(
             f"{function}: the ReLU half of cache has shape {shape_text(keep.shape)} but the forward's output had {shape_text(shape)}"
         )
     wanted = _wanted(function, needs, b)
     shapes = (x.shape, w.shape, () if b is None else b.shape)
     outs = _gradient_outs(function, out, wanted)
-    targets = outs
-    if out is not None:
-        taken: tuple[tuple[str, Any], ...] = (("dout", dout), ("x", x), ("w", w), ("b", b), ("the ReLU half of cache", keep))
-        for i, buffer in enumerate(outs):
-            if buffer is not None:
-                name = f"out[{i}] ({_GRADIENTS[i]})"
-                check_out(call, name, buffer, shapes[i], taken)
-                taken = (*taken, (name, buffer))
-        targets = (call.target(outs[0], operands[0].shape), call.target(outs[1], shapes[1]), call.target(outs[2], shapes[2]))
-    x2, w2, _ = operands
-    dout2 = call.operand(dout)
+    checked: tuple[tuple[str, Array], ...] = ()
+    for i, buffer in enumerate(outs):
+        if buffer is not None:
+            name = f"out[{i}] ({_GRADIENTS[i]})"
+            check_out(call, name, buffer, shapes[i], also=checked)
+            checked = (*checked, (name, buffer))
+    targets = (call.target(outs[0], flat), call.target(outs[1], shapes[1]), call.target(outs[2], shapes[2]))
     grads: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if wanted == (False, False, True) and keep is None:
-        grads = None, None, call.backend.bias_backward(dout2, targets[2])
+        grads = None, None, call.run("bias_backward", call.operand(dout), targets[2])
     elif any(wanted):
-        grads = call.backend.affine_backward(dout2, x2, w2, call.keep_operand(keep), wanted, targets)
-    if call.plain and out is None and x2.ndim == len(shapes[0]):
-        return grads
+        operands = call.operand(dout), _samples(call, x, flat), call.operand(w), call.keep_operand(keep)
+        grads = call.run("affine_backward", *operands, wanted, targets)
     dx, dw, db = (call.deliver(*each) for each in zip(grads, shapes, outs, targets, strict=True))
     return dx, dw, db
 
@@ -511,8 +506,8 @@ def _gradient_outs(function: str, out: Any, wanted: Wanted) -> tuple[Array | Non
     return dx, dw, db
 
 
-def _target(call: Call, name: str, out: Array | None, shape: tuple[Any, ...], taken: Sequence[tuple[str, Array | None]]) -> Array | None:
+def _target(call: Call, out: Array | None, shape: tuple[Any, ...], in_place: Array | None = None) -> Array | None:
     if out is None:
         return None
-    check_out(call, name, out, shape, taken)
+    check_out(call, "out", out, shape, in_place=in_place)
     return call.target(out, shape)

@@ -1,6 +1,6 @@
-"""A backend under another name: the generic reference on NumPy arrays, counting calls.
+"""A backend under another name: the generic reference on NumPy arrays, counting calls and remembering results.
 
-It keeps the dispatcher honest: a layer function that reached a result without it would leave no count.
+It keeps the dispatcher honest: a layer function that reached a result without it would leave no count, and return another object.
 """
 
 from __future__ import annotations
@@ -27,25 +27,32 @@ PRIMITIVES = (
 )
 
 
-class Tagged(np.ndarray):
-    """What the loopback returns from ``asarray``, so that a test can see who made it."""
-
-
 class LoopbackBackend(GenericBackend):
     name = "loopback"
     library = "numpy"
     calls: ClassVar[Counter[str]] = Counter()
+    made: ClassVar[tuple[Any, ...]] = ()
+    """What the latest primitive returned: a caller's result is one of these, or it came another way."""
 
     def probe(self) -> Probe:
         return Probe(True, version="1", device="cpu", threads=1)
 
     def __getattribute__(self, name: str) -> Any:
-        if name in PRIMITIVES:
-            type(self).calls[name] += 1
-        return super().__getattribute__(name)
+        found = super().__getattribute__(name)
+        if name not in PRIMITIVES:
+            return found
+
+        def counted(*arguments: Any) -> Any:
+            result = found(*arguments)
+            cls = type(self)
+            cls.calls[name] += 1
+            cls.made = result if isinstance(result, tuple) else (result,)
+            return result
+
+        return counted
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
-        return np.asarray(x, dtype=dtype).view(Tagged)
+        return np.asarray(x, dtype=dtype)
 
     def to_numpy(self, x: Any) -> Any:
         return np.asarray(x)

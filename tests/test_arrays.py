@@ -38,6 +38,14 @@ def test_asarray_and_back(lib: Lib) -> None:
 def test_asarray_refuses_to_lose_a_mask() -> None:
     with pytest.raises(TypeError, match=r"masked array.*filled"):
         r.asarray(np.ma.masked_array([1.0, 2.0], [True, False]))
+    with pytest.raises(TypeError, match=r"masked array.*filled"):
+        r.to_numpy(np.ma.masked_array([1.0, 2.0], [True, False]))
+
+
+def test_asarray_knows_bfloat16_by_name_and_refuses_none() -> None:
+    assert r.asarray([1.0], dtype="bfloat16").dtype.name == "bfloat16"
+    with pytest.raises(TypeError, match="x is None"):
+        r.asarray(None)
 
 
 @pytest.mark.libraries
@@ -48,6 +56,8 @@ def test_torch_bfloat16_comes_to_the_host() -> None:
     got = r.to_numpy(torch.tensor([1.5, -2.0], dtype=torch.bfloat16, requires_grad=True))
     assert got.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(got.astype(np.float32), [1.5, -2.0])
+    np.testing.assert_array_equal(r.to_numpy(torch.tensor([1.5, -2.0], requires_grad=True)), [1.5, -2.0])
+    np.testing.assert_array_equal(r.to_numpy(torch.tensor([1 + 2j]).conj().imag), [-2.0])
 
 
 # ---------------------------------------------------------------- KeepMask
@@ -77,7 +87,18 @@ def test_keepmask_shows_signs(keep: np.ndarray) -> None:
 
 def test_foreign_code_selects_what_was_kept(keep: np.ndarray) -> None:
     mask = make_mask(keep)
-    for selected in (mask > 0, mask >= 0, ~(mask < 0), ~(mask <= 0), np.greater(mask, 0), 0 < mask, np.asarray(mask) > 0):
+    for selected in (
+        mask == 1,
+        mask != -1,
+        np.asarray(mask, dtype=bool),
+        mask > 0,
+        mask >= 0,
+        ~(mask < 0),
+        ~(mask <= 0),
+        np.greater(mask, 0),
+        0 < mask,
+        np.asarray(mask) > 0,
+    ):
         np.testing.assert_array_equal(selected, keep)
     dout = np.ones(keep.shape)
     np.testing.assert_array_equal(dout * (mask > 0), keep)

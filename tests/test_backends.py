@@ -22,7 +22,7 @@ from rectilinear.__main__ import main
 from rectilinear.backends import contract, registry
 from rectilinear.backends.numpy_backend import NumpyBackend
 
-from .loopback import PRIMITIVES, LoopbackBackend, Tagged
+from .loopback import PRIMITIVES, LoopbackBackend
 
 
 def in_thread(function: Any) -> Any:
@@ -112,6 +112,27 @@ def test_auto_remembers_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
     assert "auto passed over broken: ModuleNotFoundError" in (active().reason or "")
 
 
+def test_auto_passes_over_what_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_AUTO_ORDER", ("unusable", "numpy"))
+    monkeypatch.setitem(registry._BUILT_IN, "unusable", "tests.test_backends:Unusable")
+    r.set_backend(None)
+    assert r.get_backend() == "numpy"
+    assert "auto passed over unusable: no such device" in (active().reason or "")
+
+
+def test_auto_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECTILINEAR_BACKEND", "auto")
+    r.set_backend(None)
+    assert active().chosen_by == "variable"
+    r.set_backend("auto")
+    assert active().chosen_by == "process"
+
+
+class Unusable(NumpyBackend):
+    def probe(self) -> contract.Probe:
+        return contract.Probe(False, "no such device; plug one in")
+
+
 # ---------------------------------------------------------------- unknown and unusable names
 
 
@@ -132,10 +153,6 @@ def test_generic_is_listed_and_never_chosen() -> None:
 
 
 def test_an_unusable_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unusable(NumpyBackend):
-        def probe(self) -> contract.Probe:
-            return contract.Probe(False, "no such device; plug one in")
-
     registry.register("unusable", Unusable)
     try:
         with pytest.raises(r.BackendError, match="backend 'unusable' is not usable here: no such device; plug one in"):
@@ -244,22 +261,94 @@ def test_a_thread_that_inherits_its_starters_context_ignores_it() -> None:
 
         def run(self) -> None:
             self.seen = self._context.run(r.get_backend)
-            handed_over = contextvars.copy_context()
-            handed_over.run(lambda: r.use_backend("numpy").__enter__())
-            self.given = handed_over.run(r.get_backend)
+            self.given = meant.run(r.get_backend)  # as asyncio.to_thread does
 
     r.set_backend("numpy")
     with r.use_backend("loopback"):
+        meant = contextvars.copy_context()
         thread = Inheriting()
         thread.start()
         thread.join()
-    assert (thread.seen, thread.given) == ("numpy", "numpy")
+    assert (thread.seen, thread.given) == ("numpy", "loopback")
 
 
 def test_many_threads_choose_first_together() -> None:
-    r.set_backend(None)
+    gate = threading.Barrier(8)
+
+    def choose(_: int) -> str:
+        gate.wait(10)
+        return r.get_backend()
+
     with ThreadPoolExecutor(8) as pool:
-        assert len({pool.submit(r.get_backend).result() for _ in range(64)}) == 1
+        for _ in range(10):
+            r.set_backend(None)
+            assert len(set(pool.map(choose, range(8)))) == 1
+
+
+def test_blocks_closed_out_of_order() -> None:
+    """A generator that holds a block may be closed inside of another block."""
+
+    def holder() -> Any:
+        with r.use_backend("loopback"):
+            yield
+
+    r.set_backend("numpy")
+    held = holder()
+    next(held)
+    with r.use_backend("numpy"):
+        held.close()
+        assert r.get_backend() == "numpy"
+    assert active().chosen_by == "process"
+
+
+FORK_WHILE_LOCKED = """
+import os, threading
+import rectilinear as r
+from rectilinear.backends import registry
+
+locked, done = threading.Event(), threading.Event()
+def hold():
+    with registry._lock:
+        locked.set()
+        done.wait(20)
+threading.Thread(target=hold, daemon=True).start()
+locked.wait()
+child = os.fork()
+if child == 0:
+    r.set_backend("numpy")
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+done.set()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_while_another_thread_chooses() -> None:
+    done = subprocess.run((sys.executable, "-c", FORK_WHILE_LOCKED), capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_plug_in_may_use_the_library_while_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, each with one of the two locks that an import and a choice take, must not wait for each other."""
+    inside, go = threading.Event(), threading.Event()
+
+    def slow() -> NumpyBackend:
+        inside.set()
+        go.wait(10)
+        return NumpyBackend()
+
+    registry.register("slow", slow)
+    try:
+        first = threading.Thread(target=lambda: r.use_backend("slow"))
+        first.start()
+        inside.wait(10)
+        assert in_thread(lambda: (r.set_backend(None), r.get_backend())[1])
+        go.set()
+        first.join(10)
+        assert not first.is_alive()
+    finally:
+        go.set()
+        registry.unregister("slow")
 
 
 # ---------------------------------------------------------------- loopback: the dispatcher itself
@@ -283,14 +372,11 @@ def test_every_primitive_is_reached_through_the_dispatcher() -> None:
     with r.use_backend("loopback"):
         for primitive, call in by_primitive.items():
             LoopbackBackend.calls.clear()
-            call()
+            result = call()
             assert LoopbackBackend.calls[primitive] == 1, primitive
-    assert isinstance(in_loopback(lambda: r.asarray([1.0])), Tagged)
-
-
-def in_loopback(call: Any) -> Any:
-    with r.use_backend("loopback"):
-        return call()
+            made = {id(array) for array in LoopbackBackend.made}
+            first = result[0] if isinstance(result, tuple) and result[0] is not None else result[2] if isinstance(result, tuple) else result
+            assert id(first) in made, primitive
 
 
 def test_the_primitives_are_the_contracts() -> None:
@@ -312,12 +398,29 @@ class Elsewhere(LoopbackBackend):
     def to_numpy(self, x: Any) -> Any:
         import array_api_strict as xp
 
+        if isinstance(x, r.KeepMask):
+            return r.KeepMask(self.to_numpy(x.bits), x.shape)
         return np.asarray(x.to_device(xp.Device("CPU_DEVICE")))
 
 
-def test_numpy_arrays_are_taken_to_a_backend_elsewhere_and_back(rng: np.random.Generator) -> None:
-    x, w, b, dout = rng.standard_normal((5, 2, 3)), rng.standard_normal((6, 4)), rng.standard_normal(4), rng.standard_normal((5, 4))
-    registry.register("elsewhere", Elsewhere)
+class ElsewhereWithMasks(Elsewhere):
+    """As `Elsewhere`, and it returns the bits of the keep-set as a GPU's kernels do."""
+
+    def affine_relu_forward(self, x: Any, w: Any, b: Any, out: Any) -> Any:
+        result, z = super().affine_relu_forward(x, w, b, out)
+        keep = ~(np.asarray(self.to_numpy(z)) < 0)
+        bits = np.packbits(keep, axis=-1, bitorder="little")
+        return result, r.KeepMask(Elsewhere.asarray(self, bits), keep.shape)
+
+    def asarray(self, x: Any, dtype: Any = None) -> Any:
+        return r.KeepMask(self.asarray(x.bits), x.shape) if isinstance(x, r.KeepMask) else super().asarray(x, dtype)
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, ElsewhereWithMasks])
+@pytest.mark.parametrize("shape", [(5, 2, 3), (5, 6)])
+def test_numpy_arrays_are_taken_to_a_backend_elsewhere_and_back(rng: np.random.Generator, kind: Any, shape: tuple[int, ...]) -> None:
+    x, w, b, dout = rng.standard_normal(shape), rng.standard_normal((6, 4)), rng.standard_normal(4), rng.standard_normal((5, 4))
+    registry.register("elsewhere", kind)
     try:
         got = []
         for name in ("numpy", "elsewhere"):
@@ -325,7 +428,10 @@ def test_numpy_arrays_are_taken_to_a_backend_elsewhere_and_back(rng: np.random.G
                 out, cache = r.affine_relu_forward(x, w, b)
                 room = np.empty_like(dout)
                 loss, dx = r.softmax_loss(dout, [0, 1, 2, 3, 0], out=room)
-                got.append([out, cache[1], *r.affine_relu_backward(dout, cache), r.relu_backward(dout, cache[1]), loss, dx])
+                plain = r.affine_forward(x, w, b)[0]
+                got.append(
+                    [plain, out, np.asarray(cache[1]) < 0, *r.affine_relu_backward(dout, cache), r.relu_backward(dout, cache[1]), loss, dx]
+                )
                 assert dx is room
                 assert cache[0][0] is x
         for have, want in zip(*got, strict=True):
@@ -343,6 +449,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
 
     made = tuple(EntryPoint(name, value, "rectilinear.backends") for name, value in points)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: made if group == "rectilinear.backends" else ())
+    registry._plug_ins.cache_clear()
 
 
 def test_plug_ins_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,12 +457,49 @@ def test_plug_ins_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with r.use_backend("plugged"):
         assert r.get_backend() == "plugged"
         np.testing.assert_array_equal(r.relu_forward(np.array([-1.0, 1.0]))[0], [0, 1])
+    assert "plugged" in [info.name for info in r.list_backends()]
     r.set_backend("numpy")
     assert type(registry.active()) is NumpyBackend  # a plug-in cannot take a built-in's name
+    with pytest.raises(ValueError, match="name of a built-in"):
+        registry.register("Numpy", Plugged)
+
+
+def test_the_name_chosen_is_the_name_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the backend calls itself: the chosen name is the one that can be chosen again."""
+    plug_in(monkeypatch, ("nameless", "tests.test_backends:Nameless"))
+    with r.use_backend("nameless") as name:
+        assert name == r.get_backend() == active().name == "nameless"
+    registry._loaded.pop("nameless", None)
+
+
+class Nameless(NumpyBackend):
+    pass
+
+
+def test_plug_ins_installed_for_real(tmp_path: Any) -> None:
+    """Found through the metadata of an installed distribution, in a new process."""
+    info = tmp_path / "some_backend-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-backend\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[rectilinear.backends]\nsome = some_backend:Backend\n")
+    (tmp_path / "some_backend.py").write_text(
+        "from rectilinear.backends.numpy_backend import NumpyBackend\nclass Backend(NumpyBackend):\n    name = 'some'\n"
+    )
+    code = "import numpy, rectilinear; print(rectilinear.get_backend(), rectilinear.relu_forward(numpy.array([-1.0]))[0])"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert in_new_process(code, RECTILINEAR_BACKEND="some", PYTHONPATH=path) == "some [0.]"
 
 
 class Plugged(NumpyBackend):
     name = "plugged"
+
+
+class Newer(NumpyBackend):
+    api_version = 99
+
+
+def exits() -> None:
+    raise SystemExit(3)
 
 
 class Outdated(NumpyBackend):
@@ -364,10 +508,22 @@ class Outdated(NumpyBackend):
 
 
 def test_broken_plug_ins_are_listed_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug_in(monkeypatch, ("broken", "no_such_module:Backend"), ("outdated", "tests.test_backends:Outdated"))
-    reasons = {info.name: info.reason for info in r.list_backends()}
+    plug_in(
+        monkeypatch,
+        ("broken", "no_such_module:Backend"),
+        ("outdated", "tests.test_backends:Outdated"),
+        ("newer", "tests.test_backends:Newer"),
+        ("exits", "tests.test_backends:exits"),
+        ("auto", "tests.test_backends:Plugged"),
+    )
+    infos = {info.name: info for info in r.list_backends()}
+    reasons = {name: info.reason for name, info in infos.items()}
+    assert "auto" not in infos
+    assert not any(infos[name].usable for name in ("broken", "outdated", "newer", "exits"))
     assert "ModuleNotFoundError" in str(reasons["broken"])
-    assert "written for contract 0" in str(reasons["outdated"])
+    assert "SystemExit" in str(reasons["exits"])
+    assert "written for contract 0, this rectilinear has 1; update it" in str(reasons["outdated"])
+    assert "written for contract 99, this rectilinear has 1; update rectilinear" in str(reasons["newer"])
     assert r.get_backend()
     with pytest.raises(r.BackendError, match="no_such_module"):
         r.set_backend("broken")
@@ -376,7 +532,8 @@ def test_broken_plug_ins_are_listed_with_their_reason(monkeypatch: pytest.Monkey
 @pytest.fixture(autouse=True)
 def _forget_plug_ins() -> Any:
     yield
-    for name in ("plugged", "outdated", "broken"):
+    registry._plug_ins.cache_clear()
+    for name in ("plugged", "outdated", "newer", "broken", "exits", "unusable"):
         registry._loaded.pop(name, None)
 
 
@@ -422,6 +579,21 @@ def test_info_shows_a_bad_variable_and_exits_with_0() -> None:
         )
         assert done.returncode == 0
         assert "unknown backend 'nmupy' (did you mean 'numpy'?)" in done.stdout
+
+
+@pytest.mark.parametrize("reason", ["pip install 'rectilinear[extra]'", "no [/usr/lib/libcuda.so]"])
+def test_info_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    class Bracketed(NumpyBackend):
+        def probe(self) -> contract.Probe:
+            return contract.Probe(False, reason)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    registry.register("bracketed", Bracketed)
+    try:
+        assert main(["info"]) == 0
+    finally:
+        registry.unregister("bracketed")
+    assert reason in capsys.readouterr().out
 
 
 def test_import_is_pure() -> None:

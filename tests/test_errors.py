@@ -11,6 +11,7 @@ import pytest
 import rectilinear as r
 
 X, W, B, DOUT = np.ones((5, 6)), np.ones((6, 4)), np.ones(4), np.ones((5, 4))
+MASK = r.KeepMask(np.zeros((5, 1), np.uint8), (5, 8))
 STACKED = np.ones((3, 6, 4))
 
 
@@ -45,6 +46,11 @@ VERBATIM = [
 
 # function, argument, what was met, what was wanted or the remedy
 BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
+    "another number of features": (
+        lambda: r.affine_forward(X, np.ones((5, 4)), B),
+        r.ShapeError,
+        ["x has 6 features", "(5, 6)", "takes 5"],
+    ),
     "0-d x": (lambda: r.affine_forward(np.float64(1), W, B), r.ShapeError, ["affine_forward", "x", "()", "(N, ...)"]),
     "w of one axis": (lambda: r.affine_forward(X, B, B), r.ShapeError, ["affine_forward", "w", "(4,)", "(D, M)", "(B, D, M)"]),
     "stacked x without groups": (lambda: r.affine_forward(np.ones(3), STACKED, None), r.ShapeError, ["x", "(3,)", "(B, N, ...)"]),
@@ -59,9 +65,9 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
         ["cache", "tuple of 2", "affine_relu_backward"],
     ),
     "plain cache in fused": (lambda: r.affine_relu_backward(DOUT, (X, W, B)), TypeError, ["cache", "tuple of 3", "affine_relu_forward"]),
-    "cache that is an array": (lambda: r.affine_backward(DOUT, X), TypeError, ["cache", "ndarray", "(x, w, b)"]),
+    "cache that is an array": (lambda: r.affine_backward(DOUT, X), TypeError, ["cache is a ndarray", "(x, w, b)"]),
     "tuple in relu": (lambda: r.relu_backward(DOUT, (X, W, B)), TypeError, ["relu_backward", "cache", "tuple of 3", "relu_forward"]),
-    "no relu half": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), None)), TypeError, ["cache is None", "KeepMask"]),
+    "no relu half": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), None)), TypeError, ["ReLU half of cache is None", "KeepMask"]),
     "relu half of other shape": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), X)), r.ShapeError, ["ReLU half", "(5, 6)", "(5, 4)"]),
     "scalar": (lambda: r.relu_forward(1.0), TypeError, ["relu_forward", "x is a float", "rectilinear.asarray(x)"]),
     "None for w": (lambda: r.affine_forward(X, None, B), TypeError, ["affine_forward", "w is None"]),
@@ -69,14 +75,31 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "None for a cache": (lambda: r.relu_backward(DOUT, None), TypeError, ["relu_backward", "cache is None"]),
     "matrix": (lambda: r.affine_forward(_matrix(X), W, B), TypeError, ["x is a numpy.matrix", "np.asarray(x)"]),
     "masked": (lambda: r.affine_forward(X, np.ma.masked_array(W), B), TypeError, ["w is a numpy.ma.MaskedArray", "np.asarray(w)"]),
-    "complex": (lambda: r.affine_forward(X * 1j, W, B), r.DTypeError, ["x complex128", "float32"]),
+    "complex": (lambda: r.affine_forward(X * 1j, W, B), r.DTypeError, ["x complex128", "convert x to float32"]),
     "longdouble": (lambda: r.relu_forward(X.astype(np.longdouble)), r.DTypeError, [f"x {np.dtype(np.longdouble).name}", "float64"]),
     "object": (lambda: r.affine_forward(X, W.astype(object), B), r.DTypeError, ["w object"]),
     "strings": (lambda: r.relu_forward(np.array(["a"])), r.DTypeError, ["relu_forward", "x str"]),
     "label too small": (lambda: r.softmax_loss(X, [0, 0, -1, 0, 0]), ValueError, ["y[2] is -1", "0 to 5"]),
     "float labels": (lambda: r.softmax_loss(X, np.zeros(5)), r.DTypeError, ["y has dtype float64", "integers"]),
     "bool labels": (lambda: r.softmax_loss(X, np.zeros(5, bool)), r.DTypeError, ["y has dtype bool", "integers"]),
-    "list of float labels": (lambda: r.softmax_loss(X, [0.5] * 5), r.DTypeError, ["y is a list of float64"]),
+    "list of float labels": (lambda: r.softmax_loss(X, [0.5] * 5), r.DTypeError, ["y is a list", "ints", "0 to 5"]),
+    "ragged labels": (lambda: r.softmax_loss(X, [[0], [1, 2]]), r.DTypeError, ["y is a list", "ints"]),
+    "one int": (lambda: r.softmax_loss(X, 3), TypeError, ["y is an int, not an array"]),
+    "tuple as the relu half": (
+        lambda: r.affine_relu_backward(DOUT, ((X, W, B), (DOUT,))),
+        TypeError,
+        ["ReLU half", "a tuple of 1", "KeepMask"],
+    ),
+    "mask for x": (lambda: r.affine_forward(MASK, W, B), TypeError, ["affine_forward", "x is a KeepMask", "cache of a ReLU"]),
+    "mask for dout": (lambda: r.relu_backward(MASK, DOUT), TypeError, ["relu_backward", "dout is a KeepMask"]),
+    "mask for out": (lambda: r.relu_forward(DOUT, out=MASK), TypeError, ["out is a KeepMask; pass an array"]),
+    "mask of another shape": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), MASK)), r.ShapeError, ["ReLU half", "(5, 8)", "(5, 4)"]),
+    "out in another byte order": (lambda: r.relu_forward(X, out=np.zeros((5, 6), ">f8")), r.DTypeError, ["float64, in another byte order"]),
+    "out that overlaps itself": (
+        lambda: r.relu_forward(B, out=np.lib.stride_tricks.as_strided(np.zeros(1), (4,), (0,))),
+        ValueError,
+        ["stride of 0"],
+    ),
     "too few labels": (lambda: r.softmax_loss(X, [0, 1]), r.ShapeError, ["y", "(2,)", "(5, 6)", "one label per sample"]),
     "one-hot labels": (lambda: r.softmax_loss(X, np.eye(5, 6, dtype=int)), r.ShapeError, ["y", "(5, 6)", "one label per sample"]),
     "no classes": (lambda: r.softmax_loss(np.ones((5, 0)), [0] * 5), r.ShapeError, ["x", "(5, 0)", "C >= 1"]),
@@ -111,12 +134,16 @@ def test_our_errors_are_the_built_in_ones_too() -> None:
 def test_two_libraries_in_one_call() -> None:
     import array_api_strict
 
-    with pytest.raises(TypeError, match=r"x is a numpy array but w is a array_api_strict array.*rectilinear\.to_numpy\(w\)"):
+    with pytest.raises(TypeError, match=r"x is a numpy array but w is an array_api_strict array.*with rectilinear\.to_numpy\(w\)"):
         r.affine_forward(X, array_api_strict.ones((6, 4)), None)
-    with pytest.raises(TypeError, match=r"x is a array_api_strict array but y is a numpy array"):
+    with pytest.raises(
+        TypeError, match=r"x is an array_api_strict array but y is a numpy array.*array_api_strict\.asarray\(rectilinear\.to_numpy\(y\)\)"
+    ):
         r.softmax_loss(array_api_strict.ones((2, 3)), np.zeros(2, np.int64))
     with pytest.raises(TypeError, match="out is a numpy array"):
         r.relu_forward(array_api_strict.ones(3), out=np.ones(3))
+    with pytest.raises(TypeError, match=r"b is a list, not an array; pass array_api_strict\.asarray\(b\)"):
+        r.affine_forward(array_api_strict.ones((5, 6)), array_api_strict.ones((6, 4)), [0.0] * 4)
 
 
 def test_two_devices_in_one_call() -> None:
@@ -125,6 +152,8 @@ def test_two_devices_in_one_call() -> None:
     x, w = xp.ones((5, 6), device=xp.Device("device1")), xp.ones((6, 4))
     with pytest.raises(TypeError, match=r"x is on device .*device1.* but w is on device .*CPU_DEVICE.*to_device\(w, device\)"):
         r.affine_forward(x, w, None)
+    with pytest.raises(TypeError, match=r"x is on device .*CPU_DEVICE.* but out is on device .*device1"):
+        r.relu_forward(w, out=xp.ones((6, 4), device=xp.Device("device1")))
 
 
 def test_results_stay_on_their_device() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -62,6 +65,69 @@ def test_dask_cannot_flatten_what_it_does_not_know_the_extent_of(rng: np.random.
     with dask.config.set(scheduler="synchronous"):
         out, _ = r.affine_forward(X.compute_chunk_sizes(), da.from_array(w, chunks=-1), None)
         np.testing.assert_allclose(out.compute(), x.reshape(6, 6) @ w)
+
+
+def test_a_long_bias_reduction_of_unknown_extent() -> None:
+    """No blocks to be had there; a plain float32 sum of a million is wrong in the second digit."""
+    import dask
+    import dask.array as da
+
+    n = 10**6
+    dout = da.from_array(np.full((n, 2), 0.1, np.float32), chunks=-1)[da.from_array(np.ones(n, bool), chunks=-1)]
+    cache = (dout, da.ones((2, 2), dtype=np.float32, chunks=-1), da.zeros(2, dtype=np.float32, chunks=-1))
+    db = r.affine_backward(dout, cache, needs=(False, False, True))[2]
+    assert db.dtype == np.float32
+    with dask.config.set(scheduler="synchronous"):
+        np.testing.assert_allclose(db.compute(), n * float(np.float32(0.1)), rtol=1e-5)
+
+
+def test_what_dask_cannot_combine_is_told(case: tuple[Any, ...]) -> None:
+    import dask.array as da
+
+    x, w, b, dout = (da.from_array(a, chunks=-1) for a in case)
+    unknown = x[da.from_array(np.ones(6, bool), chunks=-1)]
+    for call in (
+        lambda: r.relu_backward(x, unknown),
+        lambda: r.affine_backward(dout, (unknown, w, b)),
+        lambda: r.softmax_loss(unknown, [0] * 6),
+        lambda: r.softmax_loss(unknown.T, [0] * 5),
+    ):
+        with pytest.raises(r.ShapeError, match=r"^(relu_backward|affine_backward|softmax_loss): .*\?.*compute_chunk_sizes"):
+            call()
+
+
+def test_samples_of_one_axis_and_unknown_extent_need_no_reshape() -> None:
+    import dask.array as da
+
+    x = da.ones(6, chunks=-1)[da.from_array(np.ones(6, bool), chunks=-1)]
+    out, _ = r.affine_forward(x, da.ones((1, 2), chunks=-1), None)
+    assert out.compute(scheduler="synchronous").shape == (6, 2)
+
+
+def test_arrays_sharded_over_devices() -> None:
+    """JAX names a sharding where others name a device."""
+    code = """
+import jax, numpy as np, rectilinear as r
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("d",))
+put = lambda a, *spec: jax.device_put(np.asarray(a, "f4"), NamedSharding(mesh, P(*spec)))
+x, w, b, dout = put(np.ones((4, 3)), "d", None), put(np.ones((3, 2))), put(np.zeros(2)), put(np.ones((4, 2)), "d", None)
+out, cache = r.affine_relu_forward(x, w, b)
+dx, dw, db = r.affine_relu_backward(dout, cache)
+r.relu_backward(x, x)
+loss, _ = r.softmax_loss(x, [0, 1, 2, 0])
+print(len(jax.devices()), float(out.sum()), float(dw.sum()), float(db.sum()), round(float(loss), 4))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["2", "24.0", "24.0", "8.0", "1.0986"], done.stderr
+
+
+def test_labels_that_cannot_be_read_under_vmap() -> None:
+    import torch
+
+    losses, _ = torch.vmap(r.softmax_loss)(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [0, 1, 2]]))
+    np.testing.assert_allclose(losses.numpy(), np.log(4), rtol=1e-6)
 
 
 def test_a_bad_label_in_a_lazy_array_gives_nan() -> None:

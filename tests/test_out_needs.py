@@ -13,9 +13,9 @@ from .conftest import Lib
 from .loopback import LoopbackBackend
 
 
-@pytest.fixture
-def case(rng: np.random.Generator) -> tuple[Any, ...]:
-    return tuple(rng.standard_normal(shape) for shape in ((5, 2, 3), (6, 4), (4,), (5, 4)))
+@pytest.fixture(params=[(5, 2, 3), (5, 6)], ids=["images", "plain"])
+def case(request: pytest.FixtureRequest, rng: np.random.Generator) -> tuple[Any, ...]:
+    return tuple(rng.standard_normal(shape) for shape in (request.param, (6, 4), (4,), (5, 4)))
 
 
 def skip_if_immutable(lib: Lib) -> bool:
@@ -28,7 +28,7 @@ def test_out_everywhere(lib: Lib, case: tuple[Any, ...]) -> None:
     calls = [
         (lambda out: r.affine_forward(x, w, b, out=out)[0], (5, 4)),
         (lambda out: r.affine_relu_forward(x, w, b, out=out)[0], (5, 4)),
-        (lambda out: r.relu_forward(x, out=out)[0], (5, 2, 3)),
+        (lambda out: r.relu_forward(x, out=out)[0], x.shape),
         (lambda out: r.relu_backward(dout, dout, out=out), (5, 4)),
         (lambda out: r.softmax_loss(dout, [0, 1, 2, 3, 0], out=out)[1], (5, 4)),
     ]
@@ -79,10 +79,10 @@ def test_out_of_any_layout(numpy_lib: Lib, case: tuple[Any, ...], how: str) -> N
     assert out is z
     np.testing.assert_array_equal(out, r.affine_relu_forward(x, w, b)[0])
     want = r.affine_relu_backward(dout, cache)
-    got = r.affine_relu_backward(dout, cache, out=(buffer((5, 2, 3)), buffer((6, 4)), buffer((4,))))
+    got = r.affine_relu_backward(dout, cache, out=(buffer(x.shape), buffer((6, 4)), buffer((4,))))
     for have, wish in zip(got, want, strict=True):
         np.testing.assert_array_equal(have, wish)
-    np.testing.assert_array_equal(r.relu_forward(x, out=buffer((5, 2, 3)))[0], r.relu_forward(x)[0])
+    np.testing.assert_array_equal(r.relu_forward(x, out=buffer(x.shape))[0], r.relu_forward(x)[0])
     np.testing.assert_array_equal(r.relu_backward(dout, dout, out=buffer((5, 4))), r.relu_backward(dout, dout))
     labels = [0, 1, 2, 3, 0]
     np.testing.assert_array_equal(r.softmax_loss(dout, labels, out=buffer((5, 4)))[1], r.softmax_loss(dout, labels)[1])
@@ -111,8 +111,15 @@ def test_out_may_not_touch_an_argument(numpy_lib: Lib, case: tuple[Any, ...]) ->
         lambda: r.affine_backward(dout, (x, w, b), out=(x, None, None)),
         lambda: r.affine_backward(dout, (x, w, b), out=(None, w, None)),
         lambda: r.affine_relu_backward(dout, cache, out=(None, None, dout[0])),
-        lambda: r.relu_backward(dout, x[:, 0, :1] * np.ones((5, 4)), out=dout[::-1]),
+        lambda: r.relu_backward(dout, np.ones((5, 4)), out=dout[::-1]),
+        lambda: r.relu_backward(dout, cache_of_relu := dout * 1, out=cache_of_relu),
+        lambda: r.affine_relu_backward(
+            room[:4].reshape(2, 2),
+            ((np.ones((2, 2)), np.eye(2), None), room[20:24].reshape(2, 2)),
+            out=(room[20:24].reshape(2, 2), None, None),
+        ),
         lambda: r.softmax_loss(dout, [0] * 5, out=dout),
+        lambda: r.softmax_loss(np.ones((2, 2)), room[:2].view(np.int64), out=room[:4].reshape(2, 2)),
         lambda: r.affine_backward(np.ones((4, 4)), (np.ones((4, 4)), np.ones((4, 4)), None), out=(*[room[:16].reshape(4, 4)] * 2, None)),
     ]
     for call in bad:
@@ -121,6 +128,22 @@ def test_out_may_not_touch_an_argument(numpy_lib: Lib, case: tuple[Any, ...]) ->
             call()
         for a, was in zip((x, w, b, dout, room), before, strict=True):
             np.testing.assert_array_equal(a, was)
+
+
+def test_strict_out_overlap() -> None:
+    import array_api_strict as xp
+
+    for device in ("CPU_DEVICE", "device1"):
+        x = xp.ones(6, device=xp.Device(device))
+        with pytest.raises(ValueError, match="shares memory"):
+            r.relu_forward(x[:4], out=x[2:])
+
+
+def test_relu_into_out_at_the_edges(numpy_lib: Lib) -> None:
+    x = np.array([np.nan, -0.0, 0.0, -np.inf, np.inf, -1.0])
+    out, _ = r.relu_forward(numpy_lib.array(x), out=np.empty(6))
+    np.testing.assert_array_equal(out, [np.nan, -0.0, 0.0, 0.0, np.inf, 0.0])
+    np.testing.assert_array_equal(np.signbit(out), [False, True, False, False, False, False])
 
 
 def test_interleaved_views_do_not_overlap(numpy_lib: Lib) -> None:
@@ -133,9 +156,15 @@ def test_interleaved_views_do_not_overlap(numpy_lib: Lib) -> None:
 def test_torch_out_overlap() -> None:
     import torch
 
-    x = torch.ones(6)
-    with pytest.raises(ValueError, match="shares memory"):
-        r.relu_forward(x[:4], out=x[2:])
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(12, dtype=dtype)
+        with pytest.raises(ValueError, match="shares memory"):
+            r.relu_forward(x[:4], out=x[2:6])
+        with pytest.raises(ValueError, match="shares memory"):
+            r.relu_forward(x, out=x[:])
+        assert r.relu_forward(x[::2], out=x[1::2])[0].data_ptr() == x[1::2].data_ptr()
+    with pytest.raises(TypeError, match="out is on device meta"):
+        r.relu_forward(torch.ones(3), out=torch.zeros(3, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +224,7 @@ def test_wrong_needs_and_outs(case: tuple[Any, ...]) -> None:
 def test_nothing_is_half_written(numpy_lib: Lib, case: tuple[Any, ...]) -> None:
     """A wrong db buffer leaves the right dx buffer alone."""
     x, w, b, dout = case
-    dx = np.full((5, 2, 3), 77.0)
+    dx = np.full(x.shape, 77.0)
     with pytest.raises(r.ShapeError):
         r.affine_backward(dout, (x, w, b), out=(dx, None, np.zeros(5)))
     assert (dx == 77).all()

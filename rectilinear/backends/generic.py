@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_jax_array
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.keepmask import KeepMask
@@ -65,13 +65,13 @@ class GenericBackend:
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
         # Not maximum(x, 0), which may turn -0.0 into 0.0, and not a product, which turns -inf into NaN.
-        return _into(out, self.namespace(x).where(x < 0, _zero(x), x))
+        return _into(out, self.namespace(x).where(x < 0, 0, x))
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        xp, zero = self.namespace(dout), _zero(dout)
+        xp = self.namespace(dout)
         if isinstance(keep, KeepMask):
-            return _into(out, xp.where(keep.to_bool(), dout, zero))
-        return _into(out, xp.where(keep < 0, zero, dout))
+            return _into(out, xp.where(keep.to_bool(), dout, 0))
+        return _into(out, xp.where(keep < 0, 0, dout))
 
     # affine, then ReLU
 
@@ -82,21 +82,21 @@ class GenericBackend:
     # softmax
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        xp = self.namespace(x)
-        nan = _zero(x) + float("nan")
+        xp, nan = self.namespace(x), float("nan")
         if x.shape[0] == 0:
-            return nan, _into(out, xp.zeros_like(x))
-        classes = xp.arange(x.shape[1], device=device(x))
+            return xp.sum(x) + nan, _into(out, xp.zeros_like(x))
+        classes = xp.arange(x.shape[1], **beside(x))
         onehot = classes[None, :] == xp.astype(y, classes.dtype)[:, None]
         labelled = xp.any(onehot, axis=1)  # false for a label that is no class
 
-        with np.errstate(over="ignore", invalid="ignore"):  # libraries over NumPy warn where far scores give exp(-inf), a right 0
+        # Libraries over NumPy warn where far scores give exp(-inf), a right 0.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             shifted = x - xp.max(x, axis=1, keepdims=True)  # so that exp cannot overflow
             e = xp.exp(shifted)
         total = xp.sum(e, axis=1, keepdims=True)
-        minus_log = xp.sum(xp.where(onehot, xp.log(total) - shifted, _zero(x)), axis=1)
+        minus_log = xp.sum(xp.where(onehot, xp.log(total) - shifted, 0), axis=1)
         n = xp.sum(xp.astype(y == y, x.dtype))  # counted, since a lazy array may not know its extent
-        loss = xp.sum(xp.where(labelled, minus_log, nan)) / n
+        loss = xp.sum(xp.where(labelled, minus_log, nan) / n)  # divided first: the sum of a mean within range may be beyond it
         dx = xp.where(labelled[:, None], (e / total - xp.astype(onehot, x.dtype)) / n, nan)
         return loss, _into(out, dx)
 
@@ -115,7 +115,9 @@ class GenericBackend:
 def sum_rows(xp: Any, a: Array) -> Array:
     """Sum of a (..., n, m) over n, in blocks of `SUM_BLOCK` rows whose sums are summed likewise."""
     n = a.shape[-2]
-    while known(n) and n > SUM_BLOCK:
+    if not known(n):  # no blocks to be had; a wider accumulator does as well
+        return xp.astype(xp.sum(a, axis=-2, dtype=xp.float64), a.dtype)
+    while isinstance(n, int) and n > SUM_BLOCK:  # a traced extent may be a symbol
         whole = n - n % SUM_BLOCK
         blocks = xp.reshape(a[..., :whole, :], (*a.shape[:-2], whole // SUM_BLOCK, SUM_BLOCK, a.shape[-1]))
         partial = xp.sum(blocks, axis=-2, dtype=a.dtype)
@@ -131,8 +133,9 @@ def known(extent: Any) -> bool:
     return extent is not None and extent == extent
 
 
-def _zero(x: Array) -> Array:
-    return array_namespace(x).zeros((), dtype=x.dtype, device=device(x))
+def beside(x: Array) -> dict[str, Any]:
+    """Arguments that make a new array on the device of x. JAX finds it by itself, and calls a sharding of x's shape a device."""
+    return {} if is_jax_array(x) else {"device": device(x)}
 
 
 def _into(out: Array | None, result: Array) -> Array:

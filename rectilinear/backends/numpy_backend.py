@@ -81,12 +81,13 @@ class NumpyBackend(GenericBackend):
             return x.dtype.type(np.nan), np.empty_like(x) if out is None else out
         rows = np.arange(n)
         # Far apart finite scores may overflow to -inf here, whose exp is the right 0.
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             dx = np.subtract(x, x.max(axis=1, keepdims=True), out=out)
             picked = dx[rows, y]
             np.exp(dx, out=dx)
             total = dx.sum(axis=1, keepdims=True)
-            loss = (np.log(total[:, 0]) - picked).mean()
+            # Divided first: the sum of a mean within range may be beyond it.
+            loss = ((np.log(total[:, 0]) - picked) / x.dtype.type(n)).sum()
             dx /= total
         dx[rows, y] -= 1
         dx /= n

@@ -8,19 +8,22 @@ only one that knows of any of them, and `active` the only place that decides.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 from rectilinear.backends.contract import API_VERSION, Backend, Probe
 from rectilinear.errors import BackendError
 
 VARIABLE = "RECTILINEAR_BACKEND"
 ENTRY_POINTS = "rectilinear.backends"
+
+Factory: TypeAlias = Callable[[], Backend]
 
 GENERIC = "generic"
 AUTO = "auto"
@@ -72,15 +75,17 @@ class _Loaded(NamedTuple):
 
 
 class _Choice(NamedTuple):
+    name: str
     backend: Backend
     chosen_by: str
     note: str | None = None
 
 
 class _Override(NamedTuple):
-    """A `use_backend` that is open: what it chose, in which thread, and the one around it."""
+    """A `use_backend` that is open: what it chose, who opened it in which thread, and the one around it."""
 
     choice: _Choice
+    opener: use_backend
     thread: int
     outer: _Override | None
 
@@ -90,8 +95,9 @@ _override: ContextVar[_Override | None] = ContextVar("rectilinear_backend", defa
 _process: _Choice | None = None
 _default: _Choice | None = None  # by variable or auto, kept from the first call that needed it
 
-_registered: dict[str, Callable[[], Backend]] = {}
+_registered: dict[str, Factory] = {}
 _loaded: dict[str, _Loaded] = {}
+# Held for assignments only, never while foreign code runs: an import that needs a backend would wait for whoever imports it.
 _lock = threading.RLock()
 
 
@@ -108,14 +114,15 @@ if hasattr(os, "register_at_fork"):
 # ---------------------------------------------------------------- the names and what stands behind them
 
 
-def register(name: str, factory: Callable[[], Backend]) -> None:
-    """Add a backend under `name` (lower case); `factory` is called without arguments, once, when it is first needed.
+def register(name: str, factory: Factory) -> None:
+    """Add a backend under `name`; `factory` is called without arguments when it is first needed.
 
     Installed plug-ins are found through the entry-point group and need not call this.
     """
+    name = name.strip().lower()
+    if name in _BUILT_IN or name == AUTO:
+        raise ValueError(f"register: {name!r} is the name of a built-in backend")
     with _lock:
-        if name in _BUILT_IN or name == AUTO:
-            raise ValueError(f"register: {name!r} is the name of a built-in backend")
         _registered[name] = factory
         _loaded.pop(name, None)
 
@@ -127,69 +134,69 @@ def unregister(name: str) -> None:
         _loaded.pop(name, None)
 
 
-def _factories() -> dict[str, Callable[[], Backend]]:
-    """Every known name, in the order in which tables show them: built-in, registered, plug-ins. The first of a name counts."""
-    names: dict[str, Callable[[], Backend]] = {}
-    for name, path in _BUILT_IN.items():
-        names[name] = _importer(path)
-    for name, factory in _registered.items():
-        names.setdefault(name, factory)
-    for name, factory in _plug_ins().items():
-        names.setdefault(name, factory)
-    return names
+def _factories() -> dict[str, Factory]:
+    """Every known name, in the order in which tables show them. Nobody takes a name from one before: built-in, registered, plug-in."""
+    built_in = {name: _importer(path) for name, path in _BUILT_IN.items()}
+    return built_in | _registered | _plug_ins() | _registered | built_in  # keys stay where they came first, the last value counts
 
 
-def _importer(path: str) -> Callable[[], Backend]:
+def _importer(path: str) -> Factory:
     module, _, attribute = path.partition(":")
     return lambda: getattr(importlib.import_module(module), attribute)()
 
 
-def _plug_ins() -> dict[str, Callable[[], Backend]]:
-    from importlib.metadata import EntryPoint, entry_points  # about 10 ms, and only needed for names that are not built in
+@functools.cache  # a scan of everything installed, 3 ms
+def _plug_ins() -> dict[str, Factory]:
+    from importlib.metadata import EntryPoint, entry_points
 
-    def factory(point: EntryPoint) -> Callable[[], Backend]:
+    def factory(point: EntryPoint) -> Factory:
         return lambda: point.load()()
 
-    return {point.name.lower(): factory(point) for point in entry_points(group=ENTRY_POINTS)}
+    found: dict[str, Factory] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        name = point.name.strip().lower()
+        if name != AUTO:
+            found.setdefault(name, factory(point))
+    return found
 
 
-def _known(name: str) -> Callable[[], Backend] | None:
-    if name in _BUILT_IN:
-        return _importer(_BUILT_IN[name])
-    return _registered.get(name) or _plug_ins().get(name)
-
-
-def _load(name: str, factory: Callable[[], Backend]) -> _Loaded:
-    """The backend and its probe's answer, made once. What goes wrong in a plug-in becomes its reason."""
+def _load(name: str) -> _Loaded | None:
+    """The backend of that name and its probe's answer, made once; None for an unknown name. What goes wrong becomes the reason."""
     loaded = _loaded.get(name)
-    if loaded is not None:
-        return loaded
-    with _lock:
-        if name not in _loaded:
-            backend: Backend | None = None
-            try:
-                backend = factory()
-                probe = backend.probe()
-                if probe.usable and backend.api_version != API_VERSION:
-                    probe = Probe(False, f"written for contract {backend.api_version}, this rectilinear has {API_VERSION}; update it")
-            except Exception as error:  # a broken backend is one more reason in the table, not the end of the others
-                probe = Probe(False, f"{type(error).__name__} while loading it: {error}")
-            _loaded[name] = _Loaded(backend, probe)
-        return _loaded[name]
+    if loaded is None:
+        # Names that are built in are looked up without asking for what is installed.
+        factory = _importer(_BUILT_IN[name]) if name in _BUILT_IN else _registered.get(name) or _plug_ins().get(name)
+        if factory is None:
+            return None
+        made = _make(factory)
+        with _lock:
+            loaded = _loaded.setdefault(name, made)
+    return loaded
 
 
-def backend_named(name: str) -> Backend:
-    """The backend of that exact name, whether or not it may be chosen; for dispatch by array type, and for tests."""
-    factory = _known(name)
-    loaded = _load(name, factory) if factory is not None else None
-    if loaded is None or loaded.backend is None or not loaded.probe.usable:
-        raise BackendError(_refusal(name, "rectilinear"))
-    return loaded.backend
+def _make(factory: Factory) -> _Loaded:
+    try:
+        backend = factory()
+        probe = backend.probe()
+    except (Exception, SystemExit) as error:  # a broken backend is one more reason in the table, not the end of the others
+        first_line = str(error).partition("\n")[0]
+        return _Loaded(None, Probe(False, f"{type(error).__name__} while loading it: {first_line}"))
+    if probe.usable and backend.api_version != API_VERSION:
+        older = "it" if backend.api_version < API_VERSION else "rectilinear"
+        reason = f"written for contract {backend.api_version}, this rectilinear has {API_VERSION}; update {older}"
+        probe = replace(probe, usable=False, reason=reason)
+    if not probe.usable and not probe.reason:
+        probe = replace(probe, reason="it gives no reason")
+    return _Loaded(backend, probe)
 
 
 def serving(library: str) -> Backend:
-    """The backend for arrays of another library than NumPy: one made for it, else the generic one."""
-    return backend_named(library if library in _BUILT_IN else GENERIC)
+    """The backend for arrays of another library than NumPy: the built-in one made for it, else the generic one."""
+    name = library if library in _BUILT_IN else GENERIC
+    loaded = _load(name)
+    if loaded is None or loaded.backend is None or not loaded.probe.usable:
+        raise BackendError(_refusal(name, "rectilinear"))
+    return loaded.backend
 
 
 # ---------------------------------------------------------------- the choice
@@ -202,58 +209,61 @@ def active() -> Backend:
 
 def _choice() -> _Choice:
     override = _override.get()
-    if override is not None and (override.thread == threading.get_ident() or not _inherited_by_thread(override)):
+    if override is not None and (override.thread == threading.get_ident() or not _in_threads_own_context()):
         return override.choice
     return _process or _default or _choose_default()
 
 
-def _inherited_by_thread(override: _Override) -> bool:
-    """Whether this thread has the override only because it was started inside of it.
+_mark: ContextVar[object] = ContextVar("rectilinear_mark")
 
-    On free-threaded builds (``sys.flags.thread_inherit_context``) a new thread runs in a copy of its starter's context, which
-    elsewhere it does not; a context handed over on purpose (a task, ``asyncio.to_thread``) is not the thread's own.
+
+def _in_threads_own_context() -> bool:
+    """Whether the current context is the copy of its starter's that this thread runs in, and not one handed over since.
+
+    On free-threaded builds (``sys.flags.thread_inherit_context``) a new thread starts with such a copy, which elsewhere it does
+    not; what it holds from outside was not meant for the thread. A task's or ``asyncio.to_thread``'s context was.
     """
     own = getattr(threading.current_thread(), "_context", None)
-    return own is not None and own.get(_override) is override
+    if own is None:
+        return False
+    mark = object()
+    _mark.set(mark)  # in the current context; a thread's own context object tells whether it is that one
+    return own.get(_mark) is mark
 
 
 def _choose_default() -> _Choice:
     global _default
+    asked = os.environ.get(VARIABLE, "").strip().lower()
+    if asked and asked != AUTO:
+        choice = _pick(asked, f"{VARIABLE}={os.environ[VARIABLE]!r}", "variable")
+    else:
+        choice = _auto("variable" if asked else "auto")
     with _lock:
-        if _default is None:
-            asked = os.environ.get(VARIABLE, "").strip().lower()
-            if asked and asked != AUTO:
-                _default = _Choice(_chosen(asked, f"{VARIABLE}={os.environ[VARIABLE]!r}"), "variable")
-            else:
-                _default = _auto("variable" if asked else "auto")
+        _default = _default or choice
         return _default
 
 
 def _auto(chosen_by: str) -> _Choice:
     passed_over: list[str] = []
     for name in _AUTO_ORDER:
-        backend, probe = _load(name, _importer(_BUILT_IN[name]))
-        if backend is not None and probe.usable:
-            return _Choice(backend, chosen_by, "; ".join(passed_over) or None)
-        passed_over.append(f"auto passed over {name}: {probe.reason}")
+        loaded = _load(name)
+        if loaded is not None and loaded.backend is not None and loaded.probe.usable:
+            return _Choice(name, loaded.backend, chosen_by, "; ".join(passed_over) or None)
+        passed_over.append(f"auto passed over {name}: {loaded.probe.reason if loaded else 'unknown'}")
     raise BackendError(_refusal(AUTO, "rectilinear"))
 
 
-def _chosen(name: str, asker: str) -> Backend:
-    """The backend of a name that somebody asked for, or the error that helps them on."""
-    factory = _known(name) if name != GENERIC else None
-    if factory is not None:
-        backend, probe = _load(name, factory)
-        if backend is not None and probe.usable:
-            return backend
-    raise BackendError(_refusal(name, asker))
-
-
 def _pick(name: str, asker: str, chosen_by: str) -> _Choice:
+    """The choice of a name that somebody asked for, or the error that helps them on."""
     if not isinstance(name, str):
         raise TypeError(f"{asker}: name is a {type(name).__name__}; give the name of a backend, such as 'numpy'")
     name = name.strip().lower()
-    return _auto(chosen_by) if name == AUTO else _Choice(_chosen(name, asker), chosen_by)
+    if name == AUTO:
+        return _auto(chosen_by)
+    loaded = _load(name) if name != GENERIC else None
+    if loaded is None or loaded.backend is None or not loaded.probe.usable:
+        raise BackendError(_refusal(name, asker))
+    return _Choice(name, loaded.backend, chosen_by)
 
 
 def set_backend(name: str | None) -> None:
@@ -313,14 +323,19 @@ class use_backend:
         self._choice = _pick(name, "use_backend", "context")
 
     def __enter__(self) -> str:
-        _override.set(_Override(self._choice, threading.get_ident(), _override.get()))
-        return self._choice.backend.name
+        _override.set(_Override(self._choice, self, threading.get_ident(), _override.get()))
+        return self._choice.name
 
     def __exit__(self, *_: object) -> None:
-        # The chain, and not a token kept on self, so that one object may be open in several threads and more than once.
-        override = _override.get()
-        if override is not None:
-            _override.set(override.outer)
+        # The chain, and not a token kept on self, so that one object may be open in several threads and more than once; its own
+        # link of the chain, and not the last, since a generator may be closed inside of another block.
+        _override.set(_without(_override.get(), self))
+
+
+def _without(override: _Override | None, opener: use_backend) -> _Override | None:
+    if override is None or override.opener is opener:
+        return override and override.outer
+    return override._replace(outer=_without(override.outer, opener))
 
 
 def get_backend() -> str:
@@ -331,7 +346,7 @@ def get_backend() -> str:
     BackendError
         If the choice is the variable's and the variable names no usable backend.
     """
-    return _choice().backend.name
+    return _choice().name
 
 
 # ---------------------------------------------------------------- the words
@@ -352,9 +367,11 @@ def list_backends() -> list[BackendInfo]:
     except BackendError:
         choice = None
     infos = []
-    for name, factory in _factories().items():
-        backend, probe = _load(name, factory)
-        is_active = choice is not None and backend is choice.backend
+    for name in _factories():
+        loaded = _load(name)
+        if loaded is None:  # unregistered meanwhile
+            continue
+        probe, is_active = loaded.probe, choice is not None and name == choice.name
         infos.append(
             BackendInfo(
                 name=name,
@@ -381,29 +398,19 @@ def choice_error() -> str | None:
 
 
 def _refusal(name: str, asker: str) -> str:
-    factories = _factories()
+    states = {known: loaded.probe for known in _factories() if (loaded := _load(known)) is not None}
     if name == GENERIC:
         what = "'generic' serves the arrays of other libraries by itself and is never chosen"
-    elif name in factories:
-        what = f"backend {name!r} is not usable here: {_load(name, factories[name]).probe.reason}"
+    elif name in states:
+        what = f"backend {name!r} is not usable here: {states[name].reason}"
     elif name == AUTO:
         what = "no backend is usable"
     else:
-        near = difflib.get_close_matches(name, [AUTO, *(n for n in factories if n != GENERIC)], n=1)
+        near = difflib.get_close_matches(name, [AUTO, *(known for known in states if known != GENERIC)], n=1)
         what = f"unknown backend {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     rows = [(AUTO, f"usable: the first usable of {', '.join(_AUTO_ORDER)}")]
-    for known, factory in factories.items():
+    for known, probe in states.items():
         if known != GENERIC:
-            probe = _load(known, factory).probe
             rows.append((known, "usable" if probe.usable else f"not usable: {probe.reason}"))
     width = max(len(known) for known, _ in rows)
     return "\n".join([f"{asker}: {what}. The backends are:", *(f"  {known:<{width}}  {words}" for known, words in rows)])
-
-
-def _forget_everything() -> None:
-    """Back to the state after import; for tests."""
-    global _process, _default
-    with _lock:
-        _process = _default = None
-        _loaded.clear()
-        _override.set(None)
