@@ -10,6 +10,7 @@ keep-set that backward is given counts one bit per element.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -109,7 +110,7 @@ class Case:
 
 def parameters() -> int:
     """The number of weights and biases of the net."""
-    return sum(d * m + m for d, m in zip(NET[:-1], NET[1:], strict=True))
+    return sum(d * m + m for d, m in itertools.pairwise(NET))
 
 
 def _flops(kind: str, shape: tuple[int, ...]) -> int:
@@ -121,7 +122,7 @@ def _flops(kind: str, shape: tuple[int, ...]) -> int:
         return 4 * prod(shape)
     if kind == "train":
         (n,) = shape
-        layers = list(zip(NET[:-1], NET[1:], strict=True))
+        layers = list(itertools.pairwise(NET))
         products = sum(2 * n * d * m * (2 if i == 0 else 3) for i, (d, m) in enumerate(layers))  # the first layer needs no dx
         return products + n * sum(NET[1:]) + 4 * n * NET[-1] + 2 * parameters()
     gemm = 2 * prod(shape)
@@ -167,6 +168,7 @@ _QUICK = {
     "step": ((1, 64, 64), (16, 128, 128), (128, 784, 256), (256, 784, 512), (1024, 1024, 1024), (65536, 64, 64), (32768, 32, 128)),
     "forward": ((1, 64, 64), (128, 784, 256), (65536, 64, 64)),
     "backward": ((128, 784, 256), (65536, 64, 64)),
+    "affine": ((128, 784, 256),),
     "stacked": ((64, 128, 64, 64),),
     "train": ((128,),),
     "softmax": ((16384, 10),),
@@ -199,7 +201,9 @@ def named(cases: Iterable[Case], patterns: Iterable[str]) -> list[Case]:
     for pattern in patterns:
         if not any(fnmatch(case.name, pattern) for case in cases):
             kinds = ", ".join(PASSES)
-            raise ValueError(f"no case is named {pattern!r}; names are PASS-SHAPE-DTYPE, e.g. 'step-128x784x256-float32' or 'db-*', of {kinds}")
+            raise ValueError(
+                f"no case is named {pattern!r}; names are PASS-SHAPE-DTYPE, e.g. 'step-128x784x256-float32' or 'db-*', of {kinds}"
+            )
     return [case for case in cases if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]
 
 

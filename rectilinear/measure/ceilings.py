@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +40,10 @@ _WIDTHS = {"avx512f": (64, 32), "avx2": (32, 16), "avx": (32, 16)}
 
 
 def measure(threads: int) -> dict[str, Any]:
-    """``{"probe", "flops": {dtype: FLOP/s}, "levels": [{"level", "capacity", "footprint", "read", "copy", "copy_by"}], "threads"}``, bytes/s."""
+    """Rates in FLOP/s and bytes/s; capacities and footprints in bytes.
+
+    ``{"probe", "flops": {dtype: rate}, "levels": [{"level", "capacity", "footprint", "read", "copy", "copy_by"}], "threads", "assumed"}``
+    """
     sizes = {**_ASSUMED_CACHES, **caches()}
     try:
         probe: Any = _LLVM()
@@ -124,48 +128,54 @@ class _LLVM:
 
     def __init__(self) -> None:
         import llvmlite
-        import llvmlite.binding as llvm
+        from llvmlite import binding as llvm  # untyped, like all of llvmlite
 
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
-        self._llvm, self._engines = llvm, []  # type: ignore[var-annotated]  # machine code lives as long as its engine
-        self._machine = lambda: target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3)
+        self._llvm: Any = llvm
+        self._engines: list[Any] = []  # machine code lives as long as its engine
+        features = llvm.get_host_cpu_features().flatten()
+        self._machine: Any = partial(target.create_target_machine, cpu=llvm.get_host_cpu_name(), features=features, opt=3)
         self.name = f"LLVM IR for {llvm.get_host_cpu_name()}, llvmlite {llvmlite.__version__}"
         self._widths = _WIDTHS.get(describe()["simd"] or "", (16,))
-        self._kernel(_copy_ir(16, 4, ""), 3)  # raises here if this llvmlite cannot
+        self._kernel(_copy_ir(16, 4, hint=""), 3)  # raises here if this llvmlite cannot
 
     def flops(self, dtype: str, threads: int) -> float:
-        best = 0.0
-        sink = _buffers(64, threads)
-        for width in self._widths:
-            for chains in _CHAINS:
-                kernel = self._kernel(_fma_ir(dtype, width, chains), 2)
-                amount = 2.0 * chains * width / ITEMSIZE[dtype] * 1000
-                best = max(best, _rate(lambda t, r, k=kernel: k(r * 1000, sink[t].ctypes.data), amount, threads))  # type: ignore[misc]
-        return best
+        sinks = _buffers(64, threads)
+        return max(self._fma(dtype, width, chains, sinks) for width in self._widths for chains in _CHAINS)
+
+    def _fma(self, dtype: str, width: int, chains: int, sinks: list[np.ndarray]) -> float:
+        kernel, inner = self._kernel(_fma_ir(dtype, width, chains), 2), 1000
+        amount = 2.0 * inner * chains * width / ITEMSIZE[dtype]
+        return _rate(lambda t, repeats: kernel(inner * repeats, sinks[t].ctypes.data), amount, len(sinks))
 
     def read(self, footprint: int, threads: int) -> float:
-        buffers, sink, best = _buffers(footprint, threads), _buffers(64, threads), 0.0
-        for width in self._widths:
-            for streams in _STREAMS:
-                kernel, steps = self._kernel(_read_ir(width, streams), 4), footprint // (width * streams)
-                work = lambda t, r, k=kernel, n=steps: k(r, n, buffers[t].ctypes.data, sink[t].ctypes.data)  # noqa: E731
-                best = max(best, _rate(work, steps * width * streams, threads))  # type: ignore[arg-type]
-        return best
+        buffers, sinks = _buffers(footprint, threads), _buffers(64, threads)
+        return self._sweep(_read_ir, 1, buffers, sinks)
 
     def copies(self, footprint: int, threads: int) -> Iterator[tuple[float, str]]:
         """Read+write, counting both: copied by plain and by non-temporal stores (which need not fetch the line first), and in place."""
-        nontemporal, half = ", !nontemporal !0", footprint // 2
-        sources, targets = _buffers(half, threads), _buffers(half, threads)
-        for name, hint, to, size in (("copy", "", targets, half), ("non-temporal copy", nontemporal, targets, half), ("in place", "", sources, half)):
-            best = 0.0
-            for width in self._widths:
-                for streams in _STREAMS:
-                    kernel, steps = self._kernel(_copy_ir(width, streams, hint), 4), size // (width * streams)
-                    work = lambda t, r, k=kernel, n=steps, to=to: k(r, n, sources[t].ctypes.data, to[t].ctypes.data)  # noqa: E731
-                    best = max(best, _rate(work, 2 * steps * width * streams, threads))  # type: ignore[arg-type]
-            yield best, name
+        sources, targets = _buffers(footprint // 2, threads), _buffers(footprint // 2, threads)
+        yield self._sweep(partial(_copy_ir, hint=""), 2, sources, targets), "copy"
+        yield self._sweep(partial(_copy_ir, hint=", !nontemporal !0"), 2, sources, targets), "non-temporal copy"
+        yield self._sweep(partial(_copy_ir, hint=""), 2, sources, sources), "in place"
+
+    def _sweep(self, ir: Callable[[int, int], str], passes: int, sources: list[np.ndarray], targets: list[np.ndarray]) -> float:
+        """The best rate of sweeps over the buffers, each byte of which counts `passes` times."""
+        return max(
+            self._sweep_once(self._kernel(ir(width, streams), 4), width * streams, passes, sources, targets)
+            for width in self._widths
+            for streams in _STREAMS
+        )
+
+    def _sweep_once(self, kernel: Kernel, stride: int, passes: int, sources: list[np.ndarray], targets: list[np.ndarray]) -> float:
+        steps = sources[0].nbytes // stride
+
+        def work(t: int, repeats: int) -> None:
+            kernel(repeats, steps, sources[t].ctypes.data, targets[t].ctypes.data)
+
+        return _rate(work, passes * steps * stride, len(sources))
 
     def _kernel(self, ir: str, arguments: int) -> Kernel:
         module = self._llvm.parse_assembly(ir)
@@ -173,7 +183,7 @@ class _LLVM:
         engine = self._llvm.create_mcjit_compiler(module, self._machine())
         engine.finalize_object()
         self._engines.append(engine)
-        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(engine.get_function_address("probe"))  # type: ignore[no-any-return]
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(engine.get_function_address("probe"))
 
 
 _ATTRIBUTES = 'attributes #0 = { "min-legal-vector-width"="512" "prefer-vector-width"="512" }\n!0 = !{i32 1}\n'
@@ -254,7 +264,7 @@ def _read_ir(width: int, streams: int) -> str:
     return _sweep_ir(phis, body, f"{total}\n  store volatile {vec} %s{streams - 1}, ptr %q, align {width}", width * streams)
 
 
-def _copy_ir(width: int, streams: int, hint: str) -> str:
+def _copy_ir(width: int, streams: int, *, hint: str) -> str:
     vec = f"<{width // 8} x i64>"
     places = range(streams)
     loads = "\n".join(
@@ -277,15 +287,23 @@ class _NumPy:
         a = np.ones((2048, 2048), dtype)
         out = np.empty_like(a)
         # BLAS brings its own threads.
-        return _rate(lambda _, repeats: [np.matmul(a, a, out=out) for _ in range(repeats)] and None, 2.0 * 2048**3, 1)
+        return _rate(_repeated(lambda thread: np.matmul(a, a, out=out)), 2.0 * 2048**3, 1)
 
     def read(self, footprint: int, threads: int) -> float:
         arrays = [np.ones(footprint // 4, np.float32) for _ in range(threads)]
-        return _rate(lambda t, repeats: [arrays[t].max() for _ in range(repeats)] and None, footprint, threads)
+        return _rate(_repeated(lambda thread: arrays[thread].max()), footprint, threads)
 
     def copies(self, footprint: int, threads: int) -> Iterator[tuple[float, str]]:
         pairs = [(np.ones(footprint // 8, np.float32), np.ones(footprint // 8, np.float32)) for _ in range(threads)]
-        yield _rate(lambda t, repeats: [np.copyto(*pairs[t]) for _ in range(repeats)] and None, footprint, threads), "np.copyto"
+        yield _rate(_repeated(lambda thread: np.copyto(*pairs[thread])), footprint, threads), "np.copyto"
+
+
+def _repeated(once: Callable[[int], Any]) -> Callable[[int, int], None]:
+    def work(thread: int, repeats: int) -> None:
+        for _ in range(repeats):
+            once(thread)
+
+    return work
 
 
 if __name__ == "__main__":

@@ -37,26 +37,28 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, title: str) -> s
         path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in s.points)
         colour = "#555" if s.style is None else PALETTE[s.style % len(PALETTE)]
         dash = "4 3" if s.style is None else _DASHES[s.style // len(PALETTE) % len(_DASHES)]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.3" stroke-dasharray="{dash}"/>')
         if s.style is not None:
             parts += [_marker(s.style, x.at(a), y.at(b), f"{s.name}: {b:.3g} {y_label} at {a:.3g}") for a, b in s.points]
     return _figure(parts, _HEIGHT, title, series)
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], unit: str, title: str) -> str:
-    """Groups of horizontal bars from 0, each (name, value, style), with the value beside the bar."""
+    """Groups of horizontal bars from 0, each (name, value, style), with the value beside the bar; each group has its own scale."""
     row, gap = 15, 22
     height = sum(gap + row * len(group) for _, group in groups) + 6
-    largest = max((value for _, group in groups for _, value, _ in group), default=1.0)
     left, right = 104, 62
     parts, top = [], 0.0
     for label, group in groups:
+        largest = max(value for _, value, _ in group)
         top += gap
         parts.append(f'<text x="2" y="{top - 6}" font-weight="bold">{escape(label)}</text>')
         for name, value, style in group:
             length = max(1.0, (_WIDTH - left - right) * value / largest)
             parts.append(f'<text x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(name)}</text>')
-            parts.append(f'<rect x="{left}" y="{top + 1.5}" width="{length:.1f}" height="{row - 3}" fill="{PALETTE[style % len(PALETTE)]}"/>')
+            parts.append(
+                f'<rect x="{left}" y="{top + 1.5}" width="{length:.1f}" height="{row - 3}" fill="{PALETTE[style % len(PALETTE)]}"/>'
+            )
             parts.append(f'<text x="{left + length + 4:.1f}" y="{top + 11}">{value:.3g} {escape(unit)}</text>')
             top += row
     return _figure(parts, height, title, [])

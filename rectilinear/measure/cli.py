@@ -19,8 +19,8 @@ GRIDS = {"quick": (quick_grid, 5, 0.02, 170.0), "full": (full_grid, 5, 0.05, 174
 """Cases, rounds, seconds per turn, and the budget of seconds after which no further case is begun."""
 
 _EPILOG = f"""Cases are named PASS-SHAPE-DTYPE; passes: {", ".join(PASSES)}.
-Exit status: 0; 1 after a regression (--compare) or when a backend was refused for wrong results; 2 for wrong usage; 130 after Ctrl-C, which keeps
-what was measured."""
+Exit status: 0; 1 after a regression (--compare) or when a backend was refused for wrong results; 2 for wrong usage;
+130 after Ctrl-C, which keeps what was measured."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,9 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("grid", nargs="?", choices=GRIDS, default="quick", help="quick: under 3 minutes (default); full: the whole grid, under 30 minutes")
-    add("--peers", action="store_true", help=f"compare with other libraries too, as far as installed (without: only with {BASELINE}, plain NumPy)")
-    add("--subjects", metavar="A,B", help="only these: backends (numpy, numpy-out, ...) and peers (" + ", ".join(p.name for p in PEERS) + ")")
-    add("--only", metavar="PATTERN", action="append", default=[], help="only cases so named, e.g. 'step-*-float32'; of the whole grid; repeatable")
+    add(
+        "--peers",
+        action="store_true",
+        help=f"compare with other libraries too, as far as installed (without: only with {BASELINE}, plain NumPy)",
+    )
+    add(
+        "--subjects",
+        metavar="A,B",
+        help="only these: backends (numpy, numpy-out, ...) and peers (" + ", ".join(p.name for p in PEERS) + ")",
+    )
+    add(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="only cases so named, e.g. 'step-*-float32'; of the whole grid; repeatable",
+    )
     add("--rounds", type=_positive, help="rounds of turns")
     add("--seconds", type=float, help="seconds per turn")
     add("--budget", type=float, help="begin no case after this many seconds; 0: no limit")
@@ -113,7 +127,14 @@ def _progress(plan: Plan) -> Iterator[Watch]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:  # redrawing costs the subjects processor time
         task = bar.add_task("", total=len(plan.cases))
         yield lambda what, done: bar.update(task, description=what, completed=done)
@@ -135,6 +156,8 @@ def _write(record: Record, options: argparse.Namespace) -> None:
 
 def _conclude(record: Record) -> int:
     """Print what went wrong, the headline, and which backend to choose; returns 1 if a backend was refused."""
+    if (record.others or 0.0) > report.BUSY:
+        print(f"other programs kept {record.others:.1f} processors busy: measure again on a quiet machine")
     for line in broken_ceilings(record):
         print(f"THE PROBE IS WRONG: {line}")
     for entry in record.refused:
@@ -146,7 +169,8 @@ def _conclude(record: Record) -> int:
             found = headline(record.figures, subject, peer, record.peers)
             if found:
                 name = "the best peer" if peer == "best" else peer
-                print(f"{subject} is {found.mean.mid:.2f} times as fast as {name} over {found.cases} cases, {found.worst.mid:.2f} at worst ({found.worst_case.name})")
+                worst = f"{found.worst.mid:.2f} at worst ({found.worst_case.name})"
+                print(f"{subject} is {found.mean.mid:.2f} times as fast as {name} over {found.cases} cases, {worst}")
     _print_choice(record)
     return int(any(entry["subject"] in record.backends for entry in record.refused))
 

@@ -56,6 +56,15 @@ def memory_available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
+def busy_seconds() -> float | None:
+    """Processor time that all programs of the machine have used since it started; None where the system does not say."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / float(os.sysconf("SC_CLK_TCK"))
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that this process has loaded."""
     modules = {"scikit-learn": "sklearn"}

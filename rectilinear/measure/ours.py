@@ -101,14 +101,15 @@ def _train(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
     ]
 
     def step() -> Any:
-        caches, h = [], x
+        caches: list[Any] = []
+        h = x
         for i, (w, b) in enumerate(params):
-            layer = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
+            layer: Any = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
             h, cache = layer(h, w, b, out=outs[i])
             caches.append(cache)
         _, dh = rl.softmax_loss(h, y, out=dscores)
         for i in reversed(range(_LAYERS)):
-            backward = rl.affine_relu_backward if i < _LAYERS - 1 else rl.affine_backward
+            backward: Any = rl.affine_relu_backward if i < _LAYERS - 1 else rl.affine_backward
             dh, dw, db = backward(dh, caches[i], needs=(i > 0, True, True), out=grads_out[i])
             w, b = params[i]
             dw *= LEARNING_RATE

@@ -42,6 +42,8 @@ class Record:
     left_out: list[dict[str, str]] = field(default_factory=list)
     complete: bool = False
     seconds: float = 0.0
+    others: float | None = None
+    """Processors that other programs kept busy meanwhile, on average; None where the system does not say."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file beside `path` and rename it, so that `path` is valid JSON at every moment."""

@@ -8,6 +8,7 @@ normally distributed: a subject that computes in less than its dtype does not pa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from math import log2, prod, sqrt
 from typing import Any
@@ -52,7 +53,7 @@ def _train_data(rng: np.random.Generator, n: int, dtype: str) -> Arrays:
     """Here x has 7 bits only, so that the second hidden layer is still exact in float32."""
     unit = 2.0**-5
     data = {"x": _fill(lambda k: rng.integers(-64, 65, k) * unit, (n, NET[0]), dtype), "y": rng.integers(0, NET[-1], n)}
-    for i, (d, m) in enumerate(zip(NET[:-1], NET[1:], strict=True)):
+    for i, (d, m) in enumerate(itertools.pairwise(NET)):
         data[f"w{i}"], data[f"b{i}"], unit = _layer_data(rng, (), d, m, dtype, unit)
     return data
 
@@ -75,7 +76,8 @@ def inputs(case: Case) -> Arrays:
 
 def expected(case: Case, data: Arrays) -> tuple[Results, tuple[int, ...]]:
     """What the pass has to return, and for each result how many terms its elements sum (0: none, it has to be equal)."""
-    x, dout = data.get("x"), data.get("dout")
+    x: Any = data.get("x")
+    dout: Any = data.get("dout")
     if case.kind == "relu_forward":
         return (np.where(x < 0, 0, x).astype(case.dtype),), (0,)
     if case.kind == "relu_backward":
@@ -164,7 +166,8 @@ def wrong(case: Case, got: Results, want: Results, terms: tuple[int, ...]) -> st
         allowed = sqrt(k + 16) * float(np.finfo(case.dtype).eps) * _rms(exact)
         # Written so that NaN fails.
         if not (_rms(error) <= allowed and float(error.max(initial=0.0)) <= _LARGEST * allowed):
-            return f"result {i} is off by {_rms(error):.2g} (root mean square) and {float(error.max()):.2g} (largest); {allowed:.2g} is allowed"
+            largest = float(error.max())
+            return f"result {i} is off by {_rms(error):.2g} (root mean square), {largest:.2g} (largest), where {allowed:.2g} is allowed"
     return None
 
 

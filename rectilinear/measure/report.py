@@ -17,6 +17,8 @@ from rectilinear.measure.figures import Headline, Spread, advice, broken_ceiling
 from rectilinear.measure.record import Figure, Record
 
 MEMORY_BOUND = ("db", "relu_forward", "relu_backward")
+BUSY = 0.1
+"""Processors kept busy by others from which on a report warns: one thread that waits for a processor holds up a whole BLAS call."""
 SMALL_FLOPS = 10**7
 """A step below this is over in microseconds: calling it costs more than computing it."""
 
@@ -64,13 +66,17 @@ def _alarms(record: Record) -> Section:
     if record.refused:
         rows = [[entry["subject"], entry["case"], entry["reason"]] for entry in record.refused]
         section.tables.append(Table(["subject", "case", "why"], rows, "Refused, since the results were wrong against float64"))
+    if (record.others or 0.0) > BUSY:
+        section.text += f" Other programs kept {record.others:.1f} processors busy meanwhile: measure again on a quiet machine. "
     if not record.complete:
         section.text += " This run was interrupted; what follows is what had been measured by then."
     return section
 
 
 def _headlines(record: Record) -> Section:
-    section = Section("Headline", "How many times as fast as each peer, above 1 being faster: geometric mean over the cases, and the worst of them. ")
+    section = Section(
+        "Headline", "How many times as fast as each peer, above 1 being faster: geometric mean over the cases, and the worst of them. "
+    )
     section.text += "In brackets the lowest and the highest round. The best peer is the fastest at each shape."
     groups = [("the whole step, " + d, [f for f in record.figures if f.kind == "step" and f.dtype == d]) for d in ITEMSIZE]
     groups.append(("everything", record.figures))
@@ -80,7 +86,9 @@ def _headlines(record: Record) -> Section:
             rows = [_headline_row(h) for h in heads if h]
             if rows:
                 section.tables.append(Table(["against", "cases", "geometric mean", "worst", "where"], rows, f"{subject}: {name}"))
-    by_pass = [_pass_row(record, subject, kind) for subject in record.backends for kind in PASSES if any(f.kind == kind for f in record.figures)]
+    by_pass = [
+        _pass_row(record, subject, kind) for subject in record.backends for kind in PASSES if any(f.kind == kind for f in record.figures)
+    ]
     if by_pass and record.peers:
         section.tables.append(Table(["subject", "pass", *record.peers, "best peer"], by_pass, "Geometric means by pass"))
     return section if section.tables else Section("")
@@ -120,7 +128,9 @@ def _choice(record: Record) -> Section:
 
 
 def _heatmaps(record: Record) -> Section:
-    section = Section("Ratios by shape", "The peer's time over the subject's, the median of the rounds; blue: the subject is faster, orange: slower.")
+    section = Section(
+        "Ratios by shape", "The peer's time over the subject's, the median of the rounds; blue: the subject is faster, orange: slower."
+    )
     for subject in record.backends:
         for dtype in ITEMSIZE:
             rows = [
@@ -155,7 +165,9 @@ def _throughput(record: Record) -> Section:
         series.append(charts.Series("roofline", roofs, None))
         section.charts.append(charts.lines(series, "FLOP per step", "GFLOP/s", f"Whole step, {dtype}"))
         rows = [[f.case.size, _rate(roof(f.case, record.ceilings), f), *_fractions(record, f)] for f in figures]
-        section.tables.append(Table(["shape", "roofline, bound by", *record.subjects], rows, f"Whole step, {dtype}: GFLOP/s, and share of the roofline"))
+        section.tables.append(
+            Table(["shape", "roofline, bound by", *record.subjects], rows, f"Whole step, {dtype}: GFLOP/s, and share of the roofline")
+        )
     return section
 
 
@@ -176,15 +188,24 @@ def _fractions(record: Record, figure: Figure) -> list[str]:
 
 
 def _latency(record: Record) -> Section:
-    figures = [f for f in record.figures if f.kind in ("step", "forward") and f.case.flops < SMALL_FLOPS and f.dtype == "float32" and f.seconds]
+    figures = [
+        f for f in record.figures if f.kind in ("step", "forward") and f.case.flops < SMALL_FLOPS and f.dtype == "float32" and f.seconds
+    ]
     if not figures:
         return Section("")
     styles = _styles(record)
     groups = [
-        (f"{PASSES[f.kind]}, {f.case.size}", [(n, median(s) * 1e6, styles[n]) for n, s in sorted(f.seconds.items(), key=lambda i: median(i[1]))])
+        (
+            f"{PASSES[f.kind]}, {f.case.size}",
+            [(n, median(s) * 1e6, styles[n]) for n, s in sorted(f.seconds.items(), key=lambda i: median(i[1]))],
+        )
         for f in sorted(figures, key=lambda f: (f.case.flops, f.kind))
     ]
-    return Section("Latency at small sizes", "Where a call costs more than its arithmetic.", charts=[charts.bars(groups, "µs", "Time of one call, float32")])
+    return Section(
+        "Latency at small sizes",
+        "Where a call costs more than its arithmetic.",
+        charts=[charts.bars(groups, "µs", "Time of one call, float32")],
+    )
 
 
 def _memory_bound(record: Record) -> Section:
@@ -207,7 +228,7 @@ def _least_work(record: Record) -> Section:
     """The FLOPs and minimal bytes of every pass, as formulas and at one shape."""
     text = "Every argument read once and every result written once; s bytes per element (4 or 8), k = NM/8 for the keep-set, one bit each. "
     text += "P is the number of parameters of the net."
-    n, d, m = shape = (128, 784, 256)
+    n, _d, m = shape = (128, 784, 256)
     formulas = [
         ("affine", shape, "2NDM", "(ND + DM + M) s", "NM s"),
         ("forward", shape, "2NDM", "(ND + DM + M) s", "NM s"),
@@ -231,16 +252,26 @@ def _least_work(record: Record) -> Section:
 def _machine(record: Record) -> Section:
     facts = [[key, _fact(value)] for key, value in {**record.machine, **record.settings, "started": record.started}.items()]
     facts.append(["took", f"{record.seconds:.0f} s"])
-    section = Section("Machine and method", "Every subject in its own process; they take turns, round by round; figures are medians over rounds.")
+    section = Section(
+        "Machine and method", "Every subject in its own process; they take turns, round by round; figures are medians over rounds."
+    )
     section.tables.append(Table(["what", "value"], facts))
     if record.ceilings:
         rows = [[f"peak {dtype}", f"{rate * 1e-9:.4g} GFLOP/s", ""] for dtype, rate in record.ceilings["flops"].items()]
         for level in record.ceilings["levels"]:
             name = f"{level['level']}, {level['footprint'] / 2**10:,.0f} KiB"
             rows.append([name, f"{level['read'] * 1e-9:.4g} GB/s read", f"{level['copy'] * 1e-9:.4g} GB/s read+write ({level['copy_by']})"])
-        section.tables.append(Table(["ceiling", "", ""], rows, f"Measured ceilings, {record.ceilings['threads']} threads: {record.ceilings['probe']}"))
+        section.tables.append(
+            Table(["ceiling", "", ""], rows, f"Measured ceilings, {record.ceilings['threads']} threads: {record.ceilings['probe']}")
+        )
     rows = [
-        [name, about["about"], _fact(about.get("versions", {})), "; ".join(map(_fact, about.get("threads", []))), f"{about.get('idle_cpu', 0):.1%}"]
+        [
+            name,
+            about["about"],
+            _fact(about.get("versions", {})),
+            "; ".join(map(_fact, about.get("threads", []))),
+            f"{about.get('idle_cpu', 0):.1%}",
+        ]
         for name, about in record.subjects.items()
     ]
     section.tables.append(Table(["subject", "what", "versions", "BLAS, threads", "CPU while others measured"], rows, "Subjects"))
@@ -306,12 +337,15 @@ h1 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 2px solid #0072B
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left; vertical-align: top } th { background: #f2f2f2 }
 td.number { text-align: right; white-space: nowrap; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-.charts { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; flex: 1 1 20rem; max-width: 44rem }
+.charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
+figure { margin: 0; flex: 1 1 20rem; max-width: 36rem }
 figure svg { width: 100%; height: auto; font: 12.5px system-ui, sans-serif } figcaption { font-weight: bold }
-.legend { font-size: .86rem } .legend span { white-space: nowrap; margin-right: 1rem } svg.swatch { width: 22px; height: 12px; margin-right: .3rem }
+.legend { font-size: .86rem } .legend span { white-space: nowrap; margin-right: 1rem }
+svg.swatch { width: 22px; height: 12px; margin-right: .3rem }
 .alarm { border: 3px solid #D55E00; padding: 0 1rem } .alarm h2 { border: 0; margin-top: .6rem }
 @media (max-width: 40rem) { body { padding: .6rem } table { font-size: .76rem } th, td { padding: .15rem .3rem } }
-@media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } table { font-size: 8px } tr, figure { break-inside: avoid } h2 { break-after: avoid } }
+@media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } table { font-size: 8px }
+  tr, figure { break-inside: avoid } h2 { break-after: avoid } }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The browser is told to fetch nothing, whatever the page says."""
@@ -325,7 +359,7 @@ def html(record: Record) -> str:
     """One page that needs no network."""
     parts = [f"<h1>{escape(title(record))}</h1>"]
     for section in sections(record):
-        parts.append(f'<section{" class=alarm" if section.alarm else ""}><h2>{escape(section.title)}</h2>')
+        parts.append(f"<section{' class=alarm' if section.alarm else ''}><h2>{escape(section.title)}</h2>")
         parts.append(f"<p>{escape(section.text)}</p>" if section.text else "")
         parts.append(f'<div class="charts">{"".join(section.charts)}</div>' if section.charts else "")
         parts += [_html_table(table) for table in section.tables]

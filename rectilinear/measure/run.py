@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from rectilinear.measure import ceilings
 from rectilinear.measure.cases import Case
-from rectilinear.measure.machine import available_cpus, describe
+from rectilinear.measure.machine import available_cpus, busy_seconds, describe
 from rectilinear.measure.record import Figure, Record
 from rectilinear.measure.subjects import Subject
 from rectilinear.measure.turns import environment, started, take_turns
@@ -45,12 +46,20 @@ def run(plan: Plan, save: Callable[[Record], None] = lambda record: None, watch:
     threads = plan.threads or available_cpus()
     settings = {"grid": plan.grid, "rounds": plan.rounds, "seconds per turn": plan.seconds, "threads": threads}
     record = Record(datetime.now(UTC).isoformat(timespec="seconds"), settings, describe(), missing=dict(plan.missing))
+    busy, own = busy_seconds(), _own_seconds()
     with contextlib.suppress(KeyboardInterrupt):
         _measure(plan, threads, record, begun, save, watch)
         record.complete = True
     record.seconds = time.perf_counter() - begun
+    if busy is not None:
+        record.others = max(0.0, (busy_seconds() or busy) - busy - (_own_seconds() - own)) / record.seconds
     save(record)
     return record
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of the children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _measure(plan: Plan, threads: int, record: Record, begun: float, save: Callable[[Record], None], watch: Watch) -> None:

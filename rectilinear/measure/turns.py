@@ -22,9 +22,25 @@ from rectilinear.measure.cases import ITEMSIZE, Case
 from rectilinear.measure.machine import memory_available
 from rectilinear.measure.subjects import Subject
 
-KERNEL_OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+KERNEL_OVERRIDES = (
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "NUMBA_CPU_NAME",
+    "NUMBA_DISABLE_JIT",
+)
 """Variables that make a library use another kernel than the machine's best; no subject gets them."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 ASLEEP_WITHIN = 0.5
 """Seconds to wait for the threads of the last subject; OpenBLAS's spin for 2**26 cycles, some 25 ms."""
 _ARRAYS_IN_MEMORY = 4
@@ -32,7 +48,7 @@ _ARRAYS_IN_MEMORY = 4
 _MEMORY_SHARE = 0.6
 
 
-class SubjectFailed(Exception):
+class SubjectError(Exception):
     """The subject's process ended or cannot run the case; the text says why."""
 
 
@@ -68,12 +84,12 @@ class Child:
             print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
             answer = self._answer()
         except BrokenPipeError:
-            raise SubjectFailed(self._last_words()) from None
+            raise SubjectError(self._last_words()) from None
         finally:
             self._wait_until_asleep()
             self._idle_since = time.perf_counter(), self._cpu_seconds()
         if "error" in answer:
-            raise SubjectFailed(answer["error"])
+            raise SubjectError(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -91,7 +107,7 @@ class Child:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise SubjectFailed(self._last_words())
+            raise SubjectError(self._last_words())
         return dict(json.loads(line))
 
     def _last_words(self) -> str:
@@ -150,7 +166,7 @@ def started(subjects: list[Subject], threads: int) -> Iterator[tuple[dict[str, C
         for name, child in list(children.items()):
             try:
                 greetings[name] = child.greet()
-            except SubjectFailed as failure:
+            except SubjectError as failure:
                 greetings[name] = {"missing": str(failure)}
             if "missing" in greetings[name]:
                 missing[name] = greetings.pop(name)["missing"]
@@ -179,7 +195,7 @@ def take_turns(
         on_turn(name)
         try:
             return taking_part[name].ask(do, **arguments)
-        except SubjectFailed as failure:
+        except SubjectError as failure:
             left_out[name] = str(failure)
             times.pop(name, None)
             del taking_part[name]

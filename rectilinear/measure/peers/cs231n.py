@@ -73,12 +73,12 @@ def _train(x: Any, y: Any, params: list[Any]) -> list[Any]:
     for i in reversed(range(_LAYERS)):
         if i == 0:  # dx of the data is not needed
             dh = relu_backward(dh, caches[0][1])
-            grads = x.T @ dh, dh.sum(axis=0)
+            dw, db = x.T @ dh, dh.sum(axis=0)
         else:
             backward = affine_relu_backward if i < _LAYERS - 1 else affine_backward
-            dh, *grads = backward(dh, caches[i])
-        for p, g in zip(params[2 * i :], grads, strict=False):
-            p -= LEARNING_RATE * g
+            dh, dw, db = backward(dh, caches[i])
+        params[2 * i] -= LEARNING_RATE * dw
+        params[2 * i + 1] -= LEARNING_RATE * db
     return params
 
 

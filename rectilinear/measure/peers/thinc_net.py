@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rectilinear.measure.subjects import Run
 
 def build(case: Case, data: dict[str, Any]) -> Run:
     x, y = data["x"], data["y"]
-    sizes = list(zip(NET[:-1], NET[1:], strict=True))
+    sizes = list(itertools.pairwise(NET))
     layers: list[Any] = [Relu(nO=m, nI=d) for d, m in sizes[:-1]] + [Softmax(nO=sizes[-1][1], nI=sizes[-1][0])]
     model: Any = chain(*layers)
     model.initialize(X=x)

@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from rectilinear.measure.cases import Case
 from rectilinear.measure.peers.torch_eager import affine_relu, autograd, net
@@ -20,7 +20,7 @@ def build(case: Case, data: dict[str, Any]) -> Run:
     torch._dynamo.reset()  # each shape is compiled for itself, as a program that has one shape would
 
     def net_loss(x: Any, y: Any, params: Any) -> Any:
-        return F.cross_entropy(net(x, params), y)
+        return functional.cross_entropy(net(x, params), y)
 
-    compiled = [torch.compile(f, dynamic=False) for f in (affine_relu, F.cross_entropy, net_loss)]
+    compiled = [torch.compile(f, dynamic=False) for f in (affine_relu, functional.cross_entropy, net_loss)]
     return autograd(case, data, *compiled)

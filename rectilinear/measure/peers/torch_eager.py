@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from rectilinear.measure.cases import NET, Case
 from rectilinear.measure.reference import LEARNING_RATE
@@ -40,7 +40,7 @@ def results(value: Any) -> tuple[np.ndarray, ...]:
 
 
 def build(case: Case, data: dict[str, Any]) -> Run:
-    return autograd(case, data, affine_relu, F.cross_entropy, lambda x, y, params: F.cross_entropy(net(x, params), y))
+    return autograd(case, data, affine_relu, functional.cross_entropy, lambda x, y, params: functional.cross_entropy(net(x, params), y))
 
 
 def autograd(case: Case, data: dict[str, Any], layer: Any, cross_entropy: Any, net_loss: Any) -> Run:
