@@ -260,7 +260,8 @@ def _read_ir(width: int, streams: int) -> str:
         f"  %v{i} = load {vec}, ptr %g{i}, align {width}\n  %d{i} = add {vec} %c{i}, %v{i}"
         for i in range(streams)
     )
-    total = "\n".join(f"  %s{i} = add {vec} %{f's{i - 1}' if i else 'd0'}, %d{i}" for i in range(streams))
+    total = f"  %s0 = add {vec} %d0, zeroinitializer\n"
+    total += "\n".join(f"  %s{i} = add {vec} %s{i - 1}, %d{i}" for i in range(1, streams))
     return _sweep_ir(phis, body, f"{total}\n  store volatile {vec} %s{streams - 1}, ptr %q, align {width}", width * streams)
 
 
