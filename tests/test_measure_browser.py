@@ -10,9 +10,10 @@ import shutil
 import subprocess
 
 import pytest
-from test_measure_report import made_up
 
 from rectilinear.measure import report
+
+from .test_measure_report import made_up
 
 pytestmark = pytest.mark.browser
 

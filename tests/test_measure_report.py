@@ -239,6 +239,7 @@ def test_the_page_is_whole_and_fetches_nothing():
         "Throughput of the whole step against its size",
         "Latency at small sizes",
         "Bandwidth of the memory-bound passes",
+        "All figures",
         "FLOPs and least bytes of each pass",
         "Machine and method",
         "Left out",

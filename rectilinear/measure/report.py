@@ -49,7 +49,7 @@ class Section:
 def sections(record: Record) -> list[Section]:
     """Everything the report says, in its order; what was not measured is not there."""
     made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _throughput(record)]
-    made += [_latency(record), _memory_bound(record), _least_work(record), _machine(record), _absent(record)]
+    made += [_latency(record), _memory_bound(record), _everything(record), _least_work(record), _machine(record), _absent(record)]
     return [section for section in made if section.tables or section.charts or section.text]
 
 
@@ -133,14 +133,14 @@ def _heatmaps(record: Record) -> Section:
     )
     for subject in record.backends:
         for dtype in ITEMSIZE:
+            figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.dtype == dtype and subject in f.seconds]
+            peers = [peer for peer in record.peers if any(peer in f.seconds for f in figures)]
             rows = [
-                [PASSES[f.kind].replace("affine+ReLU ", ""), f.case.size, *(_ratio_cell(f, subject, peer) for peer in record.peers)]
-                for kind in PASSES
-                for f in record.figures
-                if f.kind == kind and f.dtype == dtype and subject in f.seconds
+                [PASSES[f.kind].replace("affine+ReLU ", ""), f.case.size, *(_ratio_cell(f, subject, peer) for peer in peers)]
+                for f in figures
             ]
-            if rows and record.peers:
-                section.tables.append(Table(["pass", "shape", *record.peers], rows, f"{subject}, {dtype}"))
+            if peers:
+                section.tables.append(Table(["pass", "shape", *peers], rows, f"{subject}, {dtype}"))
     return section if section.tables else Section("")
 
 
@@ -164,27 +164,7 @@ def _throughput(record: Record) -> Section:
         roofs = [(float(f.case.flops), f.case.flops / roof(f.case, record.ceilings).seconds * 1e-9) for f in figures]
         series.append(charts.Series("roofline", roofs, None))
         section.charts.append(charts.lines(series, "FLOP per step", "GFLOP/s", f"Whole step, {dtype}"))
-        rows = [[f.case.size, _rate(roof(f.case, record.ceilings), f), *_fractions(record, f)] for f in figures]
-        section.tables.append(
-            Table(["shape", "roofline, bound by", *record.subjects], rows, f"Whole step, {dtype}: GFLOP/s, and share of the roofline")
-        )
     return section
-
-
-def _rate(limit: Any, figure: Figure) -> str:
-    return f"{figure.case.flops / limit.seconds * 1e-9:.4g}, {limit.bound}"
-
-
-def _fractions(record: Record, figure: Figure) -> list[str]:
-    cells = []
-    for subject in record.subjects:
-        if subject not in figure.seconds:
-            cells.append("")
-            continue
-        seconds = median(figure.seconds[subject])
-        share = f" ({roof(figure.case, record.ceilings).seconds / seconds:.0%})" if on_host(record, subject) else ""
-        cells.append(f"{figure.case.flops / seconds * 1e-9:.3g}{share}")
-    return cells
 
 
 def _latency(record: Record) -> Section:
@@ -247,6 +227,33 @@ def _least_work(record: Record) -> Section:
         rows.append([PASSES[kind], flops, read, written, case.size, f"{case.flops:,}", f"{case.bytes_read:,}", f"{case.bytes_written:,}"])
     header = ["pass", "FLOP", "bytes read", "bytes written", "e.g. float32", "FLOP", "read", "written"]
     return Section("FLOPs and least bytes of each pass", text, [Table(header, rows)])
+
+
+def _everything(record: Record) -> Section:
+    """Every case: what bounds it, and each subject's time as a share of that."""
+    section = Section("All figures", "The time of one call, the median over rounds")
+    section.text += ", and the share of the roofline that it reaches." if record.ceilings else "."
+    figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.seconds]
+    rows = [[f.case.name, *_bound(record, f.case), *(_share(record, f, name) for name in record.subjects)] for f in figures]
+    header = ["case", *(["roofline", "bound by"] if record.ceilings else []), *record.subjects]
+    section.tables.append(Table(header, rows))
+    return section if rows else Section("")
+
+
+def _bound(record: Record, case: Case) -> list[str]:
+    if not record.ceilings:
+        return []
+    limit = roof(case, record.ceilings)
+    return [_time(limit.seconds), limit.bound]
+
+
+def _share(record: Record, figure: Figure, subject: str) -> str:
+    if subject not in figure.seconds:
+        return ""
+    seconds = median(figure.seconds[subject])
+    if not record.ceilings or not on_host(record, subject):
+        return _time(seconds)
+    return f"{_time(seconds)} ({roof(figure.case, record.ceilings).seconds / seconds:.0%})"
 
 
 def _machine(record: Record) -> Section:
@@ -315,7 +322,7 @@ def _spread(s: Spread) -> str:
 
 
 def _time(seconds: float) -> str:
-    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+    for factor, unit in ((1e9, "ns"), (1e6, "µs"), (1e3, "ms")):
         if seconds * factor < 1000:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds:.3g} s"
@@ -335,8 +342,9 @@ body { max-width: 70rem; margin: 0 auto; padding: 1rem }
 h1 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 2px solid #0072B2 }
 .scroll { overflow-x: auto; margin: .6rem 0 1.4rem } caption { text-align: left; font-weight: bold; padding: .3rem 0 }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
-th, td { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left; vertical-align: top } th { background: #f2f2f2 }
-td.number { text-align: right; white-space: nowrap; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+th, td { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left; vertical-align: top; white-space: nowrap }
+td.long { white-space: normal; min-width: 14rem } th { background: #f2f2f2 }
+td.number { text-align: right; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
 figure { margin: 0; flex: 1 1 20rem; max-width: 36rem }
 figure svg { width: 100%; height: auto; font: 12.5px system-ui, sans-serif } figcaption { font-weight: bold }
@@ -347,6 +355,8 @@ svg.swatch { width: 22px; height: 12px; margin-right: .3rem }
 @media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } table { font-size: 8px }
   tr, figure { break-inside: avoid } h2 { break-after: avoid } }
 """
+LONG = 42
+"""Characters from which on a cell is wrapped."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The browser is told to fetch nothing, whatever the page says."""
 
@@ -355,9 +365,13 @@ def title(record: Record) -> str:
     return f"rectilinear on {record.machine.get('cpu', 'this machine')}"
 
 
+def subtitle(record: Record) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in {"measured": record.started, **record.settings}.items())
+
+
 def html(record: Record) -> str:
     """One page that needs no network."""
-    parts = [f"<h1>{escape(title(record))}</h1>"]
+    parts = [f"<h1>{escape(title(record))}</h1><p>{escape(subtitle(record))}</p>"]
     for section in sections(record):
         parts.append(f"<section{' class=alarm' if section.alarm else ''}><h2>{escape(section.title)}</h2>")
         parts.append(f"<p>{escape(section.text)}</p>" if section.text else "")
@@ -381,13 +395,13 @@ def _html_table(table: Table) -> str:
 
 def _html_cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
-        return f"<td>{escape(cell)}</td>"
+        return f"<td{' class=long' if len(cell) > LONG else ''}>{escape(cell)}</td>"
     return f'<td class="number" style="background:{charts.shade(cell.ratio or 1.0)}">{escape(cell.text)}</td>'
 
 
 def markdown(record: Record) -> str:
     """The tables of the page."""
-    parts = [f"# {title(record)}"]
+    parts = [f"# {title(record)}", subtitle(record)]
     for section in sections(record):
         parts += [f"## {section.title}"] + ([section.text.strip()] if section.text else [])
         for table in section.tables:
