@@ -30,8 +30,28 @@ CEILINGS = {
         {"level": "memory", "capacity": None, "footprint": 10**8, "read": 10e9, "copy": 8e9, "copy_by": "non-temporal copy"},
     ],
 }
-NAMES = {"numpy": "numpy", "numpy-out": "numpy", "other": "other", "cs231n": None, "torch": None}
-FACTORS = {"numpy": 1.0, "numpy-out": 0.9, "other": 0.7, "cs231n": 1.1, "torch": 1.3}
+NAMES = {
+    "numpy": "numpy",
+    "numpy-out": "numpy",
+    "other": "other",
+    "cs231n": None,
+    "torch": None,
+    "torch-lean": None,
+    "torch-compile": None,
+    "jax": None,
+    "sklearn": None,
+}
+FACTORS = {
+    "numpy": 1.0,
+    "numpy-out": 0.9,
+    "other": 0.7,
+    "cs231n": 1.1,
+    "torch": 1.3,
+    "torch-lean": 1.05,
+    "torch-compile": 1.2,
+    "jax": 1.0,
+    "sklearn": 1.4,
+}
 
 
 def made_up(noise=0.01, seed=0, slow=(), drift=1.0, patterns=("step-*", "db-*", "relu_*", "train-*", "forward-1x*")):
@@ -51,7 +71,7 @@ def made_up(noise=0.01, seed=0, slow=(), drift=1.0, patterns=("step-*", "db-*", 
         for name, backend in NAMES.items()
     }
     record = Record("2024-01-01T00:00:00+00:00", {"grid": "made up", "rounds": 5, "threads": 1}, {"cpu": "A <fast> & rare CPU"}, subjects)
-    return replace(record, ceilings=CEILINGS, figures=figures, complete=True, missing={"jax": "No module named 'jax'"})
+    return replace(record, ceilings=CEILINGS, figures=figures, complete=True, missing={"thinc": "No module named 'thinc'"})
 
 
 def figure(**seconds):

@@ -353,6 +353,7 @@ svg.swatch { width: 22px; height: 12px; margin-right: .3rem }
 .alarm { border: 3px solid #D55E00; padding: 0 1rem } .alarm h2 { border: 0; margin-top: .6rem }
 @media (max-width: 40rem) { body { padding: .6rem } table { font-size: .76rem } th, td { padding: .15rem .3rem } }
 @media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } table { font-size: 8px }
+  th, td, td.number { white-space: normal; min-width: 0 !important; padding: 1px 3px }
   tr, figure { break-inside: avoid } h2 { break-after: avoid } }
 """
 LONG = 42
