@@ -193,7 +193,7 @@ def _compare(tmp_path, old, new, *more):
 
 
 def test_the_command_exits_non_zero_on_a_regression(tmp_path, capsys):
-    new = made_up(0.01, 2, slow=[("db-100x100-float32", "numpy", 1.2)])
+    new = made_up(0.01, 2, slow=[("db-100x100-float32", "numpy", 1.25)])
     assert _compare(tmp_path, made_up(0.01, 1), new) == 1
     assert "REGRESSION: numpy in db-100x100-float32 takes 1.2" in capsys.readouterr().out
     assert _compare(tmp_path, made_up(0.01, 1), new, "--tolerance", "30") == 0
