@@ -162,6 +162,9 @@ def test_the_checks_above_can_fail(browser, tmp_path):
 
 
 def test_the_page_itself_forbids_requests(browser, page):
-    page.write_text(page.read_text().replace("</body>", "<img src='http://127.0.0.1:9/x.png'></body>"))
+    page.write_text(
+        page.read_text().replace("</body>", "<img src='http://127.0.0.1:9/x.png'><script src='http://127.0.0.1:9/x.js'></script></body>")
+    )
     browser.show(page, DESK)
-    assert any("Content Security Policy" in error for error in browser.errors)
+    refused = [error for error in browser.errors if "Content Security Policy" in error]
+    assert {name for name in ("x.png", "x.js") for error in refused if name in error} == {"x.png", "x.js"}

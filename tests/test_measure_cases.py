@@ -125,6 +125,15 @@ def test_one_wrong_element_is_found(which):
     assert f"result {which} is off" in check(STEP, data, got)
 
 
+def test_an_error_too_small_for_the_mean_is_found_in_its_element():
+    data = inputs(STEP)
+    got = plain(STEP, data)
+    want = expected(STEP, data)[0][0]
+    allowed = np.sqrt(300 + 16) * np.finfo("f4").eps * np.sqrt(np.mean(want**2))
+    got[0].flat[7] += 50 * allowed  # over the root of 6400 elements: 0.6 of what is allowed
+    assert "result 0 is off" in check(STEP, data, got)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_found(value):
     data = inputs(STEP)

@@ -382,6 +382,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (saved.exists() and len(load(saved).figures) >= 2):
         time.sleep(0.02)
+    assert len(load(saved).figures) >= 2  # on disk before the end
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     record = load(saved)
