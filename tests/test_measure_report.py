@@ -376,15 +376,19 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
     code = "import sys; from rectilinear.measure.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["full", "--subjects", "cs231n", "--rounds", "3", "--seconds", "0.1", "--no-ceilings", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stderr=-3
+        [sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.DEVNULL
     )
     saved = tmp_path / "run.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (saved.exists() and len(load(saved).figures) >= 2):
-        time.sleep(0.02)
-    assert len(load(saved).figures) >= 2  # on disk before the end
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (saved.exists() and len(load(saved).figures) >= 2):
+            time.sleep(0.02)
+        assert len(load(saved).figures) >= 2  # on disk before the end
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+        process.wait()
     record = load(saved)
     assert not record.complete
     assert len(record.figures) >= 2
