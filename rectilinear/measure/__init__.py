@@ -6,7 +6,7 @@
 - `worker`: one subject in its own process; `turns`: the parent that lets the processes take turns;
 - `ceilings`: the machine's peak FMA rate and memory bandwidth; `machine`: what the machine is;
 - `figures`: medians, ratios and rooflines from what was measured; `compare`: two runs against one another;
-- `report`, `charts`, `cli`: what people see.
+- `report`, `page`, `charts`, `run`, `cli`: a whole run, and what people see of it. `record` is what is saved.
 
 Nothing here is imported by ``import rectilinear``.
 """

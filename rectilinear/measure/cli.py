@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 from rectilinear.measure import compare, report
@@ -125,19 +126,23 @@ def _subjects(options: argparse.Namespace) -> tuple[list[Subject], dict[str, str
 @contextmanager
 def _progress(plan: Plan) -> Iterator[Watch]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    so_far = [0.0, *accumulate(_cost(case, plan) for case in plan.cases)]
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:  # redrawing costs the subjects processor time
-        task = bar.add_task("", total=len(plan.cases))
-        yield lambda what, done: bar.update(task, description=what, completed=done)
+        task = bar.add_task("", total=so_far[-1])
+        yield lambda what, done: bar.update(
+            task, description=f"{min(int(done) + 1, len(plan.cases))}/{len(plan.cases)} {what}", completed=so_far[int(done)]
+        )
+
+
+def _cost(case: Case, plan: Plan) -> float:
+    """Roughly how many seconds a case takes, so that the time left is told by work and not by the number of cases."""
+    call = case.flops / 1e11 + (case.bytes_read + case.bytes_written) / 1e10
+    subjects = [subject for subject in plan.subjects if subject.covers(case)]
+    compiles = 6.0 * sum(subject.name == "torch-compile" for subject in subjects)
+    return compiles + len(subjects) * (0.2 + 10 * call + plan.rounds * max(plan.seconds, call))
 
 
 def _json_path(options: argparse.Namespace) -> Path:
