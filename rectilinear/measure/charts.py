@@ -43,25 +43,17 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, title: str) -> s
     return _figure(parts, _HEIGHT, title, series)
 
 
-def bars(groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], unit: str, title: str) -> str:
-    """Groups of horizontal bars from 0, each (name, value, style), with the value beside the bar; each group has its own scale."""
-    row, gap = 15, 22
-    height = sum(gap + row * len(group) for _, group in groups) + 6
-    left, right = 104, 62
-    parts, top = [], 0.0
-    for label, group in groups:
-        largest = max(value for _, value, _ in group)
-        top += gap
-        parts.append(f'<text x="2" y="{top - 6}" font-weight="bold">{escape(label)}</text>')
-        for name, value, style in group:
-            length = max(1.0, (_WIDTH - left - right) * value / largest)
-            parts.append(f'<text x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(name)}</text>')
-            parts.append(
-                f'<rect x="{left}" y="{top + 1.5}" width="{length:.1f}" height="{row - 3}" fill="{PALETTE[style % len(PALETTE)]}"/>'
-            )
-            parts.append(f'<text x="{left + length + 4:.1f}" y="{top + 11}">{value:.3g} {escape(unit)}</text>')
-            top += row
-    return _figure(parts, height, title, [])
+def bars(values: Sequence[tuple[str, float, int]], unit: str, title: str) -> str:
+    """Horizontal bars from 0, each (name, value, style), the shortest first, with the value beside the bar."""
+    row, left, right = 19, 104, 76
+    largest = max(value for _, value, _ in values)
+    parts = []
+    for i, (name, value, style) in enumerate(sorted(values, key=lambda bar: bar[1])):
+        top, length = row * i, max(1.0, (_WIDTH - left - right) * value / largest)
+        parts.append(f'<text x="{left - 6}" y="{top + 14}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="{row - 5}" fill="{PALETTE[style % len(PALETTE)]}"/>')
+        parts.append(f'<text x="{left + length + 4:.1f}" y="{top + 14}">{value:.3g} {escape(unit)}</text>')
+    return _figure(parts, row * len(values), title, [])
 
 
 def shade(value: float, extreme: float = 4.0) -> str:

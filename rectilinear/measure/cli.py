@@ -19,6 +19,9 @@ from rectilinear.measure.subjects import BASELINE, PEERS, Subject, backend_subje
 GRIDS = {"quick": (quick_grid, 5, 0.02, 165.0), "full": (full_grid, 5, 0.05, 1740.0)}
 """Cases, rounds, seconds per turn, and the budget in seconds, less the second look at the ceilings."""
 
+SCREENFUL = 40
+"""Rows beyond which the table at the end keeps to whole steps."""
+
 _EPILOG = f"""Cases are named PASS-SHAPE-DTYPE; passes: {", ".join(PASSES)}.
 Exit status: 0; 1 after a regression (--compare) or when a backend was refused for wrong results; 2 for wrong usage;
 130 after Ctrl-C, which keeps what was measured."""
@@ -185,6 +188,8 @@ def _print_choice(record: Record) -> None:
     from rich.table import Table
 
     rows = advice(record)
+    if len(rows) > SCREENFUL:  # the report has them all
+        rows = [row for row in rows if row.case.kind in ("step", "train")] or rows
     names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
     table = Table("case", *(f"{name}, µs" for name in names), "choose", title="Which backend to choose here, by size")
     for row in rows:

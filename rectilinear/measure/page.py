@@ -43,7 +43,7 @@ th, td { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left; vertica
 td.long { white-space: normal; min-width: 14rem } th { background: #f2f2f2 }
 td.number { text-align: right; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
-figure { margin: 0; flex: 1 1 20rem; max-width: 36rem }
+figure { margin: 0; flex: 1 1 min(100%, 26rem); max-width: 36rem }
 figure svg { width: 100%; height: auto; font: 12.5px system-ui, sans-serif } figcaption { font-weight: bold }
 .legend { font-size: .86rem } .legend span { white-space: nowrap; margin-right: 1rem }
 svg.swatch { width: 22px; height: 12px; margin-right: .3rem }

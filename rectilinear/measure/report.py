@@ -147,18 +147,13 @@ def _latency(record: Record) -> Section:
     if not figures:
         return Section("")
     styles = _styles(record)
-    groups = [
-        (
-            f"{PASSES[f.kind]}, {f.case.size}",
-            [(n, median(s) * 1e6, styles[n]) for n, s in sorted(f.seconds.items(), key=lambda i: median(i[1]))],
+    drawn = [
+        charts.bars(
+            [(name, median(seconds) * 1e6, styles[name]) for name, seconds in f.seconds.items()], "µs", f"{PASSES[f.kind]}, {f.case.size}"
         )
         for f in sorted(figures, key=lambda f: (f.case.flops, f.kind))
     ]
-    return Section(
-        "Latency at small sizes",
-        "Where a call costs more than its arithmetic.",
-        charts=[charts.bars(groups, "µs", "Time of one call, float32")],
-    )
+    return Section("Latency at small sizes", "The time of one call, float32, where calling costs more than the arithmetic.", charts=drawn)
 
 
 def _memory_bound(record: Record) -> Section:
