@@ -182,7 +182,7 @@ def take_turns(
 ) -> tuple[dict[str, list[float]], dict[str, str], dict[str, str]]:
     """Measure one case: seconds per call by subject, one figure per round; who was refused for wrong results; and who was left out.
 
-    `on_turn` is called with a subject's name before it does something.
+    `on_turn` is called with a subject's name before it does something. A subject whose process has ended is taken out of `children`.
     """
     times: dict[str, list[float]] = {}
     refused, left_out = {}, {}
@@ -199,7 +199,7 @@ def take_turns(
             left_out[name] = str(failure)
             times.pop(name, None)
             del taking_part[name]
-            if taking_part is not children and children[name].process.poll() is not None:
+            if children[name].process.poll() is not None:
                 children.pop(name).close()
             return None
 
