@@ -18,6 +18,7 @@ from rectilinear.measure.cases import Case, full_grid, named
 from rectilinear.measure.cli import main
 from rectilinear.measure.figures import advice, bandwidth, best_peer, broken_ceilings, geometric_mean, headline, ratio, roof
 from rectilinear.measure.record import Figure, Record, load
+from rectilinear.measure.run import _probe
 
 CEILINGS = {
     "probe": "made up",
@@ -370,6 +371,14 @@ def test_a_budget_that_is_over_leaves_cases_out_by_name(tmp_path):
     record = load(tmp_path / "run.json")
     assert record.figures == []
     assert [entry["case"] for entry in record.left_out] == ["db-10x100-float32", "db-10x100-float64"]
+
+
+def test_ceilings_that_cannot_be_measured_are_missing_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("rectilinear.measure.run.sys.executable", "false")
+    record = Record("now", {}, {})
+    assert _probe(1, record) == {}
+    assert record.missing == {"ceilings": "the probe ended with status 1"}
+    assert "ended with status 1" in report.html(record)
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path):

@@ -64,7 +64,6 @@ def _own_seconds() -> float:
 
 def _measure(plan: Plan, threads: int, record: Record, begun: float, save: Callable[[Record], None], watch: Watch) -> None:
     with _probed(plan, threads, record, watch), started(list(plan.subjects), threads) as (children, greetings, missing):
-        watch("starting the subjects", 0.0)
         record.missing |= missing
         known = {subject.name: subject for subject in plan.subjects}
         for name, greeting in greetings.items():
@@ -99,24 +98,25 @@ def _case(plan: Plan, case: Case, children: dict[str, Any], record: Record, on_t
 @contextlib.contextmanager
 def _probed(plan: Plan, threads: int, record: Record, watch: Watch) -> Iterator[None]:
     """Measure the ceilings before and after; the subjects have not started then, or have ended."""
-    if not plan.ceilings:
-        yield
-        return
-    watch("the machine's ceilings", 0.0)
-    first = _probe(threads)
-    record.ceilings = first
+    if plan.ceilings:
+        watch("the machine's ceilings", 0.0)
+        record.ceilings = _probe(threads, record)
+    watch("starting the subjects", 0.0)
     yield
-    watch("the machine's ceilings, again", float(len(plan.cases)))
-    record.ceilings = ceilings.merged([first, _probe(threads)])
+    if record.ceilings:
+        watch("the machine's ceilings, again", float(len(plan.cases)))
+        again = _probe(threads, record)
+        record.ceilings = ceilings.merged([record.ceilings, again]) if again else {}
 
 
-def _probe(threads: int) -> dict[str, Any]:
-    """In a process of its own, for the same reasons as the subjects."""
+def _probe(threads: int, record: Record) -> dict[str, Any]:
+    """In a process of its own, for the same reasons as the subjects. Empty if it failed, and then it is named among the missing."""
     nobody = Subject("ceilings", "")
     command = [sys.executable, "-m", "rectilinear.measure.ceilings", str(threads)]
     done = subprocess.run(command, env=environment(nobody, threads), capture_output=True, text=True, check=False)
     if done.returncode:
         if done.returncode < 0 and not done.stderr:
             raise KeyboardInterrupt  # the terminal's Ctrl-C ended it, as it does this process
-        raise RuntimeError(f"the probe of the ceilings failed: {done.stderr.strip().splitlines()[-1:]}; --no-ceilings runs without it")
+        record.missing["ceilings"] = " ".join(done.stderr.strip().splitlines()[-1:]) or f"the probe ended with status {done.returncode}"
+        return {}
     return dict(json.loads(done.stdout))
