@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=_positive, help="rounds of turns")
     add("--seconds", type=float, help="seconds per turn")
-    add("--budget", type=float, help="seconds for the run: no case is begun that may not end within them; 0: no limit")
+    add(
+        "--budget", type=float, help="seconds for the run: no case is begun that may not end within them; 0: no limit, which --only implies"
+    )
     add("--threads", type=_positive, default=0, help="threads for every subject (default: all processors this process may use)")
     add("--no-ceilings", action="store_true", help="do not measure the machine's ceilings; leaves the rooflines out")
     add("--out", type=Path, default=Path("rectilinear-bench"), help="folder for report.html, report.md and run.json (default: %(default)s)")
@@ -99,7 +101,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     grid, rounds, seconds, budget = GRIDS[options.grid]
     cases: list[Case] = named(full_grid(), options.only) if options.only else grid()
     chosen, missing = _subjects(options)
-    budget = budget if options.budget is None else options.budget
+    if options.budget is not None:
+        budget = options.budget
+    elif options.only:
+        budget = 0.0  # what is asked for by name is measured, however long it takes
     return Plan(
         cases=[case for case in cases if any(subject.covers(case) for subject in chosen)],
         subjects=chosen,
