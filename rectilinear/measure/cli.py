@@ -196,7 +196,9 @@ def _print_choice(record: Record) -> None:
     if len(rows) > SCREENFUL:  # the report has them all
         rows = [row for row in rows if row.case.kind in ("step", "train")] or rows
     names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
-    table = Table("case", *(f"{name}, µs" for name in names), "choose", title="Which backend to choose here, by size")
+    table = Table(title="Which backend to choose here, by size")
+    for column in ("case", *(f"{name}, µs" for name in names), "choose"):
+        table.add_column(column, overflow="fold")
     for row in rows:
         times = [f"{row.microseconds[name]:.4g}" if name in row.microseconds else "" for name in names]
         table.add_row(row.case.name, *times, row.best if row.clear or len(names) == 1 else f"either ({row.best} by {row.ahead - 1:.0%})")
