@@ -1,0 +1,121 @@
+"""The subjects that are rectilinear itself, on the backend that RECTILINEAR_BACKEND names in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import rectilinear as rl
+from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.reference import LEARNING_RATE
+from rectilinear.measure.subjects import Run
+
+_LAYERS = len(NET) - 1
+
+
+def build(case: Case, data: dict[str, Any]) -> Run:
+    """As users call it: results are fresh arrays."""
+    return _build(case, data, allocated=True)
+
+
+def build_out(case: Case, data: dict[str, Any]) -> Run:
+    """With ``out=``, as a training loop that keeps its arrays would."""
+    return _build(case, data, allocated=False)
+
+
+def _build(case: Case, data: dict[str, Any], allocated: bool) -> Run:
+    arrays = {name: rl.asarray(a) for name, a in data.items()}
+    make = {"train": _train, "softmax": _softmax, "db": _db, "relu_forward": _relu_forward, "relu_backward": _relu_backward}.get(case.kind)
+    call = make(arrays, allocated) if make else _affine(case, arrays, allocated)
+    on_host = all(isinstance(a, np.ndarray) for a in arrays.values())
+
+    def waiting() -> Any:
+        value = call()
+        rl.synchronize()
+        return value
+
+    return Run(call if on_host else waiting, lambda value: tuple(np.asarray(rl.to_numpy(a)) for a in value))
+
+
+def _like(a: Any, allocated: bool) -> Any:
+    """An array to be given as out, touched, since untouched pages cost the first call that writes them."""
+    return None if allocated else rl.asarray(np.ones(a.shape, a.dtype))
+
+
+def _outs(arrays: dict[str, Any], names: str, allocated: bool) -> Any:
+    return None if allocated else tuple(_like(arrays[name], allocated) for name in names.split())
+
+
+def _affine(case: Case, arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    x, w, b, dout = (arrays[k] for k in ("x", "w", "b", "dout"))
+    out, grads = _like(dout, allocated), _outs(arrays, "x w b", allocated)
+
+    def step() -> Any:
+        y, cache = rl.affine_relu_forward(x, w, b, out=out)
+        return (y, *rl.affine_relu_backward(dout, cache, out=grads))
+
+    cache = rl.affine_relu_forward(x, w, b)[1]
+    calls: dict[str, Callable[[], Any]] = {
+        "affine": lambda: rl.affine_forward(x, w, b, out=out)[:1],
+        "forward": lambda: rl.affine_relu_forward(x, w, b, out=out)[:1],
+        "backward": lambda: rl.affine_relu_backward(dout, cache, out=grads),
+    }
+    return calls.get(case.kind, step)
+
+
+def _relu_forward(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    x, out = arrays["x"], _like(arrays["x"], allocated)
+    return lambda: rl.relu_forward(x, out=out)[:1]
+
+
+def _relu_backward(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    dout, cache, out = arrays["dout"], rl.relu_forward(arrays["x"])[1], _like(arrays["x"], allocated)
+    return lambda: (rl.relu_backward(dout, cache, out=out),)
+
+
+def _db(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    """The bias reduction is the backward pass of an affine layer of which db alone is wanted, here one without features."""
+    dout = arrays["dout"]
+    n, m = dout.shape
+    empty = [rl.asarray(np.zeros(shape, dout.dtype)) for shape in ((n, 0), (0, m), (m,))]
+    out = None if allocated else (None, None, _like(empty[2], allocated))
+    return lambda: rl.affine_backward(dout, tuple(empty), needs=(False, False, True), out=out)[2:]
+
+
+def _softmax(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    x, y, out = arrays["x"], arrays["y"], _like(arrays["x"], allocated)
+    return lambda: rl.softmax_loss(x, y, out=out)
+
+
+def _train(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    x, y = arrays["x"], arrays["y"]
+    params = [(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(_LAYERS)]
+    n = len(x)
+    outs = [_like(np.empty((n, m), str(x.dtype)), allocated) for m in NET[1:]]
+    dscores = _like(np.empty((n, NET[-1]), str(x.dtype)), allocated)
+    grads_out = [
+        None if allocated else (None if i == 0 else _like(np.empty((n, NET[i]), str(x.dtype)), False), _like(w, False), _like(b, False))
+        for i, (w, b) in enumerate(params)
+    ]
+
+    def step() -> Any:
+        caches: list[Any] = []
+        h = x
+        for i, (w, b) in enumerate(params):
+            layer: Any = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
+            h, cache = layer(h, w, b, out=outs[i])
+            caches.append(cache)
+        _, dh = rl.softmax_loss(h, y, out=dscores)
+        for i in reversed(range(_LAYERS)):
+            backward: Any = rl.affine_relu_backward if i < _LAYERS - 1 else rl.affine_backward
+            dh, dw, db = backward(dh, caches[i], needs=(i > 0, True, True), out=grads_out[i])
+            w, b = params[i]
+            dw *= LEARNING_RATE
+            db *= LEARNING_RATE
+            w -= dw
+            b -= db
+        return [p for layer_params in params for p in layer_params]
+
+    return step

@@ -1,0 +1,80 @@
+"""JAX: each pass one jitted function, gradients by `jax.vjp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.reference import LEARNING_RATE
+from rectilinear.measure.subjects import Run
+
+_LAYERS = len(NET) - 1
+
+
+def _affine(x: Any, w: Any, b: Any) -> Any:
+    return x @ w + b[..., None, :]
+
+
+def _layer(x: Any, w: Any, b: Any) -> Any:
+    return jax.nn.relu(_affine(x, w, b))
+
+
+def _step(x: Any, w: Any, b: Any, dout: Any) -> Any:
+    out, vjp = jax.vjp(_layer, x, w, b)
+    return out, *vjp(dout)
+
+
+def _loss(scores: Any, y: Any) -> Any:
+    log_probs = jax.nn.log_softmax(scores)
+    return -jnp.take_along_axis(log_probs, y[:, None], axis=1).mean()
+
+
+def _net_loss(params: Any, x: Any, y: Any) -> Any:
+    for w, b in params[:-1]:
+        x = _layer(x, w, b)
+    return _loss(_affine(x, *params[-1]), y)
+
+
+def _sgd(params: Any, x: Any, y: Any) -> Any:
+    grads = jax.grad(_net_loss)(params, x, y)
+    return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
+
+
+def _train(data: dict[str, Any]) -> Callable[[], Any]:
+    sgd = jax.jit(_sgd, donate_argnums=0)
+    state = [[(jnp.array(data[f"w{i}"]), jnp.array(data[f"b{i}"])) for i in range(_LAYERS)]]
+    x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
+
+    def step() -> Any:
+        state[0] = sgd(state[0], x, y)
+        return jax.block_until_ready([p for layer in state[0] for p in layer])
+
+    return step
+
+
+def build(case: Case, data: dict[str, Any]) -> Run:
+    results = lambda value: tuple(np.asarray(a) for a in value)  # noqa: E731
+    if case.kind == "train":
+        return Run(_train(data), results)
+    arrays = {name: jnp.asarray(a) for name, a in data.items()}
+    if case.kind in ("backward", "relu_backward"):  # vjp returns a pytree that holds what forward kept, so jit can be given it
+        forward, names = (_layer, ("x", "w", "b")) if case.kind == "backward" else (jax.nn.relu, ("x",))
+        vjp = jax.jit(lambda *a: jax.vjp(forward, *a)[1])(*(arrays[name] for name in names))
+        function: Any = lambda vjp, dout: vjp(dout)  # noqa: E731
+        arguments: tuple[Any, ...] = (vjp, arrays["dout"])
+    else:
+        function, names = {
+            "affine": (lambda x, w, b: (_affine(x, w, b),), ("x", "w", "b")),
+            "forward": (lambda x, w, b: (_layer(x, w, b),), ("x", "w", "b")),
+            "relu_forward": (lambda x: (jax.nn.relu(x),), ("x",)),
+            "db": (lambda dout: (dout.sum(axis=0),), ("dout",)),
+            "softmax": (jax.value_and_grad(_loss), ("x", "y")),
+        }.get(case.kind, (_step, ("x", "w", "b", "dout")))
+        arguments = tuple(arrays[name] for name in names)
+    compiled = jax.jit(function)
+    return Run(lambda: jax.block_until_ready(compiled(*arguments)), results)

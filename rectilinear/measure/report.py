@@ -1,0 +1,320 @@
+"""What the report of a run says: `sections`, once, for the HTML page and for Markdown; `page` writes them down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from rectilinear.measure import charts, page
+from rectilinear.measure.cases import ITEMSIZE, PASSES, Case
+from rectilinear.measure.figures import Headline, Spread, advice, broken_ceilings, headline, on_host, ratio, roof
+from rectilinear.measure.page import Cell, Section, Table
+from rectilinear.measure.record import Figure, Record
+
+MEMORY_BOUND = ("db", "relu_forward", "relu_backward")
+BUSY = 0.1
+"""Processors kept busy by others from which on a report warns: one thread that waits for a processor holds up a whole BLAS call."""
+SMALL_FLOPS = 10**7
+"""A step below this is over in microseconds: calling it costs more than computing it."""
+
+
+def sections(record: Record) -> list[Section]:
+    """Everything the report says, in its order; what was not measured is not there."""
+    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _throughput(record)]
+    made += [_latency(record), _memory_bound(record), _everything(record), _least_work(record), _machine(record), _absent(record)]
+    return [section for section in made if section.tables or section.charts or section.text]
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _alarms(record: Record) -> Section:
+    section = Section("Read this first", alarm=True)
+    broken = broken_ceilings(record)
+    if broken:
+        estimate = " The ceilings are an estimate here, so that can happen." if "estimate" in record.ceilings["probe"] else ""
+        section.text = f"A measured ceiling was beaten: the probe is wrong, and so is every fraction of the roofline below.{estimate}"
+        section.tables.append(Table(["what"], [[line] for line in broken]))
+    if record.refused:
+        rows = [[entry["subject"], entry["case"], entry["reason"]] for entry in record.refused]
+        section.tables.append(Table(["subject", "case", "why"], rows, "Refused, since the results were wrong against float64"))
+    if (record.others or 0.0) > BUSY:
+        section.text += f" Other programs kept {record.others:.1f} processors busy meanwhile: measure again on a quiet machine. "
+    if not record.complete:
+        section.text += " This run was interrupted; what follows is what had been measured by then."
+    return section
+
+
+def _headlines(record: Record) -> Section:
+    section = Section(
+        "Headline", "How many times as fast as each peer, above 1 being faster: geometric mean over the cases, and the worst of them. "
+    )
+    section.text += "In brackets the lowest and the highest round. The best peer is the fastest at each shape."
+    groups = [("the whole step, " + d, [f for f in record.figures if f.kind == "step" and f.dtype == d]) for d in ITEMSIZE]
+    groups.append(("everything", record.figures))
+    for subject in record.backends:
+        for name, figures in groups:
+            heads = [headline(figures, subject, peer, record.peers) for peer in (*record.peers, "best")]
+            rows = [_headline_row(h) for h in heads if h]
+            if rows:
+                section.tables.append(Table(["against", "cases", "geometric mean", "worst", "where"], rows, f"{subject}: {name}"))
+    by_pass = [
+        _pass_row(record, subject, kind) for subject in record.backends for kind in PASSES if any(f.kind == kind for f in record.figures)
+    ]
+    if by_pass and record.peers:
+        section.tables.append(Table(["subject", "pass", *record.peers, "best peer"], by_pass, "Geometric means by pass"))
+    return section if section.tables else Section("")
+
+
+def _headline_row(h: Headline) -> list[Cell | str]:
+    name = "best peer" if h.peer == "best" else h.peer
+    return [name, str(h.cases), Cell(_spread(h.mean), h.mean.mid), Cell(_spread(h.worst), h.worst.mid), h.worst_case.name]
+
+
+def _pass_row(record: Record, subject: str, kind: str) -> list[Cell | str]:
+    figures = [f for f in record.figures if f.kind == kind]
+    heads = [headline(figures, subject, peer, record.peers) for peer in (*record.peers, "best")]
+    return [subject, PASSES[kind], *(Cell(f"{h.mean.mid:.2f}", h.mean.mid) if h else "" for h in heads)]
+
+
+def _choice(record: Record) -> Section:
+    rows = advice(record)
+    if not rows:
+        return Section("")
+    names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
+    section = Section("Which backend to choose here, by size")
+    if len(names) == 1:
+        section.text = f"Only the {names[0]} backend is usable here."
+    table = [
+        [
+            PASSES[row.case.kind],
+            row.case.size,
+            row.case.dtype,
+            *(_time(row.microseconds[n] * 1e-6) if n in row.microseconds else "" for n in names),
+            row.best if row.clear or len(row.microseconds) == 1 else f"either ({row.best} by {row.ahead - 1:.0%})",
+        ]
+        for row in rows
+    ]
+    section.tables.append(Table(["pass", "shape", "dtype", *names, "choose"], table))
+    return section
+
+
+def _heatmaps(record: Record) -> Section:
+    section = Section(
+        "Ratios by shape", "The peer's time over the subject's, the median of the rounds; blue: the subject is faster, orange: slower."
+    )
+    for subject in record.backends:
+        for dtype in ITEMSIZE:
+            figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.dtype == dtype and subject in f.seconds]
+            peers = [peer for peer in record.peers if any(peer in f.seconds for f in figures)]
+            rows = [
+                [PASSES[f.kind].replace("affine+ReLU ", ""), f.case.size, *(_ratio_cell(f, subject, peer) for peer in peers)]
+                for f in figures
+            ]
+            if peers:
+                section.tables.append(Table(["pass", "shape", *peers], rows, f"{subject}, {dtype}"))
+    return section if section.tables else Section("")
+
+
+def _ratio_cell(figure: Figure, subject: str, peer: str) -> Cell | str:
+    if peer not in figure.seconds:
+        return ""
+    found = ratio(figure, subject, peer)
+    return Cell(f"{found.mid:.2f}", found.mid)
+
+
+def _throughput(record: Record) -> Section:
+    section = Section("Throughput of the whole step against its size")
+    if not record.ceilings:
+        return Section("")
+    section.text = "Each point is a shape. The roofline is the most the machine allows for the FLOPs and the least bytes of that shape."
+    for dtype in ITEMSIZE:
+        figures = sorted((f for f in record.figures if f.kind == "step" and f.dtype == dtype and f.seconds), key=lambda f: f.case.flops)
+        if not figures:
+            continue
+        series = _series(record, figures, lambda f: f.case.flops, lambda f, seconds: f.case.flops / seconds * 1e-9)
+        roofs = [(float(f.case.flops), f.case.flops / roof(f.case, record.ceilings).seconds * 1e-9) for f in figures]
+        series.append(charts.Series("roofline", roofs, None))
+        section.charts.append(charts.lines(series, "FLOP per step", "GFLOP/s", f"Whole step, {dtype}"))
+    return section
+
+
+def _latency(record: Record) -> Section:
+    figures = [
+        f for f in record.figures if f.kind in ("step", "forward") and f.case.flops < SMALL_FLOPS and f.dtype == "float32" and f.seconds
+    ]
+    if not figures:
+        return Section("")
+    styles = _styles(record)
+    drawn = [
+        charts.bars(
+            [(name, median(seconds) * 1e6, styles[name]) for name, seconds in f.seconds.items()], "µs", f"{PASSES[f.kind]}, {f.case.size}"
+        )
+        for f in sorted(figures, key=lambda f: (f.case.flops, f.kind))
+    ]
+    return Section("Latency at small sizes", "The time of one call, float32, where calling costs more than the arithmetic.", charts=drawn)
+
+
+def _memory_bound(record: Record) -> Section:
+    section = Section("Bandwidth of the memory-bound passes")
+    if not record.ceilings:
+        return Section("")
+    section.text = "The least bytes of a pass over its time. The ceiling falls where the arrays outgrow a level of cache."
+    for kind in MEMORY_BOUND:
+        figures = [f for f in record.figures if f.kind == kind and f.dtype == "float32" and f.seconds]
+        figures.sort(key=lambda f: _bytes(f.case))
+        if figures:
+            series = _series(record, figures, lambda f: _bytes(f.case), lambda f, seconds: _bytes(f.case) / seconds * 1e-9)
+            ceiling = [(float(_bytes(f.case)), roof(f.case, record.ceilings).bandwidth * 1e-9) for f in figures]
+            series.append(charts.Series("measured ceiling", ceiling, None))
+            section.charts.append(charts.lines(series, "bytes", "GB/s", f"{PASSES[kind]}, float32"))
+    return section if section.charts else Section("")
+
+
+def _least_work(record: Record) -> Section:
+    """The FLOPs and minimal bytes of every pass, as formulas and at one shape."""
+    text = "Every argument read once and every result written once; s bytes per element (4 or 8), k = NM/8 for the keep-set, one bit each. "
+    text += "P is the number of parameters of the net."
+    n, _d, m = shape = (128, 784, 256)
+    formulas = [
+        ("affine", shape, "2NDM", "(ND + DM + M) s", "NM s"),
+        ("forward", shape, "2NDM", "(ND + DM + M) s", "NM s"),
+        ("backward", shape, "4NDM + NM", "(NM + ND + DM) s + k", "(ND + DM + M) s"),
+        ("step", shape, "6NDM + NM", "(ND + DM + M + NM) s", "(NM + ND + DM + M) s"),
+        ("stacked", (8, *shape), "B (6NDM + NM)", "B (ND + DM + M + NM) s", "B (NM + ND + DM + M) s"),
+        ("relu_forward", (n, m), "0", "NM s", "NM s"),
+        ("relu_backward", (n, m), "0", "2NM s", "NM s"),
+        ("db", (n, m), "NM", "NM s", "M s"),
+        ("softmax", (n, m), "4NC", "NC s + 8N", "(NC + 1) s"),
+        ("train", (n,), "sum of its passes without the first dx, + 2P", "(784 N + P) s + 8N", "P s"),
+    ]
+    rows = []
+    for kind, at, flops, read, written in formulas:
+        case = Case(kind, at, "float32")
+        rows.append([PASSES[kind], flops, read, written, case.size, f"{case.flops:,}", f"{case.bytes_read:,}", f"{case.bytes_written:,}"])
+    header = ["pass", "FLOP", "bytes read", "bytes written", "e.g. float32", "FLOP", "read", "written"]
+    return Section("FLOPs and least bytes of each pass", text, [Table(header, rows)])
+
+
+def _everything(record: Record) -> Section:
+    """Every case: what bounds it, and each subject's time as a share of that."""
+    section = Section("All figures", "The time of one call, the median over rounds")
+    section.text += ", and the share of the roofline that it reaches." if record.ceilings else "."
+    figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.seconds]
+    rows = [[f.case.name, *_bound(record, f.case), *(_share(record, f, name) for name in record.subjects)] for f in figures]
+    header = ["case", *(["roofline", "bound by"] if record.ceilings else []), *record.subjects]
+    section.tables.append(Table(header, rows))
+    return section if rows else Section("")
+
+
+def _bound(record: Record, case: Case) -> list[str]:
+    if not record.ceilings:
+        return []
+    limit = roof(case, record.ceilings)
+    return [_time(limit.seconds), limit.bound]
+
+
+def _share(record: Record, figure: Figure, subject: str) -> str:
+    if subject not in figure.seconds:
+        return ""
+    seconds = median(figure.seconds[subject])
+    if not record.ceilings or not on_host(record, subject):
+        return _time(seconds)
+    return f"{_time(seconds)} ({roof(figure.case, record.ceilings).seconds / seconds:.0%})"
+
+
+def _machine(record: Record) -> Section:
+    facts = [[key, _fact(value)] for key, value in {**record.machine, **record.settings, "started": record.started}.items()]
+    facts.append(["took", f"{record.seconds:.0f} s"])
+    section = Section(
+        "Machine and method", "Every subject in its own process; they take turns, round by round; figures are medians over rounds."
+    )
+    section.tables.append(Table(["what", "value"], facts))
+    if record.ceilings:
+        rows = [[f"peak {dtype}", f"{rate * 1e-9:.4g} GFLOP/s", ""] for dtype, rate in record.ceilings["flops"].items()]
+        for level in record.ceilings["levels"]:
+            name = f"{level['level']}, {level['footprint'] / 2**10:,.0f} KiB"
+            rows.append([name, f"{level['read'] * 1e-9:.4g} GB/s read", f"{level['copy'] * 1e-9:.4g} GB/s read+write ({level['copy_by']})"])
+        section.tables.append(
+            Table(["ceiling", "", ""], rows, f"Measured ceilings, {record.ceilings['threads']} threads: {record.ceilings['probe']}")
+        )
+    rows = [
+        [
+            name,
+            about["about"],
+            _fact(about.get("versions", {})),
+            "; ".join(map(_fact, about.get("threads", []))),
+            f"{about.get('idle_cpu', 0):.1%}",
+        ]
+        for name, about in record.subjects.items()
+    ]
+    section.tables.append(Table(["subject", "what", "versions", "BLAS, threads", "CPU while others measured"], rows, "Subjects"))
+    return section
+
+
+def _absent(record: Record) -> Section:
+    section = Section("Left out")
+    if record.missing:
+        section.tables.append(Table(["subject", "why"], list(record.missing.items()), "Missing here"))
+    notes = [[name, about["note"]] for name, about in record.subjects.items() if about.get("note")]
+    if notes:
+        section.tables.append(Table(["subject", "why"], notes, "In some passes only"))
+    if record.left_out:
+        rows = [[entry["case"], entry["subject"], entry["reason"]] for entry in record.left_out]
+        section.tables.append(Table(["case", "subject", "why"], rows, "Cases not measured"))
+    return section
+
+
+# ---------------------------------------------------------------- small words
+
+
+def _styles(record: Record) -> dict[str, int]:
+    return {name: i for i, name in enumerate(record.subjects)}
+
+
+def _series(record: Record, figures: Sequence[Figure], x: Any, y: Any) -> list[charts.Series]:
+    made = [
+        charts.Series(name, [(float(x(f)), y(f, median(f.seconds[name]))) for f in figures if name in f.seconds], style)
+        for name, style in _styles(record).items()
+    ]
+    return [series for series in made if series.points]
+
+
+def _bytes(case: Case) -> int:
+    return case.bytes_read + case.bytes_written
+
+
+def _spread(s: Spread) -> str:
+    return f"{s.mid:.2f} ({s.low:.2f} to {s.high:.2f})"
+
+
+def _time(seconds: float) -> str:
+    for factor, unit in ((1e9, "ns"), (1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v // 1024:,} KiB" if k in ("L1", "L2", "L3") else f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _title(record: Record) -> str:
+    return f"rectilinear on {record.machine.get('cpu', 'this machine')}"
+
+
+def _subtitle(record: Record) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in {"measured": record.started, **record.settings}.items())
+
+
+def html(record: Record) -> str:
+    """The report as one page that needs no network."""
+    return page.html(_title(record), _subtitle(record), sections(record))
+
+
+def markdown(record: Record) -> str:
+    """The tables of the page."""
+    return page.markdown(_title(record), _subtitle(record), sections(record))

@@ -1,0 +1,89 @@
+"""The list of subjects: rectilinear's backends, and the peers they are compared with.
+
+A subject is a function ``build(case, data) -> Run``, named by module and attribute, since it is imported only in its own process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rectilinear.measure.cases import PASSES, Case
+
+
+class Run(NamedTuple):
+    """A case ready to be run: `call` does the pass and waits for it; `results` makes NumPy arrays of what it returned."""
+
+    call: Callable[[], Any]
+    results: Callable[[Any], tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One contender, in a process of its own.
+
+    `target` is ``"module:function"``; `backend` the rectilinear backend it runs on, None for a peer; `passes` and `dtypes` what
+    it takes part in, and `note` why not in more.
+    """
+
+    name: str
+    target: str
+    backend: str | None = None
+    passes: tuple[str, ...] = tuple(PASSES)
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    about: str = ""
+    note: str = ""
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def covers(self, case: Case) -> bool:
+        return case.kind in self.passes and case.dtype in self.dtypes
+
+
+BASELINE = "cs231n"
+"""The peer that is always there, since it needs NumPy alone; `--compare` measures in units of it."""
+
+_HERE = "rectilinear.measure"
+
+PEERS = (
+    Subject(BASELINE, f"{_HERE}.peers.cs231n:build", about="CS231n's layers in plain NumPy"),
+    Subject("torch", f"{_HERE}.peers.torch_eager:build", about="PyTorch eager with autograd"),
+    Subject("torch-lean", f"{_HERE}.peers.torch_lean:build", about="PyTorch in inference mode, into preallocated arrays"),
+    Subject(
+        "torch-compile",
+        f"{_HERE}.peers.torch_compile:build",
+        about="torch.compile with autograd",
+        passes=("step", "stacked", "softmax", "train"),
+        dtypes=("float32",),
+        note="compiles for seconds per case, so it takes part in float32 and the passes where fusing can show",
+    ),
+    Subject("jax", f"{_HERE}.peers.jax_jit:build", about="JAX jit", environment={"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}),
+    Subject("sklearn", f"{_HERE}.peers.sklearn_mlp:build", about="scikit-learn MLPClassifier.partial_fit", passes=("train",)),
+    Subject("thinc", f"{_HERE}.peers.thinc_net:build", about="thinc, Relu and Softmax layers", passes=("train",), dtypes=("float32",)),
+)
+
+
+def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
+    """Two subjects for each usable backend, as called by default and with ``out=``; and the reasons why others are not usable."""
+    from rectilinear import list_backends
+
+    subjects, missing = [], {}
+    for info in list_backends():
+        if info.name in ("auto", "generic"):
+            continue  # auto is one of the others; generic serves other libraries' arrays and is never chosen
+        if not info.usable:
+            missing[info.name] = info.reason or "not usable"
+            continue
+        for suffix, function, about in (("", "build", ""), ("-out", "build_out", ", into preallocated arrays (out=)")):
+            subjects.append(
+                Subject(
+                    info.name + suffix,
+                    f"{_HERE}.ours:{function}",
+                    backend=info.name,
+                    about=f"rectilinear's {info.name} backend{about}",
+                    environment={"RECTILINEAR_BACKEND": info.name},
+                )
+            )
+    return subjects, missing
