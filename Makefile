@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable
 
 test: $(VENV)/.installed-test  ## the tests that need no large library
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -q -m 'not libraries' --junitxml=out/test.xml
+	@$(BIN)/python -m pytest -q -m 'not libraries and not browser' --junitxml=out/test.xml
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-libraries  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
@@ -44,7 +44,20 @@ wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty envir
 	@echo "== building a wheel and trying it outside of the checkout"
 	@$(BIN)/python tools/check_wheel.py
 
-clean:  ## remove what the targets made
-	rm -rf $(VENV) out build dist
+# On Linux, pip fetches a PyTorch of several gigabytes unless one is there; the README says how to bring your own.
+bench: $(VENV)/.installed-peers  ## measure the backends against other libraries, quick grid (3 minutes); report in rectilinear-bench/
+	@echo "== measuring the quick grid with peers"
+	@$(BIN)/python -m rectilinear bench quick --peers $(BENCH)
 
-.PHONY: help demo test test-all lint wheel clean
+bench-full: $(VENV)/.installed-peers  ## the whole grid (30 minutes); any part: make bench-full BENCH="--only 'step-*-float32'"
+	@echo "== measuring the whole grid with peers"
+	@$(BIN)/python -m rectilinear bench full --peers $(BENCH)
+
+test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
+	@echo "== looking at the report in Chromium"
+	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) out build dist rectilinear-bench
+
+.PHONY: help demo test test-all test-browser lint wheel bench bench-full clean

@@ -25,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="show every backend: usable, or why not; which one is active, and why")
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
-    arguments = parser.parse_args(argv)
+    commands.add_parser("bench", add_help=False, help="measure the backends here, and write a report; bench --help says more")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "bench":
+        from rectilinear.measure import cli
+
+        return cli.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info(arguments.json)
 
 
