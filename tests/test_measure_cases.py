@@ -62,6 +62,11 @@ def test_names_are_unique_and_select():
 
 def test_quick_cases_are_cases_of_the_full_grid():
     assert set(quick_grid()) <= set(full_grid())
+    assert len(set(quick_grid())) == len(quick_grid())
+
+
+def test_a_quick_run_that_is_cut_short_has_seen_every_pass():
+    assert {case.kind for case in quick_grid()[: len(PASSES)]} == set(PASSES)
 
 
 def test_the_grid_reaches_what_it_has_to():
