@@ -10,12 +10,15 @@ inside the module that uses it. That keeps everything fit for the cache on disk.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+intrinsic: Callable[[Callable[..., Any]], Callable[..., int]] = extending.intrinsic
+"""numba's decorator, with the type that callers in jitted code see."""
 
 _WORD = ir.IntType(64)
 # Target intrinsics rather than inline assembly, which LLVM as numba sets it up cannot parse. 1 is AArch64's YIELD.
@@ -174,9 +177,10 @@ def _c_wrapper(context: Any, module: Any, compiled: Any) -> Any:
     return wrapper
 
 
-def external(name: str, arguments: int) -> Any:
+def external(name: str, arguments: int) -> Callable[..., int]:
     """The C function `name` of this process, callable from jitted code with ``intp`` arguments; returns a C ``int``.
 
     Pointers, ``size_t`` and ``int`` all travel as ``intp``, which the calling conventions of x86-64 and aarch64 allow.
     """
-    return types.ExternalFunction(name, types.int32(*(types.intp,) * arguments))
+    function: Callable[..., int] = types.ExternalFunction(name, types.int32(*(types.intp,) * arguments))
+    return function

@@ -40,9 +40,7 @@ from rectilinear.kernels.native import (
     store,
     symbol_address,
 )
-
-MAX_THREADS = 1024
-"""The largest number of threads a call may ask for: room for the handles of so many is kept."""
+from rectilinear.threads import MAX_THREADS
 
 SPIN_NS = 30_000
 """How long a worker without work looks for more before it sleeps, and the caller for the last helper to leave.
