@@ -132,9 +132,9 @@ def _cgroup_quotas(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path(
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
-            base, files = root, ("cpu.max",)
+            base, files = root, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            base, files = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            base, files = root / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         # In a container the path is often the host's, while the group itself is mounted at the base.

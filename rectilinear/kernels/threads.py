@@ -24,9 +24,10 @@ import signal
 from typing import Any
 
 import llvmlite.binding as llvm
-from numba import njit, types
+from numba import types
 from numba.core.registry import cpu_target
 
+from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.native import (
     c_address,
     call_task,
@@ -84,7 +85,7 @@ _fesetenv = external("fesetenv", 1)
 _getpid = external("getpid", 0)
 _usleep = external("usleep", 1)
 
-_EXTERNALS = (
+_EXTERNALS: tuple[Any, ...] = (
     _pthread_create, _pthread_join, _pthread_sigmask, _mutex_init, _lock, _unlock, _cond_init, _cond_wait, _cond_signal,
     _cond_broadcast, _sigfillset, _sigdelset, _fegetenv, _fesetenv, _getpid, _usleep,
 )  # fmt: skip
@@ -92,7 +93,7 @@ _EXTERNALS = (
 _SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
 
 
-@njit
+@jit_inner
 def _drain(pool: int, slot: int) -> None:
     """Claim and run tasks until none is left."""
     function, arg, ntasks = load(pool + _FUNCTION), load(pool + _ARG), load(pool + _NTASKS)
@@ -103,7 +104,7 @@ def _drain(pool: int, slot: int) -> None:
         call_task(function, index, arg, slot)
 
 
-@njit
+@jit_inner
 def _join_job(pool: int) -> int:
     """Take a place in the open job, if there is one; the place's number, or 0."""
     places = load(pool + _GATE)
@@ -114,7 +115,7 @@ def _join_job(pool: int) -> int:
     return 0
 
 
-@njit
+@jit_inner
 def _sleep_until_work(pool: int) -> None:
     _lock(pool + _MUTEX)
     # Counted before GATE is read, as the caller opens GATE before it reads the count: one of them sees the other.
@@ -125,7 +126,7 @@ def _sleep_until_work(pool: int) -> None:
     _unlock(pool + _MUTEX)
 
 
-@njit
+@jit_inner
 def _work(pool: int) -> int:
     """What a worker does all its life."""
     tired = monotonic_ns() + SPIN_NS
@@ -148,7 +149,7 @@ def _work(pool: int) -> int:
     return 0
 
 
-@njit
+@jit_inner
 def _hire(pool: int, wanted: int) -> None:
     """Start workers until there are `wanted`, as far as the system allows. They block all signals but faults."""
     have = load(pool + _WORKERS)
@@ -168,7 +169,7 @@ def _hire(pool: int, wanted: int) -> None:
     store(pool + _WORKERS, have)
 
 
-@njit
+@jit_inner
 def _belongs_here(pool: int) -> bool:
     """Whether the pool is this process's own. The first call in a process, forked ones included, makes it so."""
     me, owner = _getpid(), load(pool + _OWNER)
@@ -190,7 +191,7 @@ def _belongs_here(pool: int) -> bool:
     return True
 
 
-@njit
+@jit_inner
 def _wake(pool: int, helpers: int) -> None:
     asleep = load(pool + _SLEEPERS)
     if asleep == 0:
@@ -203,7 +204,7 @@ def _wake(pool: int, helpers: int) -> None:
         _cond_signal(pool + _WORK_CONDITION)
 
 
-@njit
+@jit_inner
 def _await_helpers(pool: int, joined: int) -> None:
     tired = monotonic_ns() + SPIN_NS
     while load(pool + _LEFT) != joined:
@@ -218,7 +219,7 @@ def _await_helpers(pool: int, joined: int) -> None:
         pause()
 
 
-@njit
+@jit_inner
 def _run_together(pool: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
     helpers = min(nthreads, ntasks, MAX_THREADS) - 1
     _hire(pool, helpers)
@@ -238,14 +239,14 @@ def _run_together(pool: int, function: int, arg: int, ntasks: int, nthreads: int
     return 1 + joined
 
 
-@njit
+@jit_inner
 def _run_alone(function: int, arg: int, ntasks: int) -> int:
     for index in range(ntasks):
         call_task(function, index, arg, 0)
     return 1
 
 
-@njit
+@jit_inner
 def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     """parallel_for; returns how many threads took part."""
     pool = symbol_address("rectilinear_pool")
@@ -256,12 +257,12 @@ def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     return took_part
 
 
-@njit
+@jit_inner
 def _run_without_pool(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     return _run_alone(function, arg, ntasks)
 
 
-@njit
+@jit_inner
 def _stop(patience_us: int) -> int:
     """End the workers for good, once the job they are at is done; calls that come later run on one thread.
 
@@ -287,12 +288,12 @@ def _stop(patience_us: int) -> int:
     return workers
 
 
-@njit
+@jit()
 def _entry_points() -> tuple[int, int]:
     return c_address(_run), c_address(_stop)
 
 
-@njit
+@jit()
 def _entry_point_without_pool() -> int:
     return c_address(_run_without_pool)
 
