@@ -54,7 +54,7 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.intp, types.intp), codegen
 
 
-def _read_modify_write(operation: str) -> Any:
+def _read_modify_write(operation: str) -> Callable[..., int]:
     def typed(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.atomic_rmw(operation, _word_at(builder, args[0]), args[1], "seq_cst")

@@ -50,7 +50,7 @@ About what putting a thread to sleep and waking it costs (20 to 27 us measured o
 waiting at most twice what the best choice in hindsight would have cost.
 """
 
-_EXIT_PATIENCE_US = 5_000_000
+_EXIT_PATIENCE_US = 2_000_000
 
 # Byte offsets into the pool's memory. Words that different threads write lie on different pairs of cache lines (the
 # adjacent-line prefetcher of x86 couples pairs). Mutexes, conditions, signal sets and floating-point environments
@@ -250,7 +250,9 @@ def _run_alone(function: int, arg: int, ntasks: int) -> int:
 def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     """parallel_for; returns how many threads took part."""
     pool = symbol_address("rectilinear_pool")
-    if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or not compare_exchange(pool + _BUSY, 0, 1):
+    if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or load(pool + _STOP) != 0:
+        return _run_alone(function, arg, ntasks)
+    if not compare_exchange(pool + _BUSY, 0, 1):
         return _run_alone(function, arg, ntasks)
     took_part = _run_together(pool, function, arg, ntasks, nthreads)
     store(pool + _BUSY, 0)
@@ -264,23 +266,24 @@ def _run_without_pool(function: int, arg: int, ntasks: int, nthreads: int) -> in
 
 @jit_inner
 def _stop(patience_us: int) -> int:
-    """End the workers for good, once the job they are at is done; calls that come later run on one thread.
+    """End the workers for good; calls that come later run on one thread. Returns how many workers were seen to end.
 
-    Returns the number of workers ended, or -1 where a job outlasted `patience_us`: they are then left running.
+    A job under way (of a daemon thread, when Python exits) is finished by those who are at it. It is waited for no longer
+    than `patience_us`.
     """
     pool = symbol_address("rectilinear_pool")
     if load(pool + _OWNER) != _getpid():
         return 0
-    waited = 0
-    while not compare_exchange(pool + _BUSY, 0, 1):
-        if waited >= patience_us:
-            return -1
-        _usleep(1000)
-        waited += 1000
     _lock(pool + _MUTEX)
     store(pool + _STOP, 1)
     _cond_broadcast(pool + _WORK_CONDITION)
     _unlock(pool + _MUTEX)
+    waited = 0
+    while not compare_exchange(pool + _BUSY, 0, 1):
+        if waited >= patience_us:
+            return 0
+        _usleep(1000)
+        waited += 1000
     workers = load(pool + _WORKERS)
     for i in range(workers):
         _pthread_join(load(pool + _HANDLES + 8 * i), 0)
