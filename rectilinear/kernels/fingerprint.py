@@ -17,7 +17,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.resources.abc import Traversable
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import llvmlite
@@ -25,11 +25,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import config
+from numba.core.descriptors import TargetDescriptor
 
 import rectilinear
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _DESCRIBED_BY_TEXT = (numba.types.Type, ir.Type, np.dtype, np.generic, enum.Enum)
+# The target's settings are part of `environment`.
+_KNOWN_BY_NAME = (ModuleType, type, BuiltinFunctionType, np.ufunc, TargetDescriptor)
 
 # Their versions are part of `environment`, so their functions need only their names.
 _VERSIONED = {"builtins", "llvmlite", "numba", "numpy"} | sys.stdlib_module_names
@@ -54,7 +57,7 @@ def fingerprint(dispatcher: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Digest of a value: equal in every process for equal constants and equal code."""
+    """Digest of a value: equal in every process for equal constants and equal code. TypeError for what it cannot describe."""
     sha = hashlib.sha256()
     for word in _words(value, set()):
         sha.update(word.encode(errors="surrogatepass") + b"\0")
@@ -85,7 +88,8 @@ def _words(value: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _words_of_object(value: Any, seen: set[int]) -> Iterator[str]:
-    yield f"{type(value).__qualname__} {getattr(value, '__module__', '')} {getattr(value, '__qualname__', '')}"
+    name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
+    yield f"{type(value).__qualname__} {getattr(value, '__module__', '')} {name}"
     if isinstance(value, CodeType):
         yield value.co_code.hex()
         yield from _words([value.co_names, value.co_varnames, value.co_freevars, *value.co_consts], seen)
@@ -93,10 +97,12 @@ def _words_of_object(value: Any, seen: set[int]) -> Iterator[str]:
         if _package(value.__module__) not in _VERSIONED:
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
             yield from _words([value.__code__, value.__defaults__, value.__kwdefaults__, cells, _globals_of(value)], seen)
-    elif hasattr(value, "__wrapped__"):  # a jitted function or an intrinsic
+    elif hasattr(value, "__wrapped__"):  # a jitted function, an intrinsic, a memoised function
         yield from _words([getattr(value, "targetoptions", None), value.__wrapped__], seen)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from _words([getattr(value, field.name) for field in dataclasses.fields(value)], seen)
+    elif not isinstance(value, _KNOWN_BY_NAME):
+        raise TypeError(f"cannot tell {value!r} from others of its type, so code made from it cannot be cached")
 
 
 def _globals_of(function: FunctionType) -> dict[str, Any]:
