@@ -314,6 +314,16 @@ def test_digests_tell_values_apart() -> None:
     assert fingerprint.digest(function(1)) == fingerprint.digest(function(1))
 
 
+def test_digests_are_equal_in_every_process() -> None:
+    code = "from rectilinear.kernels.fingerprint import digest; print(digest([frozenset('abcdefgh'), {'b': 1, 'a': 2}]))"
+    assert run(code, PYTHONHASHSEED="1") == run(code, PYTHONHASHSEED="2")
+
+
+def test_code_made_from_what_has_no_description_is_not_cached() -> None:
+    with pytest.raises(TypeError, match="cannot be cached"):
+        fingerprint.digest(object())
+
+
 # Forks and terminals
 
 

@@ -72,6 +72,42 @@ def test_work_is_shared_and_a_slot_is_in_one_hand() -> None:
         time.sleep(0.02)  # for the workers to fall asleep
 
 
+@linux
+def test_a_worker_leaves_the_callers_processor() -> None:
+    run(
+        """
+        import os
+        from pathlib import Path
+        from tests.pool_demo import busy, check
+        allowed = os.sched_getaffinity(0)
+        here = min(allowed)
+        others = set(Path("/proc/self/task").iterdir())
+        busy(0.001, 4, 2)
+        (worker,) = (int(task.name) for task in set(Path("/proc/self/task").iterdir()) - others)
+        os.sched_setaffinity(0, {here})
+        os.sched_setaffinity(worker, {here})
+        for _ in range(3):
+            busy(0.02, 4, 2)
+        assert os.sched_getaffinity(worker) == (allowed - {here} or {here})
+        assert os.sched_getaffinity(0) == {here}
+        check()
+        """
+    )
+
+
+@linux
+def test_one_processor_is_enough() -> None:
+    run(
+        """
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from tests.pool_demo import busy, check
+        busy(0.01, 4, 3)
+        check(3)
+        """
+    )
+
+
 def test_a_job_inside_a_job() -> None:
     counts = np.zeros(500, np.intp)
     pool_demo.count_nested(counts, 3)

@@ -113,6 +113,19 @@ def monotonic_ns(typingctx: Any) -> Any:
 
 
 @intrinsic
+def stack_bytes(typingctx: Any, size: Any) -> Any:
+    """The address of `size` (a literal) bytes that live as long as the calling function runs."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = cgutils.alloca_once(builder, ir.ArrayType(_WORD, -(-size.literal_value // 8)))
+        return builder.ptrtoint(words, _WORD)
+
+    return types.intp(size), codegen
+
+
+@intrinsic
 def call_task(typingctx: Any, function: Any, index: Any, arg: Any, slot: Any) -> Any:
     """Call the C function ``void (intp, intp, intp)`` that is at the address `function`."""
 

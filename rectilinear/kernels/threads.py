@@ -21,6 +21,7 @@ import atexit
 import ctypes
 import os
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -38,6 +39,7 @@ from rectilinear.kernels.native import (
     load,
     monotonic_ns,
     pause,
+    stack_bytes,
     store,
     symbol_address,
 )
@@ -57,16 +59,19 @@ _EXIT_PATIENCE_US = 2_000_000
 # take at most 128 bytes on Linux and macOS.
 _OWNER, _BUSY, _WORKERS = 0, 8, 16
 _GATE = 128
-_FUNCTION, _ARG, _NTASKS, _FLOAT_ENV = 256, 264, 272, 320
+_FUNCTION, _ARG, _NTASKS, _CALLER_CPU, _FLOAT_ENV = 256, 264, 272, 280, 320
 _NEXT = 512
 _LEFT, _CALLER_SLEEPS = 640, 648
 _SLEEPERS, _STOP = 768, 776
 _MUTEX, _WORK_CONDITION, _DONE_CONDITION = 896, 1024, 1152
 _SIGNALS, _OLD_SIGNALS = 1280, 1408
-_HANDLES = 1536
+_ALLOWED_CPUS = 1536
+_HANDLES = 1664
 _POOL_BYTES = _HANDLES + 8 * MAX_THREADS
 
 _REBUILDING = -1
+
+_CPU_SET_BYTES = 128
 
 _pthread_create = external("pthread_create", 4)
 _pthread_join = external("pthread_join", 2)
@@ -89,6 +94,19 @@ _EXTERNALS: tuple[Any, ...] = (
     _pthread_create, _pthread_join, _pthread_sigmask, _mutex_init, _lock, _unlock, _cond_init, _cond_wait, _cond_signal,
     _cond_broadcast, _sigfillset, _sigdelset, _fegetenv, _fesetenv, _getpid, _usleep,
 )  # fmt: skip
+
+_sched_getcpu = external("sched_getcpu", 0)
+_sched_getaffinity = external("sched_getaffinity", 3)
+_sched_setaffinity = external("sched_setaffinity", 3)
+
+cpu_target.target_context.refresh()  # symbols of the process can be looked up only once there is an engine
+
+
+def _has(names: Iterable[str]) -> bool:
+    return all(llvm.address_of_symbol(name) for name in names)
+
+
+_KNOWS_CPUS = _has(["sched_getcpu", "sched_getaffinity", "sched_setaffinity"])  # Linux
 
 _SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
 
@@ -116,6 +134,30 @@ def _join_job(pool: int) -> int:
 
 
 @jit_inner
+def _note_the_callers_cpu(pool: int) -> None:
+    if _KNOWS_CPUS:
+        store(pool + _CALLER_CPU, _sched_getcpu())
+
+
+@jit_inner
+def _leave_the_callers_cpu(pool: int) -> None:
+    """Move to another processor if the scheduler has put this worker on the caller's.
+
+    Some do so when they wake a thread, and keep to it for milliseconds: the worker then runs instead of the caller, not
+    beside it. Measured on a virtual machine: tasks of 10 us in a row, two threads, took 20 us each, and 11 us with this.
+    """
+    if _KNOWS_CPUS:
+        cpu = _sched_getcpu()
+        if cpu == load(pool + _CALLER_CPU) and 0 <= cpu < 8 * _CPU_SET_BYTES:
+            others = stack_bytes(_CPU_SET_BYTES)
+            for offset in range(0, _CPU_SET_BYTES, 8):
+                store(others + offset, load(pool + _ALLOWED_CPUS + offset))
+            word = others + cpu // 64 * 8
+            store(word, load(word) & ~(1 << (cpu % 64)))
+            _sched_setaffinity(0, _CPU_SET_BYTES, others)  # refused if there is no other, which is right
+
+
+@jit_inner
 def _sleep_until_work(pool: int) -> None:
     _lock(pool + _MUTEX)
     # Counted before GATE is read, as the caller opens GATE before it reads the count: one of them sees the other.
@@ -131,6 +173,7 @@ def _work(pool: int) -> int:
     """What a worker does all its life."""
     tired = monotonic_ns() + SPIN_NS
     while load(pool + _STOP) == 0:
+        _leave_the_callers_cpu(pool)
         slot = _join_job(pool)
         if slot > 0:
             _fesetenv(pool + _FLOAT_ENV)
@@ -155,6 +198,8 @@ def _hire(pool: int, wanted: int) -> None:
     have = load(pool + _WORKERS)
     if have >= wanted:
         return
+    if _KNOWS_CPUS:
+        _sched_getaffinity(0, _CPU_SET_BYTES, pool + _ALLOWED_CPUS)
     _sigfillset(pool + _SIGNALS)
     # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
     _sigdelset(pool + _SIGNALS, signal.SIGSEGV)
@@ -227,6 +272,7 @@ def _run_together(pool: int, function: int, arg: int, ntasks: int, nthreads: int
     store(pool + _FUNCTION, function)
     store(pool + _ARG, arg)
     store(pool + _NTASKS, ntasks)
+    _note_the_callers_cpu(pool)
     # Rounding mode and flush-to-zero are per thread; helpers take the caller's, or bits could depend on who computes.
     _fegetenv(pool + _FLOAT_ENV)
     store(pool + _NEXT, 0)
@@ -311,11 +357,10 @@ memory, never for what the result depends on. May be called from any thread, als
 
 
 def _can_have_pool() -> bool:
-    cpu_target.target_context.refresh()  # symbols of the process can be looked up only once there is an engine
     return (
         ctypes.sizeof(ctypes.c_void_p) == 8
         and hasattr(os, "register_at_fork")
-        and all(llvm.address_of_symbol(name) for name in ("clock_gettime", *(f.symbol for f in _EXTERNALS)))
+        and _has(["clock_gettime", *(function.symbol for function in _EXTERNALS)])
     )
 
 
