@@ -116,6 +116,17 @@ def busy(seconds: float, ntasks: int, nthreads: int) -> tuple[list[int], int]:
     return words[2 + 64 : 2 + 64 + nthreads].tolist(), int(words[1])
 
 
+def check_shared(nthreads: int = 2) -> None:
+    """Raise unless more than one thread works on a job, sooner or later: the machine may have other things to do."""
+    for _ in range(50):
+        done, in_two_hands = busy(0.01, 8, nthreads)
+        if sum(done) != 8 or in_two_hands:
+            raise AssertionError(f"tasks done by slot: {done}; slots in two hands: {in_two_hands}")
+        if sum(count > 0 for count in done) >= 2:
+            return
+    raise AssertionError("nobody helps the caller")
+
+
 def check_in_pool(nthreads: int) -> int:
     """For process pools."""
     check(nthreads)
