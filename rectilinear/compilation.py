@@ -1,0 +1,74 @@
+"""`warmup`: compile everything now, with a progress bar, instead of a little at every first call."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rectilinear.errors import BackendError, DTypeError
+
+KERNEL_MODULES = ("rectilinear.kernels.threads",)
+"""The modules that hold kernels. Importing one registers its jobs (`rectilinear.kernels.cache.warms`)."""
+
+_DTYPES = ("float32", "float64")
+
+
+def warmup(dtypes: Sequence[Any] = _DTYPES) -> None:
+    """Compile all kernels of the numba backend for the given dtypes, or load them where they are on disk already.
+
+    Kernels are otherwise compiled at the first call that needs them, and kept on disk for later processes. Shows a progress
+    bar on stderr if that is a terminal.
+
+    Parameters
+    ----------
+    dtypes : sequence of dtype-like, optional
+        Any of float32 and float64; the 16-bit types compute in float32.
+
+    Raises
+    ------
+    DTypeError
+        If a dtype is another one.
+    BackendError
+        If numba cannot be imported.
+
+    Examples
+    --------
+    >>> import rectilinear
+    >>> rectilinear.warmup(["float32"])
+    """
+    names = list(dict.fromkeys(_checked(dtype) for dtype in dtypes))
+    try:
+        from rectilinear.kernels import cache
+    except ImportError as error:
+        raise BackendError(f"warmup: it compiles the kernels of the numba backend, but numba cannot be imported ({error})") from error
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    cache.announce(spoken=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=not terminal) as progress:
+        shown = progress.add_task("loading", total=None)
+        for module in KERNEL_MODULES:
+            importlib.import_module(module)
+        jobs = [job for name in names for warmer in cache.warmers for job in warmer(name)]
+        progress.update(shown, total=len(jobs))
+        for label, compile_it in jobs:
+            progress.update(shown, description=label)
+            compile_it()
+            progress.advance(shown)
+
+
+def _checked(dtype: Any) -> str:
+    try:
+        name: str = np.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in _DTYPES:
+        raise DTypeError(f"warmup: kernels are compiled for {' and '.join(_DTYPES)}, not for {dtype!r}")
+    return name

@@ -1,0 +1,219 @@
+"""Compiled kernels on disk: `jit` is numba's ``njit`` with a cache of our own. docs/threads.md says why.
+
+One file per function, signature and `fingerprint`, written beside its place and moved there whole, so that any number of
+processes may read and write at once. An entry is used only if it belongs to this user and its checksum holds. Whatever goes
+wrong (no home, nothing writable, a full disk, a damaged entry) costs time, never a result: the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import pickle
+import re
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba.core import bytecode, serialize
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+
+from rectilinear.kernels.fingerprint import digest, environment, fingerprint
+
+VARIABLE = "RECTILINEAR_CACHE_DIR"
+
+_MAGIC = b"rectilinear kernel 1\n"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+_log = logging.getLogger(__name__)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def jit(**options: Any) -> Callable[[_Function], _Function]:
+    """Compile the decorated function on first use, or take it from the disk.
+
+    Options are those of ``numba.njit``; kernels let go of the GIL and divide as NumPy does unless told otherwise.
+    Functions that only other jitted functions call need no entry of their own: `jit_inner`.
+    """
+    options = {"nogil": True, "error_model": "numpy"} | options
+
+    def decorate(function: _Function) -> _Function:
+        dispatcher: Any = numba.njit(**options)(function)
+        if not numba.config.DISABLE_JIT:
+            dispatcher._cache = DiskCache(dispatcher)
+        jitted: _Function = dispatcher
+        return jitted
+
+    return decorate
+
+
+def jit_inner(function: _Function) -> _Function:
+    """Compile the decorated function into the jitted functions that call it."""
+    dispatcher: _Function = numba.njit(error_model="numpy")(function)
+    return dispatcher
+
+
+class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
+    """The cache of one jitted function, called by its dispatcher."""
+
+    def __init__(self, dispatcher: Any) -> None:
+        self._dispatcher = dispatcher
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(directory() or "")
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Entries of one function cannot be told apart from outside; a changed function does not find its old ones."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        try:
+            if self._enabled:
+                content = _read(*self._place(sig, target_context.codegen()))
+                return CompileResult._rebuild(target_context, *pickle.loads(content))
+        except FileNotFoundError:
+            pass
+        except Exception:
+            _log.debug("cannot load %s", self._dispatcher.__qualname__, exc_info=True)
+        announce()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        if not self._enabled:
+            return
+        try:
+            if data.lifted or data.library.has_dynamic_globals:
+                raise ValueError("the code holds addresses of this process")
+            _write(*self._place(sig, data.codegen), serialize.dumps(data._reduce()))
+        except Exception:
+            _log.debug("cannot save %s", self._dispatcher.__qualname__, exc_info=True)
+
+    def _place(self, sig: Any, codegen: Any) -> tuple[Path, bytes]:
+        """The file of an overload, and the key that it must carry."""
+        folder = directory()
+        if folder is None:
+            raise OSError("there is no directory to cache in")
+        key = digest((environment(codegen), fingerprint(self._dispatcher), repr(sig)))
+        name = re.sub(r"\W+", "_", self._dispatcher.__qualname__)[-60:]
+        return folder / f"{name}-{key[:32]}.kernel", bytes.fromhex(key)
+
+
+def directory() -> Path | None:
+    """Where entries are kept; None where the system names no home for this user."""
+    chosen = os.environ.get(VARIABLE, "").strip()
+    try:
+        base = Path(chosen).expanduser() if chosen else _user_cache() / "rectilinear"
+    except RuntimeError:  # no home directory
+        return None
+    return base.absolute() / "kernels" if chosen or base.is_absolute() else None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _read(path: Path, key: bytes) -> bytes:
+    """The content of an entry. OSError or ValueError unless all is in order."""
+    _refuse_foreign(os.stat(path.parent), path.parent)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        _refuse_foreign(os.fstat(descriptor), path)
+        data = file.read()
+    magic, key_met, checksum, content = _split(data)
+    if magic != _MAGIC or key_met != key or checksum != hashlib.sha256(content).digest():
+        raise ValueError(f"{path} is damaged")
+    return content
+
+
+def _split(data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    a, b, c = itertools.accumulate((len(_MAGIC), _DIGEST_BYTES, _DIGEST_BYTES))
+    return data[:a], data[a:b], data[b:c], data[c:]
+
+
+def _refuse_foreign(status: os.stat_result, path: Path) -> None:
+    """Loading an entry runs what it says, so nobody else may have been able to write it."""
+    if os.name == "posix" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise PermissionError(f"{path} can be written by other users")
+
+
+def _write(path: Path, key: bytes, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="new-")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(_MAGIC + key + hashlib.sha256(content).digest() + content)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+_announced = False
+
+
+def announce(*, spoken: bool = True) -> None:
+    """Tell a user who waits at a terminal, once, what for. ``spoken=False``: somebody else tells."""
+    global _announced
+    if not _announced and spoken and sys.stderr is not None and sys.stderr.isatty():
+        print("rectilinear: compiling kernels for this machine; rectilinear.warmup() compiles all of them at once", file=sys.stderr)
+    _announced = True
+
+
+Job = tuple[str, Callable[[], object]]
+"""What to show while it runs, and what to run."""
+
+warmers: list[Callable[[str], Iterable[Job]]] = []
+"""What `rectilinear.warmup` goes through."""
+
+
+def warms(function: Callable[[str], Iterable[Job]]) -> Callable[[str], Iterable[Job]]:
+    """Register a function that for a dtype's name gives the jobs that compile its kernels."""
+    warmers.append(function)
+    return function
+
+
+def _number_functions_apart() -> None:
+    """Make numba number the functions it compiles from a random number on, not from 1 in every process.
+
+    The number is what tells symbols of equal name apart. Cached code keeps the symbols of the process that compiled it;
+    two products of one factory, each compiled as number 7 in its own process and loaded into a third, would be one symbol to
+    LLVM, and calls of the one would run the other.
+    """
+    bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6)))
+
+
+def _after_fork_in_child() -> None:
+    global_compiler_lock.release()
+    _number_functions_apart()  # the children of one parent go on counting from the same number
+
+
+_number_functions_apart()
+if hasattr(os, "register_at_fork"):
+    # Without the lock around it, a child forked while another thread compiles would find the lock taken for ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=_after_fork_in_child,
+    )

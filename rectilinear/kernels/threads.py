@@ -1,0 +1,384 @@
+"""The pool of native threads that the kernels run on. docs/threads.md says why it is our own, and what was measured.
+
+``parallel_for(function, arg, ntasks, nthreads)``, called from jitted code, runs ``function(index, arg, slot)`` once for
+every index below `ntasks`, on up to `nthreads` threads, and returns when all are done. The caller is one of them; the
+others are plain pthreads that run compiled code only and never touch Python, so that the GIL, signal handlers and
+interpreter exit do not concern them.
+
+How a job goes. The caller takes BUSY; if it cannot (another Python thread is inside, or this is a nested call), it
+runs all tasks itself. It writes the job down and opens GATE, which holds the number of helpers still welcome. A worker
+joins by taking one from GATE; everyone claims task indices from NEXT until they run out. The caller then closes GATE
+and waits for those who had joined (LEFT counts them out), not for those still waking up, so a late worker costs
+nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
+
+What a task computes depends on its index alone, never on who runs it: that is what makes results equal for every
+number of threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import llvmlite.binding as llvm
+from numba import types
+from numba.core.registry import cpu_target
+
+from rectilinear.kernels.cache import jit, jit_inner
+from rectilinear.kernels.native import (
+    c_address,
+    call_task,
+    compare_exchange,
+    exchange,
+    external,
+    fetch_add,
+    load,
+    monotonic_ns,
+    pause,
+    stack_bytes,
+    store,
+    symbol_address,
+)
+from rectilinear.threads import MAX_THREADS
+
+SPIN_NS = 30_000
+"""How long a worker without work looks for more before it sleeps, and the caller for the last helper to leave.
+
+About what putting a thread to sleep and waking it costs (20 to 27 us measured on a virtual machine), which makes the
+waiting at most twice what the best choice in hindsight would have cost.
+"""
+
+_EXIT_PATIENCE_US = 2_000_000
+
+# Byte offsets into the pool's memory. Words that different threads write lie on different pairs of cache lines (the
+# adjacent-line prefetcher of x86 couples pairs). Mutexes, conditions, signal sets and floating-point environments
+# take at most 128 bytes on Linux and macOS.
+_OWNER, _BUSY, _WORKERS = 0, 8, 16
+_GATE = 128
+_FUNCTION, _ARG, _NTASKS, _CALLER_CPU, _FLOAT_ENV = 256, 264, 272, 280, 320
+_NEXT = 512
+_LEFT, _CALLER_SLEEPS = 640, 648
+_SLEEPERS, _STOP = 768, 776
+_MUTEX, _WORK_CONDITION, _DONE_CONDITION = 896, 1024, 1152
+_SIGNALS, _OLD_SIGNALS = 1280, 1408
+_ALLOWED_CPUS = 1536
+_HANDLES = 1664
+_POOL_BYTES = _HANDLES + 8 * MAX_THREADS
+
+_REBUILDING = -1
+
+_CPU_SET_BYTES = 128
+
+_pthread_create = external("pthread_create", 4)
+_pthread_join = external("pthread_join", 2)
+_pthread_sigmask = external("pthread_sigmask", 3)
+_mutex_init = external("pthread_mutex_init", 2)
+_lock = external("pthread_mutex_lock", 1)
+_unlock = external("pthread_mutex_unlock", 1)
+_cond_init = external("pthread_cond_init", 2)
+_cond_wait = external("pthread_cond_wait", 2)
+_cond_signal = external("pthread_cond_signal", 1)
+_cond_broadcast = external("pthread_cond_broadcast", 1)
+_sigfillset = external("sigfillset", 1)
+_sigdelset = external("sigdelset", 2)
+_fegetenv = external("fegetenv", 1)
+_fesetenv = external("fesetenv", 1)
+_getpid = external("getpid", 0)
+_usleep = external("usleep", 1)
+
+_EXTERNALS: tuple[Any, ...] = (
+    _pthread_create, _pthread_join, _pthread_sigmask, _mutex_init, _lock, _unlock, _cond_init, _cond_wait, _cond_signal,
+    _cond_broadcast, _sigfillset, _sigdelset, _fegetenv, _fesetenv, _getpid, _usleep,
+)  # fmt: skip
+
+_sched_getcpu = external("sched_getcpu", 0)
+_sched_getaffinity = external("sched_getaffinity", 3)
+_sched_setaffinity = external("sched_setaffinity", 3)
+
+cpu_target.target_context.refresh()  # symbols of the process can be looked up only once there is an engine
+
+
+def _has(names: Iterable[str]) -> bool:
+    return all(llvm.address_of_symbol(name) for name in names)
+
+
+_KNOWS_CPUS = _has(["sched_getcpu", "sched_getaffinity", "sched_setaffinity"])  # Linux
+
+_SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
+
+
+@jit_inner
+def _drain(pool: int, slot: int) -> None:
+    """Claim and run tasks until none is left."""
+    function, arg, ntasks = load(pool + _FUNCTION), load(pool + _ARG), load(pool + _NTASKS)
+    while True:
+        index = fetch_add(pool + _NEXT, 1)
+        if index >= ntasks:
+            return
+        call_task(function, index, arg, slot)
+
+
+@jit_inner
+def _join_job(pool: int) -> int:
+    """Take a place in the open job, if there is one; the place's number, or 0."""
+    places = load(pool + _GATE)
+    while places > 0:
+        if compare_exchange(pool + _GATE, places, places - 1):
+            return places
+        places = load(pool + _GATE)
+    return 0
+
+
+@jit_inner
+def _note_the_callers_cpu(pool: int) -> None:
+    if _KNOWS_CPUS:
+        store(pool + _CALLER_CPU, _sched_getcpu())
+
+
+@jit_inner
+def _leave_the_callers_cpu(pool: int) -> None:
+    """Move to another processor if the scheduler has put this worker on the caller's.
+
+    Some do so when they wake a thread, and keep to it for milliseconds: the worker then runs instead of the caller, not
+    beside it. Measured on a virtual machine: tasks of 10 us in a row, two threads, took 20 us each, and 11 us with this.
+    """
+    if _KNOWS_CPUS:
+        cpu = _sched_getcpu()
+        if cpu == load(pool + _CALLER_CPU) and 0 <= cpu < 8 * _CPU_SET_BYTES:
+            others = stack_bytes(_CPU_SET_BYTES)
+            for offset in range(0, _CPU_SET_BYTES, 8):
+                store(others + offset, load(pool + _ALLOWED_CPUS + offset))
+            word = others + cpu // 64 * 8
+            store(word, load(word) & ~(1 << (cpu % 64)))
+            _sched_setaffinity(0, _CPU_SET_BYTES, others)  # refused if there is no other, which is right
+
+
+@jit_inner
+def _sleep_until_work(pool: int) -> None:
+    _lock(pool + _MUTEX)
+    # Counted before GATE is read, as the caller opens GATE before it reads the count: one of them sees the other.
+    fetch_add(pool + _SLEEPERS, 1)
+    while load(pool + _GATE) == 0 and load(pool + _STOP) == 0:
+        _cond_wait(pool + _WORK_CONDITION, pool + _MUTEX)
+    fetch_add(pool + _SLEEPERS, -1)
+    _unlock(pool + _MUTEX)
+
+
+@jit_inner
+def _work(pool: int) -> int:
+    """What a worker does all its life."""
+    tired = monotonic_ns() + SPIN_NS
+    while load(pool + _STOP) == 0:
+        _leave_the_callers_cpu(pool)
+        slot = _join_job(pool)
+        if slot > 0:
+            _fesetenv(pool + _FLOAT_ENV)
+            _drain(pool, slot)
+            fetch_add(pool + _LEFT, 1)
+            if load(pool + _CALLER_SLEEPS) != 0:
+                _lock(pool + _MUTEX)
+                _cond_signal(pool + _DONE_CONDITION)
+                _unlock(pool + _MUTEX)
+            tired = monotonic_ns() + SPIN_NS
+        elif monotonic_ns() > tired:
+            _sleep_until_work(pool)
+            tired = monotonic_ns() + SPIN_NS
+        else:
+            pause()
+    return 0
+
+
+@jit_inner
+def _hire(pool: int, wanted: int) -> None:
+    """Start workers until there are `wanted`, as far as the system allows. They block all signals but faults."""
+    have = load(pool + _WORKERS)
+    if have >= wanted:
+        return
+    if _KNOWS_CPUS:
+        _sched_getaffinity(0, _CPU_SET_BYTES, pool + _ALLOWED_CPUS)
+    _sigfillset(pool + _SIGNALS)
+    # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
+    _sigdelset(pool + _SIGNALS, signal.SIGSEGV)
+    _sigdelset(pool + _SIGNALS, signal.SIGBUS)
+    _sigdelset(pool + _SIGNALS, signal.SIGFPE)
+    _sigdelset(pool + _SIGNALS, signal.SIGILL)
+    _sigdelset(pool + _SIGNALS, signal.SIGABRT)
+    _pthread_sigmask(_SIG_SETMASK, pool + _SIGNALS, pool + _OLD_SIGNALS)
+    while have < wanted and _pthread_create(pool + _HANDLES + 8 * have, 0, c_address(_work), pool) == 0:
+        have += 1
+    _pthread_sigmask(_SIG_SETMASK, pool + _OLD_SIGNALS, 0)
+    store(pool + _WORKERS, have)
+
+
+@jit_inner
+def _belongs_here(pool: int) -> bool:
+    """Whether the pool is this process's own. The first call in a process, forked ones included, makes it so."""
+    me, owner = _getpid(), load(pool + _OWNER)
+    if owner == me:
+        return True
+    if owner == _REBUILDING or not compare_exchange(pool + _OWNER, owner, _REBUILDING):
+        return False
+    # After a fork the parent's workers are not here, and its locks and counters are as the fork caught them.
+    store(pool + _BUSY, 0)
+    store(pool + _WORKERS, 0)
+    store(pool + _GATE, 0)
+    store(pool + _CALLER_SLEEPS, 0)
+    store(pool + _SLEEPERS, 0)
+    store(pool + _STOP, 0)
+    _mutex_init(pool + _MUTEX, 0)
+    _cond_init(pool + _WORK_CONDITION, 0)
+    _cond_init(pool + _DONE_CONDITION, 0)
+    store(pool + _OWNER, me)
+    return True
+
+
+@jit_inner
+def _wake(pool: int, helpers: int) -> None:
+    asleep = load(pool + _SLEEPERS)
+    if asleep == 0:
+        return
+    # Taking the mutex makes sure that whoever has counted itself a sleeper is waiting by now. It is let go before the
+    # signal, or the woken would run straight into it.
+    _lock(pool + _MUTEX)
+    _unlock(pool + _MUTEX)
+    for _ in range(min(asleep, helpers)):
+        _cond_signal(pool + _WORK_CONDITION)
+
+
+@jit_inner
+def _await_helpers(pool: int, joined: int) -> None:
+    tired = monotonic_ns() + SPIN_NS
+    while load(pool + _LEFT) != joined:
+        if monotonic_ns() > tired:
+            _lock(pool + _MUTEX)
+            store(pool + _CALLER_SLEEPS, 1)
+            while load(pool + _LEFT) != joined:
+                _cond_wait(pool + _DONE_CONDITION, pool + _MUTEX)
+            store(pool + _CALLER_SLEEPS, 0)
+            _unlock(pool + _MUTEX)
+            return
+        pause()
+
+
+@jit_inner
+def _run_together(pool: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
+    helpers = min(nthreads, ntasks, MAX_THREADS) - 1
+    _hire(pool, helpers)
+    helpers = min(helpers, load(pool + _WORKERS))
+    store(pool + _FUNCTION, function)
+    store(pool + _ARG, arg)
+    store(pool + _NTASKS, ntasks)
+    _note_the_callers_cpu(pool)
+    # Rounding mode and flush-to-zero are per thread; helpers take the caller's, or bits could depend on who computes.
+    _fegetenv(pool + _FLOAT_ENV)
+    store(pool + _NEXT, 0)
+    store(pool + _LEFT, 0)
+    store(pool + _GATE, helpers)
+    _wake(pool, helpers)
+    _drain(pool, 0)
+    joined = helpers - exchange(pool + _GATE, 0)
+    _await_helpers(pool, joined)
+    return 1 + joined
+
+
+@jit_inner
+def _run_alone(function: int, arg: int, ntasks: int) -> int:
+    for index in range(ntasks):
+        call_task(function, index, arg, 0)
+    return 1
+
+
+@jit_inner
+def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
+    """parallel_for; returns how many threads took part."""
+    pool = symbol_address("rectilinear_pool")
+    if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or load(pool + _STOP) != 0:
+        return _run_alone(function, arg, ntasks)
+    if not compare_exchange(pool + _BUSY, 0, 1):
+        return _run_alone(function, arg, ntasks)
+    took_part = _run_together(pool, function, arg, ntasks, nthreads)
+    store(pool + _BUSY, 0)
+    return took_part
+
+
+@jit_inner
+def _run_without_pool(function: int, arg: int, ntasks: int, nthreads: int) -> int:
+    return _run_alone(function, arg, ntasks)
+
+
+@jit_inner
+def _stop(patience_us: int) -> int:
+    """End the workers for good; calls that come later run on one thread. Returns how many workers were seen to end.
+
+    A job under way (of a daemon thread, when Python exits) is finished by those who are at it. It is waited for no longer
+    than `patience_us`.
+    """
+    pool = symbol_address("rectilinear_pool")
+    if load(pool + _OWNER) != _getpid():
+        return 0
+    _lock(pool + _MUTEX)
+    store(pool + _STOP, 1)
+    _cond_broadcast(pool + _WORK_CONDITION)
+    _unlock(pool + _MUTEX)
+    waited = 0
+    while not compare_exchange(pool + _BUSY, 0, 1):
+        if waited >= patience_us:
+            return 0
+        _usleep(1000)
+        waited += 1000
+    workers = load(pool + _WORKERS)
+    for i in range(workers):
+        _pthread_join(load(pool + _HANDLES + 8 * i), 0)
+    store(pool + _WORKERS, 0)
+    return workers
+
+
+@jit()
+def _entry_points() -> tuple[int, int]:
+    return c_address(_run), c_address(_stop)
+
+
+@jit()
+def _entry_point_without_pool() -> int:
+    return c_address(_run_without_pool)
+
+
+parallel_for = types.ExternalFunction("rectilinear_parallel_for", types.intp(*(types.intp,) * 4))
+"""parallel_for(function, arg, ntasks, nthreads) -> how many threads took part; for jitted code.
+
+`function` is the `c_address` of a jitted ``task(index, arg, slot)``, or ``task(index, arg)``, that returns nothing and
+raises nothing. `slot` is below `nthreads` and belongs to one thread for the length of the call: a place for scratch
+memory, never for what the result depends on. May be called from any thread, also from a task.
+"""
+
+
+def _can_have_pool() -> bool:
+    return (
+        ctypes.sizeof(ctypes.c_void_p) == 8
+        and hasattr(os, "register_at_fork")
+        and _has(["clock_gettime", *(function.symbol for function in _EXTERNALS)])
+    )
+
+
+def _start() -> Any:
+    """Publish `parallel_for` under the name that compiled kernels look for; returns the pool's memory, to be kept."""
+    if not _can_have_pool():
+        llvm.add_symbol("rectilinear_parallel_for", _entry_point_without_pool())
+        return None
+    memory = ctypes.create_string_buffer(_POOL_BYTES + 128)
+    pool = -(-ctypes.addressof(memory) // 128) * 128
+    llvm.add_symbol("rectilinear_pool", pool)
+    run, stop = _entry_points()
+    llvm.add_symbol("rectilinear_parallel_for", run)
+    atexit.register(ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_ssize_t)(stop), _EXIT_PATIENCE_US)
+    # The pool notices by its process id that it was forked; the hook is for a child that got its parent's id, as in
+    # a new pid namespace.
+    os.register_at_fork(after_in_child=lambda: ctypes.memset(pool + _OWNER, 0, 8))
+    return memory
+
+
+_memory = _start()

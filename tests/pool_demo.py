@@ -1,0 +1,133 @@
+"""Small kernels on the pool, for the tests of threads and cache; imported by their subprocesses too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from rectilinear.kernels.cache import jit, jit_inner
+from rectilinear.kernels.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store
+from rectilinear.kernels.threads import parallel_for
+
+SLAB = 1000
+
+
+@intrinsic
+def float_at(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.DoubleType().as_pointer()), typ=ir.DoubleType())
+
+    return types.float64(types.intp), codegen
+
+
+@intrinsic
+def set_float(typingctx: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.DoubleType().as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float64), codegen
+
+
+@jit_inner
+def _sum_slab(index: int, arg: int) -> None:
+    x, sums, n = load(arg), load(arg + 8), load(arg + 16)
+    total = 0.0
+    for i in range(index * SLAB, min(n, (index + 1) * SLAB)):
+        total += float_at(x + 8 * i)
+    set_float(sums + 8 * index, total)
+
+
+@jit()
+def _slab_sums(x: Any, sums: Any, nthreads: int) -> int:
+    arg = np.array([x.ctypes.data, sums.ctypes.data, x.size], np.intp)
+    return parallel_for(c_address(_sum_slab), arg.ctypes.data, sums.size, nthreads)
+
+
+def slab_sums(x: np.ndarray, nthreads: int) -> np.ndarray:
+    """Sums of slabs of x, one task each."""
+    sums = np.full(-(-x.size // SLAB), np.nan)
+    _slab_sums(x, sums, nthreads)
+    return sums
+
+
+def check(nthreads: int = 2, n: int = 30_001) -> None:
+    """Raise unless a job comes out right."""
+    x = np.linspace(0.0, 1.0, n)
+    want = [float(sum(x[i : i + SLAB].tolist())) for i in range(0, n, SLAB)]
+    if slab_sums(x, nthreads).tolist() != want:
+        raise AssertionError("wrong sums")
+
+
+@jit_inner
+def _count(index: int, arg: int) -> None:
+    fetch_add(arg + 8 * index, 1)
+
+
+@jit()
+def count_runs(counts: Any, ntasks: int, nthreads: int) -> int:
+    """Add 1 to counts[i] for every task i."""
+    return parallel_for(c_address(_count), counts.ctypes.data, ntasks, nthreads)
+
+
+@jit()
+def count_many_jobs(counts: Any, nthreads: int, jobs: int) -> None:
+    for _ in range(jobs):
+        parallel_for(c_address(_count), counts.ctypes.data, counts.size, nthreads)
+
+
+@jit_inner
+def _count_nested(index: int, arg: int) -> None:
+    parallel_for(c_address(_count), arg + 8 * 10 * index, 10, 4)
+
+
+@jit()
+def count_nested(counts: Any, nthreads: int) -> int:
+    """Ten inner tasks in each of counts.size // 10 outer ones."""
+    return parallel_for(c_address(_count_nested), counts.ctypes.data, counts.size // 10, nthreads)
+
+
+@jit_inner
+def _busy(index: int, arg: int, slot: int) -> None:
+    # arg: nanoseconds, violations, then one word a slot: taken or not, then one word a slot: tasks done.
+    taken = arg + 16 + 8 * slot
+    if not compare_exchange(taken, 0, 1):
+        fetch_add(arg + 8, 1)
+    end = monotonic_ns() + load(arg)
+    while monotonic_ns() < end:
+        pass
+    store(taken, 0)
+    fetch_add(taken + 8 * 64, 1)
+
+
+@jit()
+def _busy_tasks(words: Any, ntasks: int, nthreads: int) -> int:
+    return parallel_for(c_address(_busy), words.ctypes.data, ntasks, nthreads)
+
+
+def busy(seconds: float, ntasks: int, nthreads: int) -> tuple[list[int], int]:
+    """Tasks that take some time; returns how many each slot did, and how often a slot was in two hands at once."""
+    words = np.zeros(2 + 2 * 64, np.intp)
+    words[0] = int(seconds * 1e9)
+    _busy_tasks(words, ntasks, nthreads)
+    return words[2 + 64 : 2 + 64 + nthreads].tolist(), int(words[1])
+
+
+def check_shared(nthreads: int = 2) -> None:
+    """Raise unless more than one thread works on a job, sooner or later: the machine may have other things to do."""
+    for _ in range(50):
+        done, in_two_hands = busy(0.01, 8, nthreads)
+        if sum(done) != 8 or in_two_hands:
+            raise AssertionError(f"tasks done by slot: {done}; slots in two hands: {in_two_hands}")
+        if sum(count > 0 for count in done) >= 2:
+            return
+    raise AssertionError("nobody helps the caller")
+
+
+def check_in_pool(nthreads: int) -> int:
+    """For process pools."""
+    check(nthreads)
+    return nthreads
