@@ -26,12 +26,18 @@ class Simd:
     def tile(self, itemsize: int) -> tuple[int, int]:
         """(mr, nv): rows and vectors per row of the full register tile.
 
-        nv is the least count, from two up, whose columns fill whole bytes of keep-mask; mr then takes the
-        registers that nv vectors of B and one broadcast of A (two where a product needs a temporary) leave.
+        nv is the least count, from two up, whose columns fill whole bytes of keep-mask.
         """
         nv = max(2, BITS_PER_BYTE // self.lanes(itemsize))
+        return self.rows(nv), nv
+
+    def rows(self, nv: int) -> int:
+        """mr for nv vectors per row: what the registers leave beside nv vectors of B and one broadcast of A.
+
+        With 32 registers one more is left free for LLVM to move in; 15 rows at most (see `library.MAX_ROWS`).
+        """
         spare = 2 if self.registers > 16 else 1
-        return (self.registers - nv - spare) // nv, nv
+        return max(1, min(15, (self.registers - nv - spare) // nv))
 
 
 AVX512 = Simd("AVX-512", 64, 32)

@@ -1,0 +1,123 @@
+"""The affine forward pass: out = x w + b, with ReLU and the keep-mask bits at the store.
+
+One call is one job: the operands' addresses, extents and strides written into a row of words, and tasks that each
+compute a block of rows by a block of columns of one group. Every element of out is one chain of multiply-adds over d in
+ascending order, begun with the bias, however the work is cut: the same bits for every block size and thread count.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from rectilinear.kernels.library import blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
+from rectilinear.kernels.native import c_address
+from rectilinear.kernels.product import (
+    block_count,
+    block_start,
+    copy_strided,
+    pack_panel,
+    product,
+    round_up,
+)
+from rectilinear.kernels.rows import WRITE
+from rectilinear.kernels.threads import parallel_for
+from rectilinear.kernels.tile import ACCUMULATE, BITS, RELU
+
+# The words of a job.
+X, X_GROUP, X_ROW, X_COL = 0, 8, 16, 24
+W, W_GROUP, W_ROW, W_COL = 32, 40, 48, 56
+BIAS, BIAS_GROUP = 64, 72
+OUT, OUT_GROUP, OUT_ROW = 80, 88, 96
+BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
+N, D, M, FLAGS = 128, 136, 144, 152
+ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
+PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
+JOB_WORDS = 28
+
+SMALL_WORK = 1 << 19
+"""Multiply-adds of a job that one thread finishes before a second one would have started."""
+
+
+@njit
+def _task(zero, index, job, slot):
+    """One block of out."""
+    column_tasks, row_tasks = word(job + COLUMN_TASKS), word(job + ROW_TASKS)
+    group, index = index // (row_tasks * column_tasks), index % (row_tasks * column_tasks)
+    n, d, m, nv = word(job + N), word(job + D), word(job + M), word(job + WIDTH)
+    size = size_of(zero)
+    nr = nv * lanes(zero)
+    panels = block_count(m, nr)
+    first_row = block_start(n, row_tasks, index // column_tasks)
+    last_row = block_start(n, row_tasks, index // column_tasks + 1)
+    first = block_start(panels, column_tasks, index % column_tasks)
+    last = min(m, block_start(panels, column_tasks, index % column_tasks + 1) * nr)
+    column = first * nr
+
+    x = word(job + X) + group * word(job + X_GROUP) + first_row * word(job + X_ROW)
+    w = word(job + W) + group * word(job + W_GROUP) + column * size
+    packed = word(job + PACKED)
+    if packed != 0:
+        packed += group * word(job + PACKED_GROUP)
+    out = word(job + OUT) + group * word(job + OUT_GROUP) + first_row * word(job + OUT_ROW) + column * size
+    bits = word(job + BIT) + group * word(job + BIT_GROUP) + first_row * word(job + BIT_ROW) + (column >> 3)
+    bias = word(job + BIAS)
+    if bias != 0:
+        bias += group * word(job + BIAS_GROUP) + column * size
+
+    slots = word(job + SLOTS) + slot * word(job + SLOT_BYTES)
+    kc = word(blocks(zero))
+    mc = word(blocks(zero) + 8)
+    steps = block_count(d, kc)
+    rows_count = last_row - first_row
+    row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
+    for r in range(row_steps):
+        r0 = block_start(rows_count, row_steps, r)
+        r1 = block_start(rows_count, row_steps, r + 1)
+        for step in range(steps):
+            k0 = block_start(d, steps, step)
+            k = block_start(d, steps, step + 1) - k0
+            flags = ACCUMULATE if step > 0 else 0
+            if step == steps - 1:
+                flags |= word(job + FLAGS)
+            a, a_row, a_col = x + r0 * word(job + X_ROW) + k0 * word(job + X_COL), word(job + X_ROW), word(job + X_COL)
+            if word(job + PACK_A) != 0:
+                lead = packed_row(k * size)
+                if a_col == size:
+                    rows(zero, (r1 - r0, k, a, a_row, 0, 0, slots, lead, 0, WRITE))
+                else:
+                    copy_strided(zero, r1 - r0, k, a, a_row, a_col, slots, lead)
+                a, a_row, a_col = slots, lead, size
+            if packed != 0:
+                b, b_panel, b_row = packed + k0 * panels * nr * size + first * k * nr * size, k * nr * size, nr * size
+            else:
+                b, b_panel, b_row = w + k0 * word(job + W_ROW), nr * size, word(job + W_ROW)
+            product(
+                zero, r1 - r0, k, last - column, a, a_row, a_col, b, b_panel, b_row, packed != 0,
+                out + r0 * word(job + OUT_ROW), word(job + OUT_ROW), bias, flags, bits + r0 * word(job + BIT_ROW), word(job + BIT_ROW), nv,
+            )
+
+
+@njit
+def packed_row(length):
+    """Bytes between the rows of a packed block: an odd number of cache lines, so that rows do not meet in one set."""
+    return (round_up(length, 64) // 64 | 1) * 64
+
+
+@njit
+def _pack_task(zero, index, job, slot):
+    """One panel of w, all of d, into the packed B."""
+    size = size_of(zero)
+    nr = word(job + WIDTH) * lanes(zero)
+    d, m = word(job + D), word(job + M)
+    panels = block_count(m, nr)
+    group, panel = index // panels, index % panels
+    kc = word(blocks(zero))
+    steps = block_count(d, kc)
+    w = word(job + W) + group * word(job + W_GROUP) + panel * nr * word(job + W_COL)
+    dst = word(job + PACKED) + group * word(job + PACKED_GROUP)
+    for step in range(steps):
+        k0 = block_start(d, steps, step)
+        k = block_start(d, steps, step + 1) - k0
+        place = dst + k0 * panels * nr * size + panel * k * nr * size
+        pack_panel(zero, k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr)
