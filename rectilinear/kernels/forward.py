@@ -7,7 +7,7 @@ ascending order, begun with the bias, however the work is cut: the same bits for
 
 from __future__ import annotations
 
-from numba import njit
+from rectilinear.kernels.cache import jit, jit_inner
 
 from rectilinear.kernels.library import blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
@@ -17,6 +17,7 @@ from rectilinear.kernels.product import (
     block_start,
     copy_strided,
     pack_panel,
+    packed_row,
     product,
     round_up,
 )
@@ -39,7 +40,7 @@ SMALL_WORK = 1 << 19
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 
-@njit
+@jit_inner
 def _task(zero, index, job, slot):
     """One block of out."""
     column_tasks, row_tasks = word(job + COLUMN_TASKS), word(job + ROW_TASKS)
@@ -98,13 +99,7 @@ def _task(zero, index, job, slot):
             )
 
 
-@njit
-def packed_row(length):
-    """Bytes between the rows of a packed block: an odd number of cache lines, so that rows do not meet in one set."""
-    return (round_up(length, 64) // 64 | 1) * 64
-
-
-@njit
+@jit_inner
 def _pack_task(zero, index, job, slot):
     """One panel of w, all of d, into the packed B."""
     size = size_of(zero)
@@ -121,3 +116,101 @@ def _pack_task(zero, index, job, slot):
         k = block_start(d, steps, step + 1) - k0
         place = dst + k0 * panels * nr * size + panel * k * nr * size
         pack_panel(zero, k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr)
+
+
+@jit_inner
+def _describe(zero, job, x, w, b, out, bits, flags):
+    """Write the operands into the job."""
+    set_word(job + X, data_of(x))
+    set_word(job + X_GROUP, stride_of(x, -3))
+    set_word(job + X_ROW, stride_of(x, -2))
+    set_word(job + X_COL, stride_of(x, -1))
+    set_word(job + W, data_of(w))
+    set_word(job + W_GROUP, stride_of(w, -3))
+    set_word(job + W_ROW, stride_of(w, -2))
+    set_word(job + W_COL, stride_of(w, -1))
+    set_word(job + OUT, data_of(out))
+    set_word(job + OUT_GROUP, stride_of(out, -3))
+    set_word(job + OUT_ROW, stride_of(out, -2))
+    set_word(job + N, extent_of(x, -2))
+    set_word(job + D, extent_of(x, -1))
+    set_word(job + M, extent_of(w, -1))
+    if bits != 0:
+        set_word(job + BIT, data_of(bits))
+        set_word(job + BIT_GROUP, stride_of(bits, -3))
+        set_word(job + BIT_ROW, stride_of(bits, -2))
+        flags |= BITS
+    set_word(job + FLAGS, flags)
+    if b != 0:
+        set_word(job + BIAS, data_of(b))
+        set_word(job + BIAS_GROUP, stride_of(b, -2))
+
+
+@jit_inner
+def _plan(zero, job, groups, threads):
+    """Choose panels, packing and tasks."""
+    size = size_of(zero)
+    n, d, m = word(job + N), word(job + D), word(job + M)
+    nv = vectors(zero)
+    if n <= most_rows(zero, 2 * nv):
+        nv *= 2
+    set_word(job + WIDTH, nv)
+    nr = nv * lanes(zero)
+    panels = block_count(m, nr)
+    kc, mc = word(blocks(zero)), word(blocks(zero) + 8)
+    set_word(job + PACK_A, word(blocks(zero) + 24))
+    row_tasks = block_count(n, max(mc, 1))
+    column_tasks = 1
+    wanted = 4 * threads
+    if groups * n * d * m < SMALL_WORK or threads == 1:
+        row_tasks, column_tasks = 1, 1
+    elif groups * row_tasks < wanted:
+        column_tasks = min(panels, block_count(wanted, groups * row_tasks))
+        row_tasks = max(row_tasks, min(block_count(n, 4 * most_rows(zero, nv)), block_count(wanted, groups * column_tasks)))
+    set_word(job + ROW_TASKS, row_tasks)
+    set_word(job + COLUMN_TASKS, column_tasks)
+    w_row, w_col = word(job + W_ROW), word(job + W_COL)
+    in_place = w_col == size and (w_row >= m * size or d == 1)
+    if in_place and word(blocks(zero) + 32) == 0:
+        return 0
+    return panels * nr * d * size
+
+
+def entry(zero):
+    """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads)."""
+
+    @jit_inner
+    def task(index, job, slot):
+        _task(zero, index, job, slot)
+
+    @jit_inner
+    def pack(index, job, slot):
+        _pack_task(zero, index, job, slot)
+
+    @jit()
+    def forward(x, w, b, out, bits, flags, scratch, scratch_bytes, threads):
+        job = words(JOB_WORDS)
+        _describe(zero, job, x, w, b, out, bits, flags)
+        groups = extent_of(w, -3)
+        packed = round_up(_plan(zero, job, groups, threads), 64)
+        slot = 0
+        if word(job + PACK_A) != 0:
+            kc, mc = word(blocks(zero)), word(blocks(zero) + 8)
+            slot = mc * packed_row(kc * size_of(zero))
+        needed = groups * packed + threads * slot
+        if needed > scratch_bytes:
+            return needed
+        if packed > 0:
+            set_word(job + PACKED, scratch)
+            set_word(job + PACKED_GROUP, packed)
+            parallel_for(c_address(pack), job, groups * block_count(word(job + M), word(job + WIDTH) * lanes(zero)), threads)
+        set_word(job + SLOTS, scratch + groups * packed)
+        set_word(job + SLOT_BYTES, slot)
+        tasks = groups * word(job + ROW_TASKS) * word(job + COLUMN_TASKS)
+        if tasks == 1:
+            task(0, job, 0)
+        else:
+            parallel_for(c_address(task), job, tasks, threads)
+        return 0
+
+    return forward

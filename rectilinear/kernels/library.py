@@ -131,7 +131,7 @@ def load(itemsize: int) -> None:
     publish_blocks(itemsize)
 
 
-BLOCK_WORDS = ("kc", "mc")
+BLOCK_WORDS = ("kc", "mc", "l2", "pack_a", "pack_b")
 
 
 def publish_blocks(itemsize: int, **overrides: int) -> None:
@@ -140,13 +140,12 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     unit = host_simd()
     nr = unit.lanes(itemsize) * unit.tile(itemsize)[1]
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
-    mc = overrides.get("mc", blocking.row_block(kc, itemsize, caches))
+    values = {"kc": kc, "mc": blocking.row_block(kc, itemsize, caches), "l2": caches.l2, "pack_a": 0, "pack_b": 0} | overrides
     name = f"rectilinear_blocks_f{8 * itemsize}"
-    if name in _published:
-        _published[name][:] = kc, mc
-    else:
-        words = np.array([kc, mc], np.int64)
+    if name not in _published:
+        words = np.zeros(len(BLOCK_WORDS), np.int64)
         publish(name, words.ctypes.data, words)
+    _published[name][:] = [values[word] for word in BLOCK_WORDS]
 
 
 @intrinsic

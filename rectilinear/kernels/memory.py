@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from rectilinear.kernels.cache import jit_inner
 
 _WORD = ir.IntType(64)
 
@@ -42,6 +44,16 @@ def put(typingctx, address, value):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.intp, value), codegen
+
+
+@intrinsic
+def rounded(typingctx, zero, value):  # type: ignore[no-untyped-def]
+    """A float64 value in zero's type."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[1] if args[0].type == args[1].type else builder.fptrunc(args[1], args[0].type)
+
+    return zero(zero, types.float64), codegen
 
 
 @intrinsic
@@ -129,19 +141,19 @@ def emitted_table(symbol: str, arguments: int) -> Any:
 # The fields of an ndarray, given its id(). Axes are counted from the end: -1 the columns, -2 the rows, -3 the groups.
 
 
-@njit
+@jit_inner
 def data_of(array):
     return word(array + ARRAY_FIELDS)
 
 
-@njit
+@jit_inner
 def extent_of(array, axis):
     """Length of an axis; 1 for one that the array does not have."""
     ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
     return word(word(array + ARRAY_FIELDS + 16) + 8 * (ndim + axis)) if ndim + axis >= 0 else 1
 
 
-@njit
+@jit_inner
 def stride_of(array, axis):
     """Bytes from one index to the next along an axis; 0 for one that the array does not have."""
     ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF

@@ -5,7 +5,7 @@ Everything here is jitted, inlined into the passes that use it, and works on add
 
 from __future__ import annotations
 
-from numba import njit
+from rectilinear.kernels.cache import jit_inner
 
 from rectilinear.kernels.library import (
     MAX_ROWS,
@@ -25,24 +25,30 @@ TAIL_WORDS = 4096
 """Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_columns`)."""
 
 
-@njit
+@jit_inner
 def round_up(value, step):
     return -(-value // step) * step
 
 
-@njit
+@jit_inner
+def packed_row(length):
+    """Bytes between the rows of a packed block: an odd number of cache lines, so that rows do not meet in one set."""
+    return (round_up(length, 64) // 64 | 1) * 64
+
+
+@jit_inner
 def block_count(extent, block):
     """Blocks of nearly equal length, none longer than `block`; one empty block where there is nothing."""
     return max(1, -(-extent // block))
 
 
-@njit
+@jit_inner
 def block_start(extent, count, index):
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)
 
 
-@njit
+@jit_inner
 def _vectors_for(zero, left, nv):
     """The narrowest panel, up to nv vectors, that holds `left` columns."""
     while nv > least_vectors(zero) and left * 2 <= nv * lanes(zero):
@@ -50,7 +56,7 @@ def _vectors_for(zero, left, nv):
     return nv
 
 
-@njit
+@jit_inner
 def _tile_index(nv):
     index = 0
     while nv > 1:
@@ -59,13 +65,13 @@ def _tile_index(nv):
     return index
 
 
-@njit
+@jit_inner
 def _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bits, bits_row, columns, nv):
     """One panel of B against all rows of A, in tiles of nearly equal height."""
     count = block_count(n, most_rows(zero, nv))
     index = _tile_index(nv)
     first = 0
-    for t in range(count):
+    for t in range(count if n > 0 else 0):
         height = block_start(n, count, t + 1) - first
         tile(
             zero,
@@ -89,7 +95,7 @@ def _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags,
         first += height
 
 
-@njit
+@jit_inner
 def _read_past(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bits, bits_row, columns, nv):
     """The last panel of a B that lies in memory as it is: its vectors reach past the columns of B.
 
@@ -113,7 +119,7 @@ def _read_past(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bit
     _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv)
 
 
-@njit
+@jit_inner
 def product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
@@ -141,7 +147,7 @@ def product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row,
         j += nr
 
 
-@njit
+@jit_inner
 def pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
     """One panel of B, k rows by nr, from a matrix with any strides; padded to whole vectors."""
     size = size_of(zero)
@@ -156,7 +162,7 @@ def pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
                 put(dst + (i * nr + j) * size, zero)
 
 
-@njit
+@jit_inner
 def copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row):
     """dst (n, m), unit stride along its rows, from any strides. The slow way, for layouts that nobody is fast on."""
     size = size_of(zero)
