@@ -86,7 +86,7 @@ def _masked_block(zero, job, group, first, count, dst, sums, flags):
     keep = word(job + KEEP) + group * word(job + KEEP_GROUP) + first * keep_row
     odd_keep = kind == KEEP_Z and keep_col != size
     if src_col != size or odd_keep:
-        copy_strided(zero, count, m, src, src_row, src_col, dst, lead)
+        copy_strided(zero, (count, m, src, src_row, src_col, dst, lead))
         src, src_row = dst, lead
     if odd_keep:
         for i in range(count):
@@ -111,7 +111,7 @@ def _pack_w(zero, job, group, panel, dst):
     d, m = word(job + D), word(job + M)
     j = panel * nr
     w = word(job + W) + group * word(job + W_GROUP) + j * word(job + W_ROW)
-    pack_panel(zero, m, min(nr, d - j), w, word(job + W_COL), word(job + W_ROW), dst, nr)
+    pack_panel(zero, (m, min(nr, d - j), w, word(job + W_COL), word(job + W_ROW), dst, nr))
 
 
 @jit_inner
@@ -128,10 +128,8 @@ def _dx_block(zero, job, group, first, count, panel, panels, z, packed):
     for step in range(steps):
         k0 = block_start(m, steps, step)
         k = block_start(m, steps, step + 1) - k0
-        product(
-            zero, count, k, columns, z + k0 * size, word(job + LEAD), size,
-            packed + k0 * nr * size, m * nr * size, nr * size, True, dx, dx_row, 0, ACCUMULATE if step > 0 else 0, 0, 0, nv,
-        )  # fmt: skip
+        product(zero, (count, k, columns, z + k0 * size, word(job + LEAD), size,
+            packed + k0 * nr * size, m * nr * size, nr * size, 1, dx, dx_row, 0, ACCUMULATE if step > 0 else 0, 0, 0, nv))  # fmt: skip
 
 
 @jit_inner
@@ -150,13 +148,11 @@ def _dw_block(zero, job, group, first, count, row, row_count, panel, panels, z, 
         if x_col == size:
             rows(zero, (count, row_count, x, x_row, 0, 0, space, lead, 0, WRITE))
         else:
-            copy_strided(zero, count, row_count, x, x_row, x_col, space, lead)
+            copy_strided(zero, (count, row_count, x, x_row, x_col, space, lead))
         x, x_row, x_col = space, lead, size
     j = panel * nr
-    product(
-        zero, row_count, count, min(word(job + M) - j, panels * nr), x, x_col, x_row,
-        z + j * size, nr * size, word(job + LEAD), True, dw + row * dw_row + j * size, dw_row, 0, flags, 0, 0, nv,
-    )  # fmt: skip
+    product(zero, (row_count, count, min(word(job + M) - j, panels * nr), x, x_col, x_row,
+        z + j * size, nr * size, word(job + LEAD), 1, dw + row * dw_row + j * size, dw_row, 0, flags, 0, 0, nv))  # fmt: skip
 
 
 @jit_inner
@@ -426,10 +422,7 @@ def entry(zero):
         set_word(job + SLOT_BYTES, slot)
         set_word(job + PARTS, scratch + threads * slot)
         set_word(job + SUMS, scratch + threads * slot + parts)
-        if tasks == 1:
-            slab_task(0, job, 0)
-        else:
-            parallel_for(c_address(slab_task), job, tasks, threads)
+        parallel_for(c_address(slab_task), job, tasks, threads)
         if slabs > 1:
             parallel_for(c_address(combine_task), job, groups, threads)
         return 0

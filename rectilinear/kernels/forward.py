@@ -87,16 +87,14 @@ def _task(zero, index, job, slot):
                 if a_col == size:
                     rows(zero, (r1 - r0, k, a, a_row, 0, 0, slots, lead, 0, WRITE))
                 else:
-                    copy_strided(zero, r1 - r0, k, a, a_row, a_col, slots, lead)
+                    copy_strided(zero, (r1 - r0, k, a, a_row, a_col, slots, lead))
                 a, a_row, a_col = slots, lead, size
             if packed != 0:
                 b, b_panel, b_row = packed + k0 * panels * nr * size + first * k * nr * size, k * nr * size, nr * size
             else:
                 b, b_panel, b_row = w + k0 * word(job + W_ROW), nr * size, word(job + W_ROW)
-            product(
-                zero, r1 - r0, k, last - column, a, a_row, a_col, b, b_panel, b_row, packed != 0,
-                out + r0 * word(job + OUT_ROW), word(job + OUT_ROW), bias, flags, bits + r0 * word(job + BIT_ROW), word(job + BIT_ROW), nv,
-            )
+            product(zero, (r1 - r0, k, last - column, a, a_row, a_col, b, b_panel, b_row, 1 if packed != 0 else 0,
+                out + r0 * word(job + OUT_ROW), word(job + OUT_ROW), bias, flags, bits + r0 * word(job + BIT_ROW), word(job + BIT_ROW), nv))
 
 
 @jit_inner
@@ -115,7 +113,7 @@ def _pack_task(zero, index, job, slot):
         k0 = block_start(d, steps, step)
         k = block_start(d, steps, step + 1) - k0
         place = dst + k0 * panels * nr * size + panel * k * nr * size
-        pack_panel(zero, k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr)
+        pack_panel(zero, (k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr))
 
 
 @jit_inner
@@ -207,10 +205,7 @@ def entry(zero):
         set_word(job + SLOTS, scratch + groups * packed)
         set_word(job + SLOT_BYTES, slot)
         tasks = groups * word(job + ROW_TASKS) * word(job + COLUMN_TASKS)
-        if tasks == 1:
-            task(0, job, 0)
-        else:
-            parallel_for(c_address(task), job, tasks, threads)
+        parallel_for(c_address(task), job, tasks, threads)
         return 0
 
     return forward

@@ -5,8 +5,9 @@ Everything here is jitted, inlined into the passes that use it, and works on add
 
 from __future__ import annotations
 
-from rectilinear.kernels.cache import jit_inner
+from typing import Any
 
+from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import (
     MAX_ROWS,
     lanes,
@@ -17,9 +18,15 @@ from rectilinear.kernels.library import (
     tile,
     transpose,
 )
-from rectilinear.kernels.memory import get, put, size_of, words
+from rectilinear.kernels.memory import emitted, get, put, size_of, words
+from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
 from rectilinear.kernels.tile import ACCUMULATE
+
+product = emitted("rectilinear_product", 17)
+pack_panel = emitted("rectilinear_pack_panel", 7)
+copy_strided = emitted("rectilinear_copy_strided", 7)
+"""The functions below, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
 
 TAIL_WORDS = 4096
 """Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_columns`)."""
@@ -120,7 +127,7 @@ def _read_past(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bit
 
 
 @jit_inner
-def product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
+def _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
     B's panels lie b_panel bytes apart, the rows of one b_row. `padded` says that every panel can be read to its full
@@ -135,7 +142,7 @@ def product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row,
         panel_bias = bias + j * size if bias != 0 else 0
         panel_bits = bits + (j >> 3)
         panel_c = c + j * size
-        if padded or columns == width * lanes(zero):
+        if padded != 0 or columns == width * lanes(zero):
             _rows_of_tiles(
                 zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width
             )
@@ -148,7 +155,7 @@ def product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row,
 
 
 @jit_inner
-def pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
+def _pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
     """One panel of B, k rows by nr, from a matrix with any strides; padded to whole vectors."""
     size = size_of(zero)
     if src_j == size:
@@ -156,16 +163,38 @@ def pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
     elif src_k == size:
         transpose(zero, (k, columns, src, src_j, dst, nr * size))
     else:
-        copy_strided(zero, k, columns, src, src_k, src_j, dst, nr * size)
+        _copy_strided(zero, k, columns, src, src_k, src_j, dst, nr * size)
         for i in range(k):
             for j in range(columns, round_up(columns, row_lanes(zero))):
                 put(dst + (i * nr + j) * size, zero)
 
 
 @jit_inner
-def copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row):
+def _copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row):
     """dst (n, m), unit stride along its rows, from any strides. The slow way, for layouts that nobody is fast on."""
     size = size_of(zero)
     for i in range(n):
         for j in range(m):
             put(dst + i * dst_row + j * size, get(zero, src + i * src_row + j * src_col))
+
+
+def addresses(zero: Any) -> Any:
+    """A jitted function that returns the addresses of product, pack_panel and copy_strided for zero's dtype."""
+
+    @jit_inner
+    def product_of_type(n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
+        _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv)
+
+    @jit_inner
+    def pack_panel_of_type(k, columns, src, src_k, src_j, dst, nr):
+        _pack_panel(zero, k, columns, src, src_k, src_j, dst, nr)
+
+    @jit_inner
+    def copy_strided_of_type(n, m, src, src_row, src_col, dst, dst_row):
+        _copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row)
+
+    @jit()
+    def addresses_of_type():
+        return c_address(product_of_type), c_address(pack_panel_of_type), c_address(copy_strided_of_type)
+
+    return addresses_of_type
