@@ -16,7 +16,7 @@ With one slab both give the same bits, so there the number of threads may choose
 from __future__ import annotations
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import blocks, lanes, rows, vectors
+from rectilinear.kernels.library import L2, MC, blocks, lanes, rows, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -329,7 +329,7 @@ def _plan(zero, job, threads):
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
     n, d, m, groups = word(job + N), word(job + D), word(job + M), word(job + GROUPS)
-    l2 = word(blocks(zero) + 16)
+    l2 = word(blocks(zero) + L2)
     set_word(job + LEAD, packed_row(round_up(m, nr) * size))
     x_row = word(job + X_ROW)
     set_word(job + COPY_X, 1 if word(job + X_COL) != size or x_row % 1024 == 0 or x_row < 0 else 0)
@@ -350,7 +350,7 @@ def _plan_blocks(zero, job, threads):
     stretch = max(4 * BLOCK_ROWS, STRETCH_BYTES // word(job + LEAD) // BLOCK_ROWS * BLOCK_ROWS)
     stretch = min(stretch, round_up(max(n, 1), BLOCK_ROWS))
     wanted = 8 * threads if threads > 1 else 1
-    mc = word(blocks(zero) + 8)
+    mc = word(blocks(zero) + MC)
     dx_rows = block_count(min(n, stretch), mc) if word(job + DX) != 0 else 0
     set_word(job + DX_ROWS, dx_rows)
     set_word(job + DX_COLUMNS, _cut(block_count(d, nr), 1, 1 << 30, -(-wanted // max(dx_rows, 1))))

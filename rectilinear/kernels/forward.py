@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rectilinear.kernels.cache import jit, jit_inner
 
-from rectilinear.kernels.library import blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.library import MC, blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
@@ -68,7 +68,7 @@ def _task(zero, index, job, slot):
 
     slots = word(job + SLOTS) + slot * word(job + SLOT_BYTES)
     kc = word(blocks(zero))
-    mc = word(blocks(zero) + 8)
+    mc = word(blocks(zero) + MC)
     steps = block_count(d, kc)
     rows_count = last_row - first_row
     row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
@@ -155,8 +155,8 @@ def _plan(zero, job, groups, threads):
     set_word(job + WIDTH, nv)
     nr = nv * lanes(zero)
     panels = block_count(m, nr)
-    kc, mc = word(blocks(zero)), word(blocks(zero) + 8)
-    set_word(job + PACK_A, word(blocks(zero) + 24))
+    kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
+    set_word(job + PACK_A, word(blocks(zero) + 32))
     row_tasks = block_count(n, max(mc, 1))
     column_tasks = 1
     wanted = 4 * threads
@@ -169,7 +169,7 @@ def _plan(zero, job, groups, threads):
     set_word(job + COLUMN_TASKS, column_tasks)
     w_row, w_col = word(job + W_ROW), word(job + W_COL)
     in_place = w_col == size and (w_row >= m * size or d == 1)
-    if in_place and word(blocks(zero) + 32) == 0:
+    if in_place and word(blocks(zero) + 40) == 0:
         return 0
     return panels * nr * d * size
 
@@ -193,7 +193,7 @@ def entry(zero):
         packed = round_up(_plan(zero, job, groups, threads), 64)
         slot = 0
         if word(job + PACK_A) != 0:
-            kc, mc = word(blocks(zero)), word(blocks(zero) + 8)
+            kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
             slot = mc * packed_row(kc * size_of(zero))
         needed = groups * packed + threads * slot
         if needed > scratch_bytes:

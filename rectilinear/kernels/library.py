@@ -8,12 +8,13 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from rectilinear.kernels import blocking, simd
+from rectilinear.kernels.cache import jit
 from rectilinear.kernels.memory import emitted, emitted_table
 from rectilinear.kernels.rows import (
     ROWS_PARAMETERS,
@@ -21,12 +22,15 @@ from rectilinear.kernels.rows import (
     emit_rows,
     emit_transpose,
 )
+from rectilinear.kernels.stream import RELU_PARAMETERS, SOFTMAX_PARAMETERS, emit_relu, emit_softmax
 from rectilinear.kernels.tile import PARAMETERS, Tile, emit_tile
 
 MAX_ROWS = 16
 """Tiles are found in the table by log2(nv) * MAX_ROWS + mr."""
 
 tile = emitted_table("rectilinear_tiles", len(PARAMETERS))
+relu = emitted("rectilinear_relu", len(RELU_PARAMETERS))
+softmax = emitted("rectilinear_softmax", len(SOFTMAX_PARAMETERS))
 rows = emitted("rectilinear_rows", len(ROWS_PARAMETERS))
 transpose = emitted("rectilinear_transpose", len(TRANSPOSE_PARAMETERS))
 
@@ -97,13 +101,15 @@ def _addresses(itemsize: int) -> Any:
             kernels = [emit_tile(module, shape, f"tile.{shape.nv}.{shape.mr}") for shape in shapes]
             kernels.append(emit_rows(module, unit, itemsize, "rows"))
             kernels.append(emit_transpose(module, unit, itemsize, "transpose"))
+            kernels.append(emit_relu(module, unit, itemsize, "relu"))
+            kernels.append(emit_softmax(module, unit, itemsize, "softmax"))
             for kernel in kernels:
                 kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, ir.IntType(64)) for kernel in kernels])
 
-        return types.UniTuple(types.intp, len(shapes) + 2)(), codegen
+        return types.UniTuple(types.intp, len(shapes) + 4)(), codegen
 
-    @njit
+    @jit()
     def addresses():
         return emit()
 
@@ -120,18 +126,20 @@ def publish(name: str, address: int, owner: Any) -> None:
 def load(itemsize: int) -> None:
     """Compile the emitted kernels of a dtype and publish them. Before the first use of a kernel that calls them."""
     addresses = _addresses(itemsize)
-    *tile_addresses, rows_address, transpose_address = addresses()
+    found = addresses()
     table = np.zeros(5 * MAX_ROWS, np.int64)
-    for shape, address in zip(tiles(itemsize), tile_addresses, strict=True):
+    for shape, address in zip(tiles(itemsize), found, strict=False):
         table[(shape.nv.bit_length() - 1) * MAX_ROWS + shape.mr] = address
     bits = 8 * itemsize
     publish(f"rectilinear_tiles_f{bits}", table.ctypes.data, (table, addresses))
-    publish(f"rectilinear_rows_f{bits}", rows_address, addresses)
-    publish(f"rectilinear_transpose_f{bits}", transpose_address, addresses)
+    for kernel, address in zip(("rows", "transpose", "relu", "softmax"), found[-4:], strict=True):
+        publish(f"rectilinear_{kernel}_f{bits}", address, addresses)
     publish_blocks(itemsize)
 
 
-BLOCK_WORDS = ("kc", "mc", "l2", "pack_a", "pack_b")
+BLOCK_WORDS = ("kc", "mc", "l2", "past", "pack_a", "pack_b")
+KC, MC, L2, PAST, PACK_A, PACK_B = range(0, 48, 8)
+"""Where the block sizes lie; `past` is the length in bytes from which on a result is not worth keeping in the caches."""
 
 
 def publish_blocks(itemsize: int, **overrides: int) -> None:
@@ -140,7 +148,7 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     unit = host_simd()
     nr = unit.lanes(itemsize) * unit.tile(itemsize)[1]
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
-    values = {"kc": kc, "mc": blocking.row_block(kc, itemsize, caches), "l2": caches.l2, "pack_a": 0, "pack_b": 0} | overrides
+    values = {"kc": kc, "mc": blocking.row_block(kc, itemsize, caches), "l2": caches.l2, "past": caches.l3 // 2, "pack_a": 0, "pack_b": 0} | overrides
     name = f"rectilinear_blocks_f{8 * itemsize}"
     if name not in _published:
         words = np.zeros(len(BLOCK_WORDS), np.int64)
@@ -160,3 +168,9 @@ def blocks(typingctx, zero):  # type: ignore[no-untyped-def]
         return builder.ptrtoint(symbol, ir.IntType(64))
 
     return types.intp(zero), codegen
+
+
+def describe_host() -> str:
+    """The instruction set and the processor that kernels are compiled for."""
+    codegen = cpu_target.target_context.codegen()
+    return f"{host_simd().name} ({codegen._get_host_cpu_name()})"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.kernels import backward, forward, library, product
+from rectilinear.kernels import backward, elementwise, forward, library, product, reduction, softmax
 
 
 @cache
@@ -29,3 +29,18 @@ def affine_forward(itemsize: int) -> Any:
 @cache
 def affine_backward(itemsize: int) -> Any:
     return backward.entry(_prepare(itemsize))
+
+
+@cache
+def bias_reduction(itemsize: int) -> Any:
+    return reduction.entry(_prepare(itemsize))
+
+
+@cache
+def relu(itemsize: int) -> Any:
+    return elementwise.entry(_prepare(itemsize))
+
+
+@cache
+def softmax_loss(itemsize: int) -> Any:
+    return softmax.entry(_prepare(itemsize))
