@@ -148,8 +148,8 @@ class _SoftmaxEmitter(Emitter):
     def _exp(self, x: ir.Value) -> ir.Value:
         """exp of x <= 0: 2**k times a Taylor polynomial of the rest, whose remainder is below a tenth of an ulp."""
         builder, single = self.builder, self.itemsize == 4
-        # Below this the result is 0 in any case; NaN stays.
-        least = self._constant(-200.0 if single else -800.0)
+        # Below this the result is 0 in any case, and half of k still the exponent of a normal number; NaN stays.
+        least = self._constant(-170.0 if single else -800.0)
         x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
         # Adding 1.5 * 2**mantissa rounds to an integer that then sits in the low bits.
         shift = 1.5 * 2.0 ** (23 if single else 52)
