@@ -201,8 +201,9 @@ def _slab_task(zero, index, job, slot):
     flags = (WRITE if want_dx or want_dw else 0) | (SUM if want_db else 0)
     steps = block_count(last - first, word(job + BLOCK))
     for step in range(steps):
-        r0 = first + block_start(last - first, steps, step)
-        count = first + block_start(last - first, steps, step + 1) - r0
+        # The same blocks as in `_pack_task`: they decide the order in which db is summed.
+        r0 = first + step * word(job + BLOCK)
+        count = min(word(job + BLOCK), last - r0)
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
