@@ -12,6 +12,7 @@ import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.keepmask import KeepMask
+from rectilinear.kernels.scratch import with_scratch
 from rectilinear.threads import get_num_threads
 
 _RELU = 2  # rectilinear.kernels.tile.RELU, whose module would import llvmlite
@@ -46,19 +47,24 @@ class NumbaBackend:
     # Affine, with ReLU or without.
 
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
-        return self._forward(x, w, b, out, None, 0)
+        result = _result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
+        self._forward(x, w, b, id(result), 0, 0)
+        return _delivered(result, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
-        shape = (*x.shape[:-1], w.shape[-1])
-        bits = np.empty((*x.shape[:-1], (shape[-1] + 7) >> 3), np.uint8)
-        return self._forward(x, w, b, out, bits, _RELU), KeepMask(bits, shape)
+        shape = (*x.shape[:-1], m := w.shape[-1])
+        result = np.empty(shape, x.dtype) if out is None else _result(shape, x.dtype, out)
+        bits = np.empty((*shape[:-1], (m + 7) >> 3), np.uint8)
+        self._forward(x, w, b, id(result), id(bits), _RELU)
+        return result if out is None else _delivered(result, out), KeepMask(bits, shape)
 
-    def _forward(self, x: Array, w: Array, b: Array | None, out: Array | None, bits: Array | None, relu: int) -> Array:
-        result = np.empty((*x.shape[:-1], w.shape[-1]), x.dtype) if out is None or not _in_rows(out) else out
-        if b is not None and not _in_rows(b):
-            b = np.ascontiguousarray(b)
-        _call(_passes().affine_forward(x.itemsize), id(x), id(w), _id(b), id(result), _id(bits), relu)
-        return _delivered(result, out)
+    def _forward(self, x: Array, w: Array, b: Array | None, out: int, bits: int, relu: int) -> None:
+        kernel = _passes().affine_forward(x.itemsize)
+        # Small calls need no scratch memory, and save fetching it.
+        answer = kernel(id(x), id(w), 0 if b is None else id(b), out, bits, relu, 0, 0, get_num_threads())
+        if answer:
+            b = None if b is None else np.ascontiguousarray(b)  # what the kernel asks for by an answer below 0
+            _call(kernel, id(x), id(w), _id(b), out, bits, relu)
 
     def affine_backward(
         self,
@@ -153,9 +159,7 @@ _loaded_passes: Any = None
 
 
 def _call(kernel: Any, *arguments: int) -> None:
-    from rectilinear.kernels.scratch import with_scratch
-
-    with_scratch(kernel, *arguments, threads=get_num_threads())
+    with_scratch(kernel, arguments, get_num_threads())
 
 
 def _id(array: Array | None) -> int:

@@ -136,6 +136,4 @@ class Emitter:
         """LLVM's intrinsic `name` for this emitter's vector type."""
         mangled = f"{name}.v{self.vector.count}f{8 * self.itemsize}{suffix}"
         found = self.module.globals.get(mangled)
-        if found is None:
-            found = ir.Function(self.module, ir.FunctionType(result, arguments), mangled)
-        return found
+        return found or ir.Function(self.module, ir.FunctionType(result, arguments), mangled)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rectilinear.kernels.cache import jit, jit_inner
 
-from rectilinear.kernels.library import MC, blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.library import FAR, MC, blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
@@ -38,6 +38,9 @@ JOB_WORDS = 28
 
 SMALL_WORK = 1 << 19
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
+
+REUSE = 8
+"""How often a copied element must be used for the copy to pay."""
 
 
 @jit_inner
@@ -156,7 +159,10 @@ def _plan(zero, job, groups, threads):
     nr = nv * lanes(zero)
     panels = block_count(m, nr)
     kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
-    set_word(job + PACK_A, word(blocks(zero) + 32))
+    far = word(blocks(zero) + FAR)
+    x_row, w_row = word(job + X_ROW), word(job + W_ROW)
+    # Copying pays where what is copied is used often enough: x by several panels, w by several blocks of rows.
+    set_word(job + PACK_A, 1 if (x_row >= far or x_row < 0) and panels >= REUSE and n >= REUSE else 0)
     row_tasks = block_count(n, max(mc, 1))
     column_tasks = 1
     wanted = 4 * threads
@@ -167,15 +173,17 @@ def _plan(zero, job, groups, threads):
         row_tasks = max(row_tasks, min(block_count(n, 4 * most_rows(zero, nv)), block_count(wanted, groups * column_tasks)))
     set_word(job + ROW_TASKS, row_tasks)
     set_word(job + COLUMN_TASKS, column_tasks)
-    w_row, w_col = word(job + W_ROW), word(job + W_COL)
-    in_place = w_col == size and (w_row >= m * size or d == 1)
-    if in_place and word(blocks(zero) + 40) == 0:
+    in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1)
+    if in_place and (w_row < far or n < REUSE * most_rows(zero, nv)):
         return 0
     return panels * nr * d * size
 
 
 def entry(zero):
-    """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads)."""
+    """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads).
+
+    It returns 0, or how many bytes of scratch it needs and has not got, or -1 for a bias whose elements do not lie side by side.
+    """
 
     @jit_inner
     def task(index, job, slot):
@@ -187,6 +195,8 @@ def entry(zero):
 
     @jit()
     def forward(x, w, b, out, bits, flags, scratch, scratch_bytes, threads):
+        if b != 0 and stride_of(b, -1) != size_of(zero) and extent_of(b, -1) > 1:
+            return -1
         job = words(JOB_WORDS)
         _describe(zero, job, x, w, b, out, bits, flags)
         groups = extent_of(w, -3)

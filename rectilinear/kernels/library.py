@@ -137,9 +137,9 @@ def load(itemsize: int) -> None:
     publish_blocks(itemsize)
 
 
-BLOCK_WORDS = ("kc", "mc", "l2", "past", "pack_a", "pack_b")
-KC, MC, L2, PAST, PACK_A, PACK_B = range(0, 48, 8)
-"""Where the block sizes lie; `past` is the length in bytes from which on a result is not worth keeping in the caches."""
+BLOCK_WORDS = ("kc", "mc", "l2", "past", "far")
+KC, MC, L2, PAST, FAR = range(0, 40, 8)
+"""Where they lie. Bytes: of L2, of a result too long to be worth keeping in the caches, between rows that lie far apart."""
 
 
 def publish_blocks(itemsize: int, **overrides: int) -> None:
@@ -148,7 +148,8 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     unit = host_simd()
     nr = unit.lanes(itemsize) * unit.tile(itemsize)[1]
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
-    values = {"kc": kc, "mc": blocking.row_block(kc, itemsize, caches), "l2": caches.l2, "past": caches.l3 // 2, "pack_a": 0, "pack_b": 0} | overrides
+    mc = blocking.row_block(kc, itemsize, caches)
+    values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART} | overrides
     name = f"rectilinear_blocks_f{8 * itemsize}"
     if name not in _published:
         words = np.zeros(len(BLOCK_WORDS), np.int64)

@@ -14,7 +14,7 @@ _idle: list[tuple[np.ndarray, int, int]] = []
 """Buffers that no call is using: array, aligned address, usable bytes. As many as calls ever ran at once."""
 
 
-def with_scratch(kernel: Callable[..., int], *arguments: int, threads: int) -> None:
+def with_scratch(kernel: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
     """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns 0, or how many bytes it needs and has not got."""
     # pop and append are atomic: no two calls get the same buffer.
     try:
