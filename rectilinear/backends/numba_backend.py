@@ -12,6 +12,7 @@ import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.keepmask import KeepMask
+from rectilinear.kernels.results import empty
 from rectilinear.kernels.scratch import with_scratch
 from rectilinear.threads import get_num_threads
 
@@ -53,7 +54,7 @@ class NumbaBackend:
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
         shape = (*x.shape[:-1], m := w.shape[-1])
-        result = np.empty(shape, x.dtype) if out is None else _result(shape, x.dtype, out)
+        result = _result(shape, x.dtype, out)
         bits = np.empty((*shape[:-1], (m + 7) >> 3), np.uint8)
         self._forward(x, w, b, id(result), id(bits), _RELU)
         return result if out is None else _delivered(result, out), KeepMask(bits, shape)
@@ -102,7 +103,7 @@ class NumbaBackend:
         if not isinstance(keep, KeepMask):
             return self._relu(dout, keep, out)
         dout_rows = dout if _in_rows(dout) else np.ascontiguousarray(dout)
-        result = np.empty(dout.shape, dout.dtype) if out is None or not _in_rows(out) else out
+        result = _result(dout.shape, dout.dtype, out)
         bits = keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
         _, over_bits, _ = _passes().relu(dout.itemsize)
         for index in np.ndindex(dout.shape[:-2]):
@@ -113,7 +114,7 @@ class NumbaBackend:
     def _relu(self, x: Array, keep: Array, out: Array | None) -> Array:
         in_c, in_f = x.flags.c_contiguous and keep.flags.c_contiguous, x.flags.f_contiguous and keep.flags.f_contiguous
         if out is None:
-            out = np.empty(x.shape, x.dtype, order="F" if in_f and not in_c else "C")
+            out = empty(x.shape[::-1], x.dtype).T if in_f and not in_c else empty(x.shape, x.dtype)
         over_run, _, over_rows = _passes().relu(x.itemsize)
         if (in_c and out.flags.c_contiguous) or (in_f and out.flags.f_contiguous):
             over_run(x.size, id(x), id(keep), id(out), get_num_threads())
@@ -127,7 +128,7 @@ class NumbaBackend:
     # Softmax.
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        dx = np.empty(x.shape, x.dtype) if out is None or not _in_rows(out) else out
+        dx = _result(x.shape, x.dtype, out)
         loss = np.full((), np.nan)
         if x.shape[0] > 0:
             labels = np.ascontiguousarray(y, np.int64)
@@ -173,7 +174,7 @@ def _in_rows(array: Array) -> bool:
 
 def _result(shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
     """Where a kernel puts a result: `out` itself if its rows allow, else a fresh array."""
-    return np.empty(shape, dtype) if out is None or not _in_rows(out) else out
+    return empty(shape, dtype) if out is None or not _in_rows(out) else out
 
 
 def _delivered(result: Array | None, out: Array | None) -> Array | None:

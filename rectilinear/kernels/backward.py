@@ -38,6 +38,7 @@ from rectilinear.kernels.product import (
     packed_row,
     product,
     round_up,
+    run_length,
 )
 from rectilinear.kernels.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE
 from rectilinear.kernels.threads import parallel_for
@@ -55,8 +56,8 @@ N, D, M, GROUPS = 208, 216, 224, 232
 SLABS, BLOCK, LEAD = 240, 248, 256
 PARTS, SUMS, PACKED_W, SLOTS, SLOT_BYTES = 264, 272, 280, 288, 296
 FIRST, LAST, DX_ROWS, DX_COLUMNS, DW_ROWS, DW_COLUMNS, ZP = 304, 312, 320, 328, 336, 344, 352
-PART_ROW, COPY_X, GROUP, PANELS_TO_PACK = 360, 368, 376, 384
-JOB_WORDS = 49
+PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS = 360, 368, 376, 384, 392, 400
+JOB_WORDS = 51
 
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
@@ -64,7 +65,7 @@ BLOCK_ROWS = 128
 STRETCH_BYTES = 4 << 20
 """The most of dz that is packed at a time where dw is too large for slabs."""
 
-SMALL_WORK = 1 << 18
+SMALL_WORK = 1 << 19
 """Multiply-adds of a product that one thread finishes before a second one would have started."""
 
 SLAB_ROWS = 1024
@@ -395,7 +396,9 @@ def entry(zero):
 
     @jit_inner
     def slab_task(index, job, slot):
-        _slab_task(zero, index, job, slot)
+        run = word(job + RUN)
+        for i in range(index * run, min((index + 1) * run, word(job + TASKS))):
+            _slab_task(zero, i, job, slot)
 
     @jit_inner
     def combine_task(index, job, slot):
@@ -423,7 +426,10 @@ def entry(zero):
         set_word(job + SLOT_BYTES, slot)
         set_word(job + PARTS, scratch + threads * slot)
         set_word(job + SUMS, scratch + threads * slot + parts)
-        parallel_for(c_address(slab_task), job, tasks, threads)
+        run = run_length(tasks, threads)
+        set_word(job + RUN, run)
+        set_word(job + TASKS, tasks)
+        parallel_for(c_address(slab_task), job, -(-tasks // run), threads)
         if slabs > 1:
             parallel_for(c_address(combine_task), job, groups, threads)
         return 0

@@ -20,6 +20,7 @@ from rectilinear.kernels.product import (
     packed_row,
     product,
     round_up,
+    run_length,
 )
 from rectilinear.kernels.rows import WRITE
 from rectilinear.kernels.threads import parallel_for
@@ -34,9 +35,10 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-JOB_WORDS = 28
+RUN, TASKS = 224, 232
+JOB_WORDS = 30
 
-SMALL_WORK = 1 << 19
+SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 REUSE = 8
@@ -187,7 +189,9 @@ def entry(zero):
 
     @jit_inner
     def task(index, job, slot):
-        _task(zero, index, job, slot)
+        run = word(job + RUN)
+        for i in range(index * run, min((index + 1) * run, word(job + TASKS))):
+            _task(zero, i, job, slot)
 
     @jit_inner
     def pack(index, job, slot):
@@ -195,7 +199,7 @@ def entry(zero):
 
     @jit()
     def forward(x, w, b, out, bits, flags, scratch, scratch_bytes, threads):
-        if b != 0 and stride_of(b, -1) != size_of(zero) and extent_of(b, -1) > 1:
+        if b != 0 and stride_of(b, -1) != size_of(zero) and extent_of(b, -1) > 1 and extent_of(b, -2) > 0:
             return -1
         job = words(JOB_WORDS)
         _describe(zero, job, x, w, b, out, bits, flags)
@@ -215,7 +219,10 @@ def entry(zero):
         set_word(job + SLOTS, scratch + groups * packed)
         set_word(job + SLOT_BYTES, slot)
         tasks = groups * word(job + ROW_TASKS) * word(job + COLUMN_TASKS)
-        parallel_for(c_address(task), job, tasks, threads)
+        run = run_length(tasks, threads)
+        set_word(job + RUN, run)
+        set_word(job + TASKS, tasks)
+        parallel_for(c_address(task), job, -(-tasks // run), threads)
         return 0
 
     return forward

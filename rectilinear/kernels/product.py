@@ -50,6 +50,12 @@ def block_count(extent, block):
 
 
 @jit_inner
+def run_length(tasks, threads):
+    """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
+    return max(1, tasks // (16 * threads))
+
+
+@jit_inner
 def block_start(extent, count, index):
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)

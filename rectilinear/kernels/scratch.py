@@ -21,7 +21,7 @@ def with_scratch(kernel: Callable[..., int], arguments: tuple[int, ...], threads
         buffer = _idle.pop()
     except IndexError:
         buffer = _buffer(1 << 16)
-    while needed := kernel(*arguments, buffer[1], buffer[2], threads):
+    while (needed := kernel(*arguments, buffer[1], buffer[2], threads)) > 0:
         buffer = _buffer(needed)
     if buffer[2] <= KEPT_BYTES:
         _idle.append(buffer)
