@@ -14,11 +14,16 @@ BITS_PER_BYTE = 8
 
 @dataclass(frozen=True)
 class Simd:
-    """An instruction set: `width` bytes per vector register, `registers` of them."""
+    """An instruction set: `width` bytes per vector register, `registers` of them, `spare` kept out of the tile.
+
+    `spare` holds the broadcast of A and what LLVM needs to move in: found by looking for spills in the inner loop's assembly, which
+    tests/test_kernels_simd.py keeps doing.
+    """
 
     name: str
     width: int
     registers: int
+    spare: int
 
     def lanes(self, itemsize: int) -> int:
         return self.width // itemsize
@@ -32,18 +37,14 @@ class Simd:
         return self.rows(nv), nv
 
     def rows(self, nv: int) -> int:
-        """mr for nv vectors per row: what the registers leave beside nv vectors of B and one broadcast of A.
-
-        With 32 registers one more is left free for LLVM to move in; 15 rows at most (see `library.MAX_ROWS`).
-        """
-        spare = 2 if self.registers > 16 else 1
-        return max(1, min(15, (self.registers - nv - spare) // nv))
+        """mr for nv vectors per row: what the registers leave beside nv vectors of B; 15 at most (see `library.MAX_ROWS`)."""
+        return max(1, min(15, (self.registers - nv - self.spare) // nv))
 
 
-AVX512 = Simd("AVX-512", 64, 32)
-AVX2 = Simd("AVX2", 32, 16)
-SSE2 = Simd("SSE2", 16, 16)
-NEON = Simd("NEON", 16, 32)
+AVX512 = Simd("AVX-512", 64, 32, 2)
+AVX2 = Simd("AVX2", 32, 16, 1)
+SSE2 = Simd("SSE2", 16, 16, 2)
+NEON = Simd("NEON", 16, 32, 5)
 
 _LEVELS = (
     (AVX512, ("avx512f", "avx512dq", "avx512bw", "avx512vl")),
