@@ -161,7 +161,9 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "backwards": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1] if a.ndim > 1 else a[::-1].copy()[::-1],
     "rows backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
     "wide rows": lambda a: np.concatenate([a, a], axis=-1)[..., : a.shape[-1]],
-    "4 KiB rows": lambda a: np.concatenate([a, np.zeros((*a.shape[:-1], 4096 // a.itemsize - a.shape[-1]), a.dtype)], -1)[..., : a.shape[-1]],
+    "4 KiB rows": lambda a: np.concatenate([a, np.zeros((*a.shape[:-1], 4096 // a.itemsize - a.shape[-1]), a.dtype)], -1)[
+        ..., : a.shape[-1]
+    ],
     "unaligned": lambda a: _unaligned(a),
     "same rows": lambda a: np.broadcast_to(a[:1], a.shape),
     "same columns": lambda a: np.broadcast_to(a[..., :1], a.shape),

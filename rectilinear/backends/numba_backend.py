@@ -84,9 +84,7 @@ class NumbaBackend:
         dx = _result(x.shape, x.dtype, out[0]) if wanted[0] else None
         dw = _result(w.shape, x.dtype, out[1]) if wanted[1] else None
         db = _result((*w.shape[:-2], w.shape[-1]), x.dtype, out[2]) if wanted[2] else None
-        _call(
-            _passes().affine_backward(x.itemsize), id(dout), _id(mask), kind, id(x), id(w), _id(dx), _id(dw), _id(db)
-        )
+        _call(_passes().affine_backward(x.itemsize), id(dout), _id(mask), kind, id(x), id(w), _id(dx), _id(dw), _id(db))
         return _delivered(dx, out[0]), _delivered(dw, out[1]), _delivered(db, out[2])
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:

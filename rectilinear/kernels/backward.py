@@ -15,6 +15,8 @@ With one slab both give the same bits, so there the number of threads may choose
 
 from __future__ import annotations
 
+from typing import Any
+
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import L2, MC, blocks, lanes, rows, vectors
 from rectilinear.kernels.memory import (
@@ -40,7 +42,7 @@ from rectilinear.kernels.product import (
     round_up,
     run_length,
 )
-from rectilinear.kernels.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE
+from rectilinear.kernels.rows import KEEP_Z, PAD, SUM, WRITE
 from rectilinear.kernels.threads import parallel_for
 from rectilinear.kernels.tile import ACCUMULATE
 
@@ -76,7 +78,7 @@ MOST_SLABS = 32
 
 
 @jit_inner
-def _masked_block(zero, job, group, first, count, dst, sums, flags):
+def _masked_block(zero: Any, job: int, group: int, first: int, count: int, dst: int, sums: int, flags: int) -> None:
     """Rows of dz into dst, and their column sums added to `sums`, as flags (WRITE, SUM) say."""
     size, m = size_of(zero), word(job + M)
     lead = word(job + LEAD)
@@ -99,15 +101,14 @@ def _masked_block(zero, job, group, first, count, dst, sums, flags):
 
 
 @jit_inner
-def _clear(zero, address, count):
+def _clear(zero: Any, address: int, count: int) -> None:
     for j in range(count):
         put(address + j * size_of(zero), zero)
 
 
 @jit_inner
-def _pack_w(zero, job, group, panel, dst):
+def _pack_w(zero: Any, job: int, group: int, panel: int, dst: int) -> None:
     """Panel `panel` of w^T, all of m, by blocks of k: block after block of nr columns."""
-    size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
     d, m = word(job + D), word(job + M)
     j = panel * nr
@@ -116,7 +117,7 @@ def _pack_w(zero, job, group, panel, dst):
 
 
 @jit_inner
-def _dx_block(zero, job, group, first, count, panel, panels, z, packed):
+def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: int, panels: int, z: int, packed: int) -> None:
     """dx of `count` rows and `panels` panels: z holds the rows' dz, packed the panels of w^T."""
     size = size_of(zero)
     nv = vectors(zero)
@@ -134,7 +135,22 @@ def _dx_block(zero, job, group, first, count, panel, panels, z, packed):
 
 
 @jit_inner
-def _dw_block(zero, job, group, first, count, row, row_count, panel, panels, z, dw, dw_row, flags, space):
+def _dw_block(
+    zero: Any,
+    job: int,
+    group: int,
+    first: int,
+    count: int,
+    row: int,
+    row_count: int,
+    panel: int,
+    panels: int,
+    z: int,
+    dw: int,
+    dw_row: int,
+    flags: int,
+    space: int,
+) -> None:
     """Add to dw[row:row + row_count, panels] what `count` samples from `first` on give; z holds their dz.
 
     Where the rows of x lie so far apart that they meet in few sets of the caches, x is copied to `space` first.
@@ -157,14 +173,14 @@ def _dw_block(zero, job, group, first, count, row, row_count, panel, panels, z, 
 
 
 @jit_inner
-def _add_sums(zero, sums, total, count):
+def _add_sums(zero: Any, sums: int, total: int, count: int) -> None:
     """total (float64) += sums (T), column by column."""
     for j in range(count):
         put(total + 8 * j, get(0.0, total + 8 * j) + get(zero, sums + j * size_of(zero)))
 
 
 @jit_inner
-def _write_db(zero, job, group, total):
+def _write_db(zero: Any, job: int, group: int, total: int) -> None:
     """Round the sums into db."""
     db = word(job + DB) + group * word(job + DB_GROUP)
     for j in range(word(job + M)):
@@ -175,7 +191,7 @@ def _write_db(zero, job, group, total):
 
 
 @jit_inner
-def _slab_task(zero, index, job, slot):
+def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
     """The whole backward of one slab of one group."""
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
@@ -218,7 +234,7 @@ def _slab_task(zero, index, job, slot):
 
 
 @jit_inner
-def _slab_bytes(zero, job):
+def _slab_bytes(zero: Any, job: int) -> int:
     """Scratch of one thread."""
     size = size_of(zero)
     d, m = word(job + D), word(job + M)
@@ -230,7 +246,7 @@ def _slab_bytes(zero, job):
 
 
 @jit_inner
-def _combine_task(zero, index, job, slot):
+def _combine_task(zero: Any, index: int, job: int, slot: int) -> None:
     """Add up the slabs of one group: dw and db, in the order of the slabs."""
     d, m, slabs = word(job + D), word(job + M), word(job + SLABS)
     part_row, sums_row = word(job + PART_ROW), round_up(m * 8, 64)
@@ -251,7 +267,7 @@ def _combine_task(zero, index, job, slot):
 
 
 @jit_inner
-def _pack_task(zero, index, job, slot):
+def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
     """One block of rows of dz with its sums, or one panel of w^T."""
     size = size_of(zero)
     m = word(job + M)
@@ -270,7 +286,7 @@ def _pack_task(zero, index, job, slot):
 
 
 @jit_inner
-def _block_task(zero, index, job, slot):
+def _block_task(zero: Any, index: int, job: int, slot: int) -> None:
     """One block of dx or of dw."""
     dx_tasks = word(job + DX_ROWS) * word(job + DX_COLUMNS)
     if index < dx_tasks:
@@ -280,7 +296,7 @@ def _block_task(zero, index, job, slot):
 
 
 @jit_inner
-def _dx_task(zero, index, job, slot):
+def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
     d, m, group = word(job + D), word(job + M), word(job + GROUP)
@@ -301,7 +317,7 @@ def _dx_task(zero, index, job, slot):
 
 
 @jit_inner
-def _dw_task(zero, index, job, slot):
+def _dw_task(zero: Any, index: int, job: int, slot: int) -> None:
     d, m, group = word(job + D), word(job + M), word(job + GROUP)
     nr = vectors(zero) * lanes(zero)
     first, last = word(job + FIRST), word(job + LAST)
@@ -320,14 +336,14 @@ def _dw_task(zero, index, job, slot):
 
 
 @jit_inner
-def _cut(extent, least, most, wanted):
+def _cut(extent: int, least: int, most: int, wanted: int) -> int:
     """How many blocks to cut `extent` into: none longer than `most`, then up to `wanted`, but none shorter than `least`."""
     count = block_count(extent, most)
     return max(count, min(wanted, extent // least))
 
 
 @jit_inner
-def _plan(zero, job, threads):
+def _plan(zero: Any, job: int, threads: int) -> bool:
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
     n, d, m, groups = word(job + N), word(job + D), word(job + M), word(job + GROUPS)
@@ -345,7 +361,7 @@ def _plan(zero, job, threads):
 
 
 @jit_inner
-def _plan_blocks(zero, job, threads):
+def _plan_blocks(zero: Any, job: int, threads: int) -> int:
     """Choose the stretch of rows and the tasks of one group; returns the rows of a stretch."""
     nr = vectors(zero) * lanes(zero)
     n, d, m = word(job + N), word(job + D), word(job + M)
@@ -364,7 +380,7 @@ def _plan_blocks(zero, job, threads):
 
 
 @jit_inner
-def _describe(job, dy, keep, kind, x, w, dx, dw, db):
+def _describe(job: int, dy: int, keep: int, kind: int, x: int, w: int, dx: int, dw: int, db: int) -> None:
     for offset, array in ((DY, dy), (X, x), (W, w)):
         set_word(job + offset, data_of(array))
         set_word(job + offset + 8, stride_of(array, -3))
@@ -391,29 +407,29 @@ def _describe(job, dy, keep, kind, x, w, dx, dw, db):
     set_word(job + GROUPS, extent_of(w, -3))
 
 
-def entry(zero):
+def entry(zero: Any) -> Any:
     """The backward pass for zero's dtype, as a jitted function of the ids of arrays (0 for one that is not there)."""
 
     @jit_inner
-    def slab_task(index, job, slot):
+    def slab_task(index: int, job: int, slot: int) -> None:
         run = word(job + RUN)
         for i in range(index * run, min((index + 1) * run, word(job + TASKS))):
             _slab_task(zero, i, job, slot)
 
     @jit_inner
-    def combine_task(index, job, slot):
+    def combine_task(index: int, job: int, slot: int) -> None:
         _combine_task(zero, index, job, slot)
 
     @jit_inner
-    def pack_task(index, job, slot):
+    def pack_task(index: int, job: int, slot: int) -> None:
         _pack_task(zero, index, job, slot)
 
     @jit_inner
-    def block_task(index, job, slot):
+    def block_task(index: int, job: int, slot: int) -> None:
         _block_task(zero, index, job, slot)
 
     @jit_inner
-    def by_slabs(job, scratch, scratch_bytes, threads):
+    def by_slabs(job: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         d, m, slabs, groups = word(job + D), word(job + M), word(job + SLABS), word(job + GROUPS)
         slot = _slab_bytes(zero, job)
         tasks = slabs * groups
@@ -435,7 +451,7 @@ def entry(zero):
         return 0
 
     @jit_inner
-    def by_blocks(job, scratch, scratch_bytes, threads):
+    def by_blocks(job: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         size = size_of(zero)
         nr = vectors(zero) * lanes(zero)
         n, d, m, groups = word(job + N), word(job + D), word(job + M), word(job + GROUPS)
@@ -482,7 +498,9 @@ def entry(zero):
         return 0
 
     @jit()
-    def backward(dy, keep, kind, x, w, dx, dw, db, scratch, scratch_bytes, threads):
+    def backward(
+        dy: int, keep: int, kind: int, x: int, w: int, dx: int, dw: int, db: int, scratch: int, scratch_bytes: int, threads: int
+    ) -> int:
         job = words(JOB_WORDS)
         _describe(job, dy, keep, kind, x, w, dx, dw, db)
         if _plan(zero, job, threads):

@@ -26,7 +26,7 @@ SHARED_BYTES = 128 << 10
 
 
 @jit_inner
-def _run_task(zero, index, job, slot):
+def _run_task(zero: Any, index: int, job: int, slot: int) -> None:
     """One run of elements that lie side by side."""
     run, count = word(job + RUN), word(job + COUNT)
     at = index * run * size_of(zero)
@@ -34,7 +34,7 @@ def _run_task(zero, index, job, slot):
 
 
 @jit_inner
-def _bits_task(zero, index, job, slot):
+def _bits_task(zero: Any, index: int, job: int, slot: int) -> None:
     """Some rows, the keep-set in bits."""
     first, last = index * word(job + RUN), min((index + 1) * word(job + RUN), word(job + COUNT))
     src = word(job + SRC) + first * word(job + SRC + ROW)
@@ -42,12 +42,23 @@ def _bits_task(zero, index, job, slot):
     dst = word(job + DST) + first * word(job + DST + ROW)
     rows(
         zero,
-        (last - first, word(job + COLS), src, word(job + SRC + ROW), keep, word(job + KEEP + ROW), dst, word(job + DST + ROW), 0, KEEP_BITS | WRITE),
+        (
+            last - first,
+            word(job + COLS),
+            src,
+            word(job + SRC + ROW),
+            keep,
+            word(job + KEEP + ROW),
+            dst,
+            word(job + DST + ROW),
+            0,
+            KEEP_BITS | WRITE,
+        ),
     )
 
 
 @jit_inner
-def _strided_task(zero, index, job, slot):
+def _strided_task(zero: Any, index: int, job: int, slot: int) -> None:
     """Some rows, an element at a time."""
     first, last = index * word(job + RUN), min((index + 1) * word(job + RUN), word(job + COUNT))
     for i in range(first, last):
@@ -63,7 +74,7 @@ def _strided_task(zero, index, job, slot):
 
 
 @jit_inner
-def _describe_rows(zero, job, src, keep, dst):
+def _describe_rows(zero: Any, job: int, src: int, keep: int, dst: int) -> int:
     """Write matrices into the job; returns the number of tasks."""
     for offset, array in ((SRC, src), (KEEP, keep), (DST, dst)):
         set_word(job + offset, data_of(array))
@@ -86,19 +97,19 @@ def entry(zero: Any) -> Any:
     """
 
     @jit_inner
-    def run_task(index, job, slot):
+    def run_task(index: int, job: int, slot: int) -> None:
         _run_task(zero, index, job, slot)
 
     @jit_inner
-    def bits_task(index, job, slot):
+    def bits_task(index: int, job: int, slot: int) -> None:
         _bits_task(zero, index, job, slot)
 
     @jit_inner
-    def strided_task(index, job, slot):
+    def strided_task(index: int, job: int, slot: int) -> None:
         _strided_task(zero, index, job, slot)
 
     @jit()
-    def over_run(count, src, keep, dst, threads):
+    def over_run(count: int, src: int, keep: int, dst: int, threads: int) -> None:
         size = size_of(zero)
         job = words(JOB_WORDS)
         set_word(job + SRC, data_of(src))
@@ -112,13 +123,13 @@ def entry(zero: Any) -> Any:
         parallel_for(c_address(run_task), job, -(-count // run), threads)
 
     @jit()
-    def over_bits(src, keep, dst, threads):
+    def over_bits(src: int, keep: int, dst: int, threads: int) -> None:
         job = words(JOB_WORDS)
         runs = _describe_rows(zero, job, src, keep, dst)
         parallel_for(c_address(bits_task), job, runs, threads)
 
     @jit()
-    def over_rows(src, keep, dst, threads):
+    def over_rows(src: int, keep: int, dst: int, threads: int) -> None:
         job = words(JOB_WORDS)
         runs = _describe_rows(zero, job, src, keep, dst)
         parallel_for(c_address(strided_task), job, runs, threads)

@@ -102,10 +102,7 @@ class Emitter:
             with no:
                 other = otherwise()
                 other_block = self.builder.block
-        return [
-            self.phi(value, chosen_block, alternative, other_block)
-            for value, alternative in zip(chosen, other, strict=True)
-        ]
+        return [self.phi(value, chosen_block, alternative, other_block) for value, alternative in zip(chosen, other, strict=True)]
 
     def phi(self, value: ir.Value, block: ir.Block, *more: ir.Value | ir.Block) -> ir.PhiInstr:
         phi = self.builder.phi(value.type)

@@ -7,10 +7,11 @@ ascending order, begun with the bias, however the work is cut: the same bits for
 
 from __future__ import annotations
 
-from rectilinear.kernels.cache import jit, jit_inner
+from typing import Any
 
+from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import FAR, MC, blocks, lanes, most_rows, rows, vectors
-from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
+from rectilinear.kernels.memory import data_of, extent_of, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
     block_count,
@@ -24,7 +25,7 @@ from rectilinear.kernels.product import (
 )
 from rectilinear.kernels.rows import WRITE
 from rectilinear.kernels.threads import parallel_for
-from rectilinear.kernels.tile import ACCUMULATE, BITS, RELU
+from rectilinear.kernels.tile import ACCUMULATE, BITS
 
 # The words of a job.
 X, X_GROUP, X_ROW, X_COL = 0, 8, 16, 24
@@ -46,7 +47,7 @@ REUSE = 8
 
 
 @jit_inner
-def _task(zero, index, job, slot):
+def _task(zero: Any, index: int, job: int, slot: int) -> None:
     """One block of out."""
     column_tasks, row_tasks = word(job + COLUMN_TASKS), word(job + ROW_TASKS)
     group, index = index // (row_tasks * column_tasks), index % (row_tasks * column_tasks)
@@ -98,12 +99,32 @@ def _task(zero, index, job, slot):
                 b, b_panel, b_row = packed + k0 * panels * nr * size + first * k * nr * size, k * nr * size, nr * size
             else:
                 b, b_panel, b_row = w + k0 * word(job + W_ROW), nr * size, word(job + W_ROW)
-            product(zero, (r1 - r0, k, last - column, a, a_row, a_col, b, b_panel, b_row, 1 if packed != 0 else 0,
-                out + r0 * word(job + OUT_ROW), word(job + OUT_ROW), bias, flags, bits + r0 * word(job + BIT_ROW), word(job + BIT_ROW), nv))
+            product(
+                zero,
+                (
+                    r1 - r0,
+                    k,
+                    last - column,
+                    a,
+                    a_row,
+                    a_col,
+                    b,
+                    b_panel,
+                    b_row,
+                    1 if packed != 0 else 0,
+                    out + r0 * word(job + OUT_ROW),
+                    word(job + OUT_ROW),
+                    bias,
+                    flags,
+                    bits + r0 * word(job + BIT_ROW),
+                    word(job + BIT_ROW),
+                    nv,
+                ),
+            )
 
 
 @jit_inner
-def _pack_task(zero, index, job, slot):
+def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
     """One panel of w, all of d, into the packed B."""
     size = size_of(zero)
     nr = word(job + WIDTH) * lanes(zero)
@@ -122,7 +143,7 @@ def _pack_task(zero, index, job, slot):
 
 
 @jit_inner
-def _describe(zero, job, x, w, b, out, bits, flags):
+def _describe(zero: Any, job: int, x: int, w: int, b: int, out: int, bits: int, flags: int) -> None:
     """Write the operands into the job."""
     set_word(job + X, data_of(x))
     set_word(job + X_GROUP, stride_of(x, -3))
@@ -150,7 +171,7 @@ def _describe(zero, job, x, w, b, out, bits, flags):
 
 
 @jit_inner
-def _plan(zero, job, groups, threads):
+def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     """Choose panels, packing and tasks."""
     size = size_of(zero)
     n, d, m = word(job + N), word(job + D), word(job + M)
@@ -160,7 +181,7 @@ def _plan(zero, job, groups, threads):
     set_word(job + WIDTH, nv)
     nr = nv * lanes(zero)
     panels = block_count(m, nr)
-    kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
+    mc = word(blocks(zero) + MC)
     far = word(blocks(zero) + FAR)
     x_row, w_row = word(job + X_ROW), word(job + W_ROW)
     # Copying pays where what is copied is used often enough: x by several panels, w by several blocks of rows.
@@ -181,24 +202,24 @@ def _plan(zero, job, groups, threads):
     return panels * nr * d * size
 
 
-def entry(zero):
+def entry(zero: Any) -> Any:
     """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads).
 
     It returns 0, or how many bytes of scratch it needs and has not got, or -1 for a bias whose elements do not lie side by side.
     """
 
     @jit_inner
-    def task(index, job, slot):
+    def task(index: int, job: int, slot: int) -> None:
         run = word(job + RUN)
         for i in range(index * run, min((index + 1) * run, word(job + TASKS))):
             _task(zero, i, job, slot)
 
     @jit_inner
-    def pack(index, job, slot):
+    def pack(index: int, job: int, slot: int) -> None:
         _pack_task(zero, index, job, slot)
 
     @jit()
-    def forward(x, w, b, out, bits, flags, scratch, scratch_bytes, threads):
+    def forward(x: int, w: int, b: int, out: int, bits: int, flags: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         if b != 0 and stride_of(b, -1) != size_of(zero) and extent_of(b, -1) > 1 and extent_of(b, -2) > 0:
             return -1
         job = words(JOB_WORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,11 +12,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 from rectilinear.kernels import blocking, simd
 from rectilinear.kernels.cache import jit
 from rectilinear.kernels.memory import emitted, emitted_table
+from rectilinear.kernels.native import intrinsic
 from rectilinear.kernels.rows import (
     ROWS_PARAMETERS,
     TRANSPOSE_PARAMETERS,
@@ -54,7 +55,7 @@ def tiles(itemsize: int) -> tuple[Tile, ...]:
     return tuple(Tile(unit, itemsize, mr, nv) for nv in widths for mr in range(1, unit.rows(nv) + 1))
 
 
-def _constant(value_for_itemsize: Any) -> Any:
+def _constant(value_for_itemsize: Callable[[int], int]) -> Callable[..., int]:
     """A jittable function of zero whose value is known when the kernel is compiled."""
 
     def typed(typingctx, zero):  # type: ignore[no-untyped-def]
@@ -110,7 +111,7 @@ def _addresses(itemsize: int) -> Any:
         return types.UniTuple(types.intp, len(shapes) + 4)(), codegen
 
     @jit()
-    def addresses():
+    def addresses() -> Any:
         return emit()
 
     return addresses

@@ -11,9 +11,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from rectilinear.kernels.cache import jit_inner
+from rectilinear.kernels.native import intrinsic
 
 _WORD = ir.IntType(64)
 
@@ -142,19 +142,19 @@ def emitted_table(symbol: str, arguments: int) -> Any:
 
 
 @jit_inner
-def data_of(array):
+def data_of(array: int) -> int:
     return word(array + ARRAY_FIELDS)
 
 
 @jit_inner
-def extent_of(array, axis):
+def extent_of(array: int, axis: int) -> int:
     """Length of an axis; 1 for one that the array does not have."""
     ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
     return word(word(array + ARRAY_FIELDS + 16) + 8 * (ndim + axis)) if ndim + axis >= 0 else 1
 
 
 @jit_inner
-def stride_of(array, axis):
+def stride_of(array: int, axis: int) -> int:
     """Bytes from one index to the next along an axis; 0 for one that the array does not have."""
     ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
     return word(word(array + ARRAY_FIELDS + 24) + 8 * (ndim + axis)) if ndim + axis >= 0 else 0

@@ -33,36 +33,36 @@ TAIL_WORDS = 4096
 
 
 @jit_inner
-def round_up(value, step):
+def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
 @jit_inner
-def packed_row(length):
+def packed_row(length: int) -> int:
     """Bytes between the rows of a packed block: an odd number of cache lines, so that rows do not meet in one set."""
     return (round_up(length, 64) // 64 | 1) * 64
 
 
 @jit_inner
-def block_count(extent, block):
+def block_count(extent: int, block: int) -> int:
     """Blocks of nearly equal length, none longer than `block`; one empty block where there is nothing."""
     return max(1, -(-extent // block))
 
 
 @jit_inner
-def run_length(tasks, threads):
+def run_length(tasks: int, threads: int) -> int:
     """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
     return max(1, tasks // (16 * threads))
 
 
 @jit_inner
-def block_start(extent, count, index):
+def block_start(extent: int, count: int, index: int) -> int:
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)
 
 
 @jit_inner
-def _vectors_for(zero, left, nv):
+def _vectors_for(zero: Any, left: int, nv: int) -> int:
     """The narrowest panel, up to nv vectors, that holds `left` columns."""
     while nv > least_vectors(zero) and left * 2 <= nv * lanes(zero):
         nv //= 2
@@ -70,7 +70,7 @@ def _vectors_for(zero, left, nv):
 
 
 @jit_inner
-def _tile_index(nv):
+def _tile_index(nv: int) -> int:
     index = 0
     while nv > 1:
         nv //= 2
@@ -79,7 +79,24 @@ def _tile_index(nv):
 
 
 @jit_inner
-def _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bits, bits_row, columns, nv):
+def _rows_of_tiles(
+    zero: Any,
+    n: int,
+    k: int,
+    a: int,
+    a_row: int,
+    a_col: int,
+    b: int,
+    b_row: int,
+    c: int,
+    c_row: int,
+    bias: int,
+    flags: int,
+    bits: int,
+    bits_row: int,
+    columns: int,
+    nv: int,
+) -> None:
     """One panel of B against all rows of A, in tiles of nearly equal height."""
     count = block_count(n, most_rows(zero, nv))
     index = _tile_index(nv)
@@ -109,7 +126,24 @@ def _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags,
 
 
 @jit_inner
-def _read_past(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bits, bits_row, columns, nv):
+def _read_past(
+    zero: Any,
+    n: int,
+    k: int,
+    a: int,
+    a_row: int,
+    a_col: int,
+    b: int,
+    b_row: int,
+    c: int,
+    c_row: int,
+    bias: int,
+    flags: int,
+    bits: int,
+    bits_row: int,
+    columns: int,
+    nv: int,
+) -> None:
     """The last panel of a B that lies in memory as it is: its vectors reach past the columns of B.
 
     Within B that is harmless (what is read lands in columns that are not stored), but the last rows would reach past
@@ -133,7 +167,26 @@ def _read_past(zero, n, k, a, a_row, a_col, b, b_row, c, c_row, bias, flags, bit
 
 
 @jit_inner
-def _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
+def _product(
+    zero: Any,
+    n: int,
+    k: int,
+    m: int,
+    a: int,
+    a_row: int,
+    a_col: int,
+    b: int,
+    b_panel: int,
+    b_row: int,
+    padded: int,
+    c: int,
+    c_row: int,
+    bias: int,
+    flags: int,
+    bits: int,
+    bits_row: int,
+    nv: int,
+) -> None:
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
     B's panels lie b_panel bytes apart, the rows of one b_row. `padded` says that every panel can be read to its full
@@ -149,19 +202,15 @@ def _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row
         panel_bits = bits + (j >> 3)
         panel_c = c + j * size
         if padded != 0 or columns == width * lanes(zero):
-            _rows_of_tiles(
-                zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width
-            )
+            _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width)
         else:
-            _read_past(
-                zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width
-            )
+            _read_past(zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width)
         b += b_panel
         j += nr
 
 
 @jit_inner
-def _pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
+def _pack_panel(zero: Any, k: int, columns: int, src: int, src_k: int, src_j: int, dst: int, nr: int) -> None:
     """One panel of B, k rows by nr, from a matrix with any strides; padded to whole vectors."""
     size = size_of(zero)
     if src_j == size:
@@ -176,7 +225,7 @@ def _pack_panel(zero, k, columns, src, src_k, src_j, dst, nr):
 
 
 @jit_inner
-def _copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row):
+def _copy_strided(zero: Any, n: int, m: int, src: int, src_row: int, src_col: int, dst: int, dst_row: int) -> None:
     """dst (n, m), unit stride along its rows, from any strides. The slow way, for layouts that nobody is fast on."""
     size = size_of(zero)
     for i in range(n):
@@ -188,19 +237,37 @@ def addresses(zero: Any) -> Any:
     """A jitted function that returns the addresses of product, pack_panel and copy_strided for zero's dtype."""
 
     @jit_inner
-    def product_of_type(n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv):
+    def product_of_type(
+        n: int,
+        k: int,
+        m: int,
+        a: int,
+        a_row: int,
+        a_col: int,
+        b: int,
+        b_panel: int,
+        b_row: int,
+        padded: int,
+        c: int,
+        c_row: int,
+        bias: int,
+        flags: int,
+        bits: int,
+        bits_row: int,
+        nv: int,
+    ) -> None:
         _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv)
 
     @jit_inner
-    def pack_panel_of_type(k, columns, src, src_k, src_j, dst, nr):
+    def pack_panel_of_type(k: int, columns: int, src: int, src_k: int, src_j: int, dst: int, nr: int) -> None:
         _pack_panel(zero, k, columns, src, src_k, src_j, dst, nr)
 
     @jit_inner
-    def copy_strided_of_type(n, m, src, src_row, src_col, dst, dst_row):
+    def copy_strided_of_type(n: int, m: int, src: int, src_row: int, src_col: int, dst: int, dst_row: int) -> None:
         _copy_strided(zero, n, m, src, src_row, src_col, dst, dst_row)
 
     @jit()
-    def addresses_of_type():
+    def addresses_of_type() -> tuple[int, ...]:
         return c_address(product_of_type), c_address(pack_panel_of_type), c_address(copy_strided_of_type)
 
     return addresses_of_type

@@ -38,7 +38,7 @@ FOLD_COLUMNS = 512
 
 
 @jit_inner
-def _task(zero, index, job, slot):
+def _task(zero: Any, index: int, job: int, slot: int) -> None:
     """The sums of one slab of rows and one stripe of columns of one group, in float64."""
     size = size_of(zero)
     slabs, stripes = word(job + SLABS), word(job + STRIPES)
@@ -69,7 +69,7 @@ def _task(zero, index, job, slot):
 
 
 @jit_inner
-def _finish(zero, job):
+def _finish(zero: Any, job: int) -> None:
     """Add up slabs and folded rows, and what rows were left over by folding; round into out."""
     size = size_of(zero)
     m, slabs, fold = word(job + M), word(job + SLABS), word(job + FOLD)
@@ -90,7 +90,7 @@ def _finish(zero, job):
 
 
 @jit_inner
-def _plan(zero, job):
+def _plan(zero: Any, job: int) -> None:
     """Fold short rows; choose slabs and stripes, by shape and strides alone."""
     size = size_of(zero)
     n, m = word(job + N), word(job + M)
@@ -116,11 +116,11 @@ def entry(zero: Any) -> Any:
     """The bias reduction for zero's dtype, as a jitted function of the ids of dout and out, scratch, and threads."""
 
     @jit_inner
-    def task(index, job, slot):
+    def task(index: int, job: int, slot: int) -> None:
         _task(zero, index, job, slot)
 
     @jit()
-    def reduce(src, out, scratch, scratch_bytes, threads):
+    def reduce(src: int, out: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         job = words(JOB_WORDS)
         set_word(job + SRC, data_of(src))
         set_word(job + SRC_GROUP, stride_of(src, -3))

@@ -163,7 +163,5 @@ class _TransposeEmitter(Emitter):
         low = [index for i in range(half) for index in (i, lanes + i)]
         high = [half + index for index in low]
         for _ in range(lanes.bit_length() - 1):
-            rows = [
-                self.shuffle(rows[r], rows[half + r], pattern) for r in range(half) for pattern in (low, high)
-            ]
+            rows = [self.shuffle(rows[r], rows[half + r], pattern) for r in range(half) for pattern in (low, high)]
         return rows

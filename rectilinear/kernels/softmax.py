@@ -23,7 +23,7 @@ BLOCK_ROWS = 128
 
 
 @jit_inner
-def _task(zero, index, job, slot):
+def _task(zero: Any, index: int, job: int, slot: int) -> None:
     size = size_of(zero)
     n, c = word(job + N), word(job + C)
     first, last = block_start(n, word(job + BLOCKS), index), block_start(n, word(job + BLOCKS), index + 1)
@@ -60,11 +60,11 @@ def entry(zero: Any) -> Any:
     """The loss for zero's dtype, as a jitted function of the ids of x, int64 labels, dx and a float64 loss; scratch; threads."""
 
     @jit_inner
-    def task(index, job, slot):
+    def task(index: int, job: int, slot: int) -> None:
         _task(zero, index, job, slot)
 
     @jit()
-    def loss_and_gradient(x, labels, dx, loss, scratch, scratch_bytes, threads):
+    def loss_and_gradient(x: int, labels: int, dx: int, loss: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         job = words(JOB_WORDS)
         n, c = extent_of(x, -2), extent_of(x, -1)
         blocks = block_count(n, BLOCK_ROWS)

@@ -8,6 +8,7 @@ overwrites, a third of all traffic.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
@@ -53,7 +54,7 @@ class _ReluEmitter(Emitter):
         return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
 
     def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
-        builder, count, lanes = self.builder, self.arg["count"], self.vector.count
+        builder, count = self.builder, self.arg["count"]
         done = self._loop(start, UNROLL, nontemporal)
         done = self._loop(done, 1, nontemporal)
         with builder.if_then(builder.icmp_signed("<", done, count)):
@@ -126,7 +127,7 @@ class _SoftmaxEmitter(Emitter):
             place = builder.add(dst, at)
             self.store(builder.fdiv(self.load(place, mask), divisor), place, mask)
 
-    def _vectors(self):  # type: ignore[no-untyped-def]
+    def _vectors(self) -> Iterator[tuple[ir.Value, ir.Value | None]]:
         """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and mask."""
         builder, cols, lanes = self.builder, self.arg["cols"], self.vector.count
         whole = builder.and_(cols, I64(-lanes))
@@ -135,11 +136,10 @@ class _SoftmaxEmitter(Emitter):
         with builder.if_then(builder.icmp_signed("<", whole, cols)):
             yield builder.mul(whole, I64(self.itemsize)), self.lanes_below(builder.sub(cols, whole))
 
-    def _reduce(self, combine) -> ir.Value:  # type: ignore[no-untyped-def]
+    def _reduce(self, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """The accumulator's lanes combined, in a tree."""
         lanes = [
-            self.builder.extract_element(self.builder.load(self.accumulator, typ=self.vector), I32(i))
-            for i in range(self.vector.count)
+            self.builder.extract_element(self.builder.load(self.accumulator, typ=self.vector), I32(i)) for i in range(self.vector.count)
         ]
         while len(lanes) > 1:
             lanes = [combine(lanes[i], lanes[i + 1]) for i in range(0, len(lanes), 2)]

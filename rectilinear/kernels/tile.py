@@ -15,6 +15,7 @@ All the shapes of a target, widths and dtypes come from the same code here. What
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -62,9 +63,7 @@ class _TileEmitter(Emitter):
 
     def run(self) -> ir.Function:
         self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
-        self.column_masks = [
-            self.lanes_below(self.arg["columns"], v * self.tile.lanes) for v in range(self.tile.nv)
-        ]
+        self.column_masks = [self.lanes_below(self.arg["columns"], v * self.tile.lanes) for v in range(self.tile.nv)]
         self._store(self._relu(self._sum_over_k(self._start())))
         self.builder.ret_void()
         return self.function
@@ -119,10 +118,7 @@ class _TileEmitter(Emitter):
             phi.add_incoming(value, body)
         builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
         builder.position_at_end(after)
-        return [
-            self.phi(value, before, updated, body)
-            for value, updated in list(zip(state, following, strict=True))[2 + len(bases) :]
-        ]
+        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[2 + len(bases) :]]
 
     def _step(self, state: Values, row_offsets: Values) -> Values:
         """One rank-1 update of the tile; pointers moved on by one k."""
@@ -200,5 +196,5 @@ class _TileEmitter(Emitter):
 
         self._full_or_masked(store)
 
-    def _full_or_masked(self, make) -> Values:  # type: ignore[no-untyped-def]
+    def _full_or_masked(self, make: Callable[[bool], Values]) -> Values:
         return self.choose(self.full, lambda: make(False), lambda: make(True))
