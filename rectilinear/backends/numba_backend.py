@@ -78,13 +78,18 @@ class NumbaBackend:
     ) -> tuple[Array | None, Array | None, Array | None]:
         kind, mask = _NO_MASK, None
         if isinstance(keep, KeepMask):
-            kind, mask = _BY_BITS, keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
+            kind, mask = _BY_BITS, keep.bits
+            if mask.strides[-1] != 1:
+                mask = np.ascontiguousarray(mask)
         elif keep is not None:
             kind, mask = _BY_Z, keep
-        dx = _result(x.shape, x.dtype, out[0]) if wanted[0] else None
-        dw = _result(w.shape, x.dtype, out[1]) if wanted[1] else None
-        db = _result((*w.shape[:-2], w.shape[-1]), x.dtype, out[2]) if wanted[2] else None
-        _call(_passes().affine_backward(x.itemsize), id(dout), _id(mask), kind, id(x), id(w), _id(dx), _id(dw), _id(db))
+        kernel, dtype = _passes().affine_backward(x.itemsize), x.dtype
+        dx = _result(x.shape, dtype, out[0]) if wanted[0] else None
+        dw = _result(w.shape, dtype, out[1]) if wanted[1] else None
+        db = _result((*w.shape[:-2], w.shape[-1]), dtype, out[2]) if wanted[2] else None
+        _call(kernel, id(dout), _id(mask), kind, id(x), id(w), _id(dx), _id(dw), _id(db))
+        if out[0] is None and out[1] is None and out[2] is None:
+            return dx, dw, db
         return _delivered(dx, out[0]), _delivered(dw, out[1]), _delivered(db, out[2])
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:

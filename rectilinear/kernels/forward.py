@@ -42,6 +42,9 @@ JOB_WORDS = 30
 SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
+TURNS = 8
+"""Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
+
 REUSE = 8
 """How often a copied element must be used for the copy to pay."""
 
@@ -188,7 +191,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     set_word(job + PACK_A, 1 if (x_row >= far or x_row < 0) and panels >= REUSE and n >= REUSE else 0)
     row_tasks = block_count(n, max(mc, 1))
     column_tasks = 1
-    wanted = 4 * threads
+    wanted = TURNS * threads
     if groups * n * d * m < SMALL_WORK or threads == 1:
         row_tasks, column_tasks = 1, 1
     elif groups * row_tasks < wanted:

@@ -34,7 +34,7 @@ SLAB_ELEMENTS = 1 << 16
 MOST_SLABS = 64
 
 FOLD_COLUMNS = 512
-"""Rows shorter than a few vectors are taken several at a time, as one row of about so many columns."""
+"""Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
 
 
 @jit_inner
@@ -95,7 +95,9 @@ def _plan(zero: Any, job: int) -> None:
     size = size_of(zero)
     n, m = word(job + N), word(job + M)
     fold = 1
-    if word(job + SRC_COL) == size and word(job + SRC_ROW) == m * size and m * 8 < FOLD_COLUMNS:
+    side_by_side = word(job + SRC_COL) == size and word(job + SRC_ROW) == m * size
+    if side_by_side and m % row_lanes(zero) != 0 and m * row_lanes(zero) <= STRIPE_COLUMNS:
+        # A whole number of vectors, and enough of them that the sums are not added to at once again.
         fold = max(1, FOLD_COLUMNS // (m * row_lanes(zero))) * row_lanes(zero)
         fold = fold if n >= 4 * fold else 1
     set_word(job + FOLD, fold)

@@ -30,20 +30,22 @@ _lock = threading.Lock()
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """A C-contiguous array of any content, which shares memory with no other that is alive."""
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
+    fresh = np.empty(shape, dtype)
+    return fresh if fresh.nbytes < LARGE_BYTES else _on_kept_memory(fresh)
+
+
+def _on_kept_memory(fresh: np.ndarray) -> np.ndarray:
+    """An array like `fresh`, whose pages nobody has touched yet, on memory that is kept for the next one."""
     # Whoever meets the lock taken (a thread, or a child forked at the wrong moment) does without.
-    if size < LARGE_BYTES or not _lock.acquire(blocking=False):
-        return np.empty(shape, dtype)
+    if not _UNUSED or fresh.nbytes > KEPT_BYTES or not _lock.acquire(blocking=False):
+        return fresh
     try:
-        memory = _recycled(size) if _UNUSED else None
+        memory = _recycled(fresh.nbytes)
         if memory is None:
-            memory = np.empty(size + ALIGNMENT, np.uint8)
-            if size <= KEPT_BYTES:
-                _kept.append(memory)
-                _forget_surplus()
-        return np.ndarray(shape, dtype, memory, offset=-memory.ctypes.data % ALIGNMENT)
+            memory = np.empty(fresh.nbytes + ALIGNMENT, np.uint8)
+            _kept.append(memory)
+            _forget_surplus()
+        return np.ndarray(fresh.shape, fresh.dtype, memory, offset=-memory.ctypes.data % ALIGNMENT)
     finally:
         _lock.release()
 
