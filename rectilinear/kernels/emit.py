@@ -1,0 +1,136 @@
+"""What the generators of vector code share: LLVM's building blocks in short form, for vectors of one type.
+
+Every emitted kernel is a C function that takes 64-bit integers (addresses, strides in bytes, counts) and returns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from llvmlite import ir
+
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+PTR = ir.PointerType()
+
+Values = list[ir.Value]
+
+
+def float_vector(itemsize: int, lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
+
+
+class Emitter:
+    """Writes the function ``void name(parameters)`` into `module`."""
+
+    def __init__(self, module: ir.Module, name: str, parameters: tuple[str, ...], vector: ir.VectorType) -> None:
+        self.module, self.vector = module, vector
+        self.itemsize = 4 if isinstance(vector.element, ir.FloatType) else 8
+        self.zero = ir.Constant(vector, None)
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(parameters)), name)
+        self.arg: dict[str, ir.Value] = dict(zip(parameters, self.function.args, strict=True))
+        for parameter, argument in self.arg.items():
+            argument.name = parameter
+        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+
+    # Memory. Nothing is assumed of alignment: on the machines meant, an aligned address is fast by itself.
+
+    def pointer(self, address: ir.Value) -> ir.Value:
+        return self.builder.inttoptr(address, PTR)
+
+    def offset(self, address: ir.Value, index: int | ir.Value, stride: int | ir.Value) -> ir.Value:
+        """address + index * stride."""
+        index = I64(index) if isinstance(index, int) else index
+        stride = I64(stride) if isinstance(stride, int) else stride
+        return self.builder.add(address, self.builder.mul(index, stride))
+
+    def load(self, address: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+        """A vector from `address`; where the mask is off nothing is read and the lane is 0."""
+        pointer = self.pointer(address)
+        if mask is None:
+            return self.builder.load(pointer, align=1, typ=self.vector)
+        load = self.declare("llvm.masked.load", ".p0", self.vector, [PTR, I32, mask.type, self.vector])
+        return self.builder.call(load, [pointer, I32(1), mask, self.zero])
+
+    def store(self, value: ir.Value, address: ir.Value, mask: ir.Value | None = None) -> None:
+        pointer = self.pointer(address)
+        if mask is None:
+            self.builder.store(value, pointer, align=1)
+            return
+        store = self.declare("llvm.masked.store", ".p0", ir.VoidType(), [self.vector, PTR, I32, mask.type])
+        self.builder.call(store, [value, pointer, I32(1), mask])
+
+    def load_scalar(self, address: ir.Value, kind: ir.Type | None = None) -> ir.Value:
+        return self.builder.load(self.pointer(address), align=1, typ=kind or self.vector.element)
+
+    # Vectors.
+
+    def splat(self, value: ir.Value, vector: ir.VectorType | None = None) -> ir.Value:
+        vector = vector or self.vector
+        undefined = ir.Constant(vector, ir.Undefined)
+        single = self.builder.insert_element(undefined, value, I32(0))
+        return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(I32, vector.count), None))
+
+    def shuffle(self, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), [I32(i) for i in indices]))
+
+    def lanes_below(self, count: ir.Value, first: int = 0) -> ir.Value:
+        """Which lanes, numbered from `first`, are below `count`."""
+        lanes = ir.VectorType(I32, self.vector.count)
+        index = ir.Constant(lanes, [I32(first + lane) for lane in range(self.vector.count)])
+        return self.builder.icmp_signed("<", index, self.splat(self.builder.trunc(count, I32), lanes))
+
+    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        # fmuladd, not fma: where the target has no fused instruction, fma would become one libm call per lane.
+        return self.builder.call(self.declare("llvm.fmuladd", "", self.vector, [self.vector] * 3), [x, y, z])
+
+    def keeps(self, z: ir.Value) -> ir.Value:
+        """not (z < 0), the one predicate of ReLU: true for NaN and -0.0."""
+        return self.builder.fcmp_unordered("uge", z, self.zero)
+
+    # Control.
+
+    def flag(self, bit: int) -> ir.Value:
+        return self.builder.icmp_signed("!=", self.builder.and_(self.arg["flags"], I64(bit)), I64(0))
+
+    def choose(self, condition: ir.Value, then: Callable[[], Values], otherwise: Callable[[], Values]) -> Values:
+        """Values from one of two emitted branches."""
+        with self.builder.if_else(condition) as (yes, no):
+            with yes:
+                chosen = then()
+                chosen_block = self.builder.block
+            with no:
+                other = otherwise()
+                other_block = self.builder.block
+        return [self.phi(value, chosen_block, alternative, other_block) for value, alternative in zip(chosen, other, strict=True)]
+
+    def phi(self, value: ir.Value, block: ir.Block, *more: ir.Value | ir.Block) -> ir.PhiInstr:
+        phi = self.builder.phi(value.type)
+        phi.add_incoming(value, block)
+        if more:
+            phi.add_incoming(*more)
+        return phi
+
+    @contextmanager
+    def steps(self, start: ir.Value, stop: ir.Value, step: int) -> Iterator[ir.Value]:
+        """A loop over start, start + step, ... while a whole step fits below stop."""
+        builder = self.builder
+        head, body = builder.append_basic_block("head"), builder.append_basic_block("body")
+        before = builder.block
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = self.phi(start, before)
+        after = builder.append_basic_block("after")
+        following = builder.add(index, I64(step))
+        builder.cbranch(builder.icmp_signed("<=", following, stop), body, after)
+        builder.position_at_end(body)
+        yield index
+        index.add_incoming(following, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    def declare(self, name: str, suffix: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+        """LLVM's intrinsic `name` for this emitter's vector type."""
+        mangled = f"{name}.v{self.vector.count}f{8 * self.itemsize}{suffix}"
+        found = self.module.globals.get(mangled)
+        return found or ir.Function(self.module, ir.FunctionType(result, arguments), mangled)

@@ -1,0 +1,160 @@
+"""What the jitted kernels need to reach memory: elements by address, the fields of an ndarray, the emitted kernels.
+
+The jitted functions work on plain addresses and byte strides, so that one compiled version serves every layout,
+alignment and number of dimensions. The dtype T travels as a value, `zero`: its type selects what is loaded and stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from rectilinear.kernels.cache import jit_inner
+from rectilinear.kernels.native import intrinsic
+
+_WORD = ir.IntType(64)
+
+ARRAY_FIELDS = object.__basicsize__
+"""Where an ndarray's fields begin: data, ndim (a C int), shape and strides, in the layout that NumPy's C API fixes."""
+
+
+def _at(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+@intrinsic
+def get(typingctx, zero, address):  # type: ignore[no-untyped-def]
+    """The element of zero's type at `address`, of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_at(builder, args[1], args[0].type), align=1)
+
+    return zero(zero, types.intp), codegen
+
+
+@intrinsic
+def put(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write `value` to `address`, of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _at(builder, args[0], args[1].type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, value), codegen
+
+
+@intrinsic
+def rounded(typingctx, zero, value):  # type: ignore[no-untyped-def]
+    """A float64 value in zero's type."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[1] if args[0].type == args[1].type else builder.fptrunc(args[1], args[0].type)
+
+    return zero(zero, types.float64), codegen
+
+
+@intrinsic
+def size_of(typingctx, zero):  # type: ignore[no-untyped-def]
+    """Bytes per element of zero's type."""
+    size = zero.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _WORD(size)
+
+    return types.intp(zero), codegen
+
+
+@intrinsic
+def words(typingctx, count):  # type: ignore[no-untyped-def]
+    """The address of `count` (a literal) zeroed words that live as long as the calling function."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    extent = count.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        space = cgutils.alloca_once(builder, ir.ArrayType(_WORD, extent), zfill=True)
+        return builder.ptrtoint(space, _WORD)
+
+    return types.intp(count), codegen
+
+
+@intrinsic
+def word(typingctx, address):  # type: ignore[no-untyped-def]
+    """The 64-bit integer at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_at(builder, args[0], _WORD), align=8)
+
+    return types.intp(types.intp), codegen
+
+
+@intrinsic
+def set_word(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write the 64-bit integer `value` to `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _at(builder, args[0], _WORD), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+def emitted(symbol: str, arguments: int) -> Any:
+    """An emitted kernel as a jittable function ``(zero, arguments)``; published as `symbol` with the bits of T appended."""
+
+    def typed(typingctx, zero, parameters):  # type: ignore[no-untyped-def]
+        name = f"{symbol}_f{zero.bitwidth}"
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [_WORD] * arguments)
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), cgutils.unpack_tuple(builder, args[1]))
+            return context.get_dummy_value()
+
+        return types.void(zero, types.UniTuple(types.intp, arguments)), codegen
+
+    return intrinsic(typed)
+
+
+def emitted_table(symbol: str, arguments: int) -> Any:
+    """As `emitted`, for a table of kernels: ``(zero, index, arguments)``."""
+
+    def typed(typingctx, zero, index, parameters):  # type: ignore[no-untyped-def]
+        name = f"{symbol}_f{zero.bitwidth}"
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [_WORD] * arguments)
+            table = builder.module.globals.get(name)
+            if table is None:
+                table = ir.GlobalVariable(builder.module, _WORD, name=name)
+            entry = builder.load(builder.gep(table, [args[1]], source_etype=_WORD), typ=_WORD)
+            builder.call(builder.inttoptr(entry, kind.as_pointer()), cgutils.unpack_tuple(builder, args[2]))
+            return context.get_dummy_value()
+
+        return types.void(zero, types.intp, types.UniTuple(types.intp, arguments)), codegen
+
+    return intrinsic(typed)
+
+
+# The fields of an ndarray, given its id(). Axes are counted from the end: -1 the columns, -2 the rows, -3 the groups.
+
+
+@jit_inner
+def data_of(array: int) -> int:
+    return word(array + ARRAY_FIELDS)
+
+
+@jit_inner
+def extent_of(array: int, axis: int) -> int:
+    """Length of an axis; 1 for one that the array does not have."""
+    ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
+    return word(word(array + ARRAY_FIELDS + 16) + 8 * (ndim + axis)) if ndim + axis >= 0 else 1
+
+
+@jit_inner
+def stride_of(array: int, axis: int) -> int:
+    """Bytes from one index to the next along an axis; 0 for one that the array does not have."""
+    ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
+    return word(word(array + ARRAY_FIELDS + 24) + 8 * (ndim + axis)) if ndim + axis >= 0 else 0

@@ -1,0 +1,200 @@
+"""The micro-kernel generator: one register tile of a product, as LLVM vector code.
+
+A tile is mr rows by nv vectors of C, held in registers while K runs:
+
+    C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j]
+
+A is read an element at a time and broadcast, through a row and a column stride, so it may lie in rows, in
+columns or in a packed block. B is read nv vectors at a time from consecutive columns, with one stride between
+the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds (the earlier blocks of K).
+The epilogue applies ReLU and writes the keep-mask bits, from registers, and stores C once; where fewer
+columns than the tile has are wanted, it stores those through a mask and touches nothing beyond them.
+
+All the shapes of a target, widths and dtypes come from the same code here. What is not here: packing, blocking, threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from rectilinear.kernels.emit import I8, I64, Emitter, Values, float_vector
+from rectilinear.kernels.simd import Simd
+
+ACCUMULATE, RELU, BITS = 1, 2, 4
+"""Flags: start from what C holds; apply ReLU; write keep-mask bits (with RELU)."""
+
+ROWS_PER_BASE = 4
+"""Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
+
+PARAMETERS = ("k", "a", "a_row", "a_col", "b", "b_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
+"""All 64-bit integers; addresses and strides in bytes. `columns` counts the wanted columns, 1 to nv * lanes."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """mr rows by nv vectors. nv is a power of two and nv * lanes a multiple of 8, so that tiles own whole mask bytes."""
+
+    simd: Simd
+    itemsize: int
+    mr: int
+    nv: int
+
+    @property
+    def lanes(self) -> int:
+        return self.simd.lanes(self.itemsize)
+
+    @property
+    def nr(self) -> int:
+        return self.nv * self.lanes
+
+
+def emit_tile(module: ir.Module, tile: Tile, name: str) -> ir.Function:
+    """Add the micro-kernel ``void name(PARAMETERS)`` to `module`."""
+    return _TileEmitter(module, tile, name).run()
+
+
+class _TileEmitter(Emitter):
+    def __init__(self, module: ir.Module, tile: Tile, name: str) -> None:
+        super().__init__(module, name, PARAMETERS, float_vector(tile.itemsize, tile.lanes))
+        self.tile = tile
+
+    def run(self) -> ir.Function:
+        self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
+        self.column_masks = [self.lanes_below(self.arg["columns"], v * self.tile.lanes) for v in range(self.tile.nv)]
+        self._store(self._relu(self._sum_over_k(self._start())))
+        self.builder.ret_void()
+        return self.function
+
+    # Start: zero, bias or C.
+
+    def _start(self) -> Values:
+        tile, arg = self.tile, self.arg
+        has_bias = self.builder.icmp_signed("!=", arg["bias"], I64(0))
+
+        def zeros() -> Values:
+            return [self.zero] * (tile.mr * tile.nv)
+
+        def bias(masked: bool) -> Values:
+            return self._row(arg["bias"], masked) * tile.mr
+
+        def c(masked: bool) -> Values:
+            return [value for i in range(tile.mr) for value in self._row(self._c_row(i), masked)]
+
+        return self.choose(
+            self.flag(ACCUMULATE),
+            lambda: self._full_or_masked(c),
+            lambda: self.choose(has_bias, lambda: self._full_or_masked(bias), zeros),
+        )
+
+    def _row(self, address: ir.Value, masked: bool) -> Values:
+        """nv vectors from `address`; where masked, only the wanted columns are read."""
+        width = self.tile.simd.width
+        masks = self.column_masks if masked else [None] * self.tile.nv
+        return [self.load(self.offset(address, v, width), masks[v]) for v in range(self.tile.nv)]
+
+    def _c_row(self, i: int) -> ir.Value:
+        return self.offset(self.arg["c"], i, self.arg["c_row"])
+
+    # The inner loop.
+
+    def _sum_over_k(self, start: Values) -> Values:
+        # Not unrolled: 28 multiply-adds hide the few address instructions, and two or four steps in one block make
+        # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512).
+        builder, arg = self.builder, self.arg
+        bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
+        row_offsets = [builder.mul(arg["a_row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
+        state = [arg["k"], arg["b"], *bases, *start]
+
+        before = builder.block
+        body, after = builder.append_basic_block("k"), builder.append_basic_block("k.end")
+        builder.cbranch(builder.icmp_signed("==", arg["k"], I64(0)), after, body)
+        builder.position_at_end(body)
+        current = [self.phi(value, before) for value in state]
+        following = self._step(current, row_offsets)
+        for phi, value in zip(current, following, strict=True):
+            phi.add_incoming(value, body)
+        builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
+        builder.position_at_end(after)
+        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[2 + len(bases) :]]
+
+    def _step(self, state: Values, row_offsets: Values) -> Values:
+        """One rank-1 update of the tile; pointers moved on by one k."""
+        builder, tile, arg = self.builder, self.tile, self.arg
+        first_accumulator = 2 + -(-tile.mr // ROWS_PER_BASE)
+        k, b, bases, accumulators = state[0], state[1], state[2:first_accumulator], state[first_accumulator:]
+        columns = self._row(b, masked=False)
+        updated = []
+        for i in range(tile.mr):
+            element = self.load_scalar(builder.add(bases[i // ROWS_PER_BASE], row_offsets[i % ROWS_PER_BASE]))
+            broadcast = self.splat(element)
+            for v in range(tile.nv):
+                updated.append(self.multiply_add(broadcast, columns[v], accumulators[i * tile.nv + v]))
+        moved = [builder.add(base, arg["a_col"]) for base in bases]
+        return [builder.sub(k, I64(1)), builder.add(b, arg["b_row"]), *moved, *updated]
+
+    # Epilogue.
+
+    def _relu(self, accumulators: Values) -> Values:
+        def apply() -> Values:
+            keeps = [self.keeps(value) for value in accumulators]
+            self._write_bits(keeps)
+            return [self.builder.select(keep, value, self.zero) for keep, value in zip(keeps, accumulators, strict=True)]
+
+        return self.choose(self.flag(RELU), apply, lambda: accumulators)
+
+    def _write_bits(self, keeps: Values) -> None:
+        nv = self.tile.nv
+
+        def write() -> Values:
+            rows = [self._bits_of_row(keeps[i : i + nv]) for i in range(0, len(keeps), nv)]
+            return self.choose(self.full, lambda: self._write_full_bits(rows), lambda: self._write_tail_bits(rows))
+
+        self.choose(self.flag(BITS), write, list)
+
+    def _bits_of_row(self, keeps: Values) -> ir.Value:
+        """The keep bits of one row of the tile as an integer of nr bits, column 0 lowest."""
+        joined, lanes = keeps, self.tile.lanes
+        while len(joined) > 1:
+            lanes *= 2
+            joined = [self.shuffle(joined[i], joined[i + 1], list(range(lanes))) for i in range(0, len(joined), 2)]
+        return self.builder.bitcast(joined[0], ir.IntType(self.tile.nr))
+
+    def _bits_row(self, i: int) -> ir.Value:
+        return self.offset(self.arg["bits"], i, self.arg["bits_row"])
+
+    def _write_full_bits(self, rows: Values) -> Values:
+        for i, row in enumerate(rows):
+            self.builder.store(row, self.pointer(self._bits_row(i)), align=1)
+        return []
+
+    def _write_tail_bits(self, rows: Values) -> Values:
+        """Whole bytes only as far as the wanted columns reach, bits beyond them zero."""
+        builder, columns, nr = self.builder, self.arg["columns"], self.tile.nr
+        kind, wide = ir.IntType(nr), ir.IntType(nr + 1)
+        resize = builder.trunc if wide.width < 64 else builder.zext
+        wanted = builder.trunc(builder.sub(builder.shl(wide(1), resize(columns, wide)), wide(1)), kind)
+        for t in range(nr // 8):
+            with builder.if_then(builder.icmp_signed(">", columns, I64(8 * t))):
+                for i, row in enumerate(rows):
+                    byte = builder.lshr(builder.and_(row, wanted), kind(8 * t))
+                    byte = byte if nr == 8 else builder.trunc(byte, I8)
+                    builder.store(byte, self.pointer(self.offset(self._bits_row(i), t, 1)), align=1)
+        return []
+
+    def _store(self, accumulators: Values) -> None:
+        tile = self.tile
+
+        def store(masked: bool) -> Values:
+            for i in range(tile.mr):
+                for v in range(tile.nv):
+                    address = self.offset(self._c_row(i), v, tile.simd.width)
+                    self.store(accumulators[i * tile.nv + v], address, self.column_masks[v] if masked else None)
+            return []
+
+        self._full_or_masked(store)
+
+    def _full_or_masked(self, make: Callable[[bool], Values]) -> Values:
+        return self.choose(self.full, lambda: make(False), lambda: make(True))

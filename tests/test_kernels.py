@@ -1,0 +1,400 @@
+"""The fused kernels: every tail of every tile, any layout, nothing touched outside, the same bits for every number of threads.
+
+Operands are small whole numbers, so that float32 and float64 products are exact and any wrong element is a wrong number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rectilinear.backends.contract import Wanted
+from rectilinear.backends.numba_backend import NumbaBackend
+from rectilinear.keepmask import KeepMask
+from rectilinear.kernels import library
+from rectilinear.threads import num_threads
+
+KC = 8
+DTYPES = ["float32", "float64"]
+ALL: Wanted = (True, True, True)
+CANARY = 77
+
+backend = NumbaBackend()
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def small_blocks() -> Iterator[None]:
+    """Block boundaries where small extents meet them."""
+    for itemsize in (4, 8):
+        library.load(itemsize)
+        library.publish_blocks(itemsize, kc=KC, mc=24)
+    yield
+    for itemsize in (4, 8):
+        library.publish_blocks(itemsize)
+
+
+def whole(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return rng.integers(-3, 4, shape).astype(dtype)
+
+
+def framed(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """An array inside a larger one that is full of canaries."""
+    frame = np.full([extent + 2 for extent in shape], CANARY, dtype)
+    inner = frame[tuple(slice(1, -1) for _ in shape)]
+    return inner, frame
+
+
+def intact(frame: np.ndarray) -> bool:
+    """Whether the canaries around the inner array are alive."""
+    around = frame.copy()
+    around[tuple(slice(1, -1) for _ in frame.shape)] = CANARY
+    return bool((around == CANARY).all())
+
+
+def expected(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, dout: np.ndarray) -> tuple[np.ndarray, ...]:
+    """out, keep, dx, dw, db in exact arithmetic."""
+    x, w, dout = (array.astype(np.int64) for array in (x, w, dout))
+    z = x @ w + (0 if b is None else b.astype(np.int64)[..., None, :])
+    dz = np.where(z >= 0, dout, 0)
+    return np.maximum(z, 0), z >= 0, dz @ w.swapaxes(-1, -2), x.swapaxes(-1, -2) @ dz, dz.sum(-2)
+
+
+def check_step(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, dout: np.ndarray, *, frames: bool = False) -> None:
+    """Forward and backward of affine and ReLU against exact arithmetic."""
+    out, keep, dx, dw, db = expected(x, w, b, dout)
+    made = [framed(array.shape, x.dtype) if frames else (None, np.full(1, CANARY)) for array in (out, dx, dw, db)]
+    got, mask = backend.affine_relu_forward(x, w, b, made[0][0])
+    grads = backend.affine_backward(dout, x, w, mask, ALL, (made[1][0], made[2][0], made[3][0]))
+    np.testing.assert_array_equal(got, out)
+    np.testing.assert_array_equal(np.unpackbits(mask.bits, axis=-1, bitorder="little")[..., : keep.shape[-1]], keep)
+    assert not np.unpackbits(mask.bits, axis=-1, bitorder="little")[..., keep.shape[-1] :].any()
+    for grad, wanted in zip(grads, (dx, dw, db), strict=True):
+        np.testing.assert_array_equal(grad, wanted)
+    if frames:
+        assert all(intact(frame) for _, frame in made)
+
+
+# ---------------------------------------------------------------- tails
+
+
+def tile_extents(dtype: np.dtype[Any]) -> tuple[int, int]:
+    mr, nv = library.host_simd().tile(dtype.itemsize)
+    return mr, nv * library.host_simd().lanes(dtype.itemsize)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", [0, 1, 2, KC - 1, KC, KC + 1, 2 * KC + 1])
+def test_every_tail_of_rows_and_columns(dtype: np.dtype[Any], d: int, rng: np.random.Generator) -> None:
+    mr, nr = tile_extents(dtype)
+    rows, columns = 2 * mr + 1, 2 * nr + 1
+    x, w = whole(rng, (rows, d), dtype), whole(rng, (d, columns), dtype)
+    b, dout = whole(rng, (columns,), dtype), whole(rng, (rows, columns), dtype)
+    for n, m in itertools.product(range(1, rows + 1), range(1, columns + 1)):
+        check_step(x[:n], np.ascontiguousarray(w[:, :m]), b[:m], np.ascontiguousarray(dout[:n, :m]), frames=(n + m) % 8 == 0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_every_depth_around_one_tile(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    mr, nr = tile_extents(dtype)
+    near = {1, mr - 1, mr, mr + 1}, {1, nr - 1, nr, nr + 1}
+    for d, n, m in itertools.product(range(2 * KC + 2), *near):
+        x, w = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype)
+        check_step(x, w, None if d % 3 == 0 else whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize("groups", [None, 0, 1, 3])
+def test_nothing_and_one(dtype: np.dtype[Any], shape: tuple[int, int, int], groups: int | None, rng: np.random.Generator) -> None:
+    n, d, m = shape
+    lead = () if groups is None else (groups,)
+    x, w, b = whole(rng, (*lead, n, d), dtype), whole(rng, (*lead, d, m), dtype), whole(rng, (*lead, m), dtype)
+    check_step(x, w, b, whole(rng, (*lead, n, m), dtype))
+
+
+SHAPES = [(1, 64, 64), (16, 128, 128), (100, 300, 100), (333, 77, 111), (40, 700, 600), (3000, 20, 33), (2500, 64, 10), (700, 300, 500)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+    """Slabs, blocks, packed and in place, with the host's own block sizes."""
+    n, d, m = shape
+    check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9, 11), (64, 128, 64, 64), (3, 2100, 16, 24), (2, 50, 300, 700)], ids=str)
+def test_stacked(dtype: np.dtype[Any], shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+    g, n, d, m = shape
+    check_step(
+        whole(rng, (g, n, d), dtype), whole(rng, (g, d, m), dtype), whole(rng, (g, m), dtype), whole(rng, (g, n, m), dtype), frames=True
+    )
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 7), (2100, 8, 8), (70, 400, 500)], ids=str)
+def test_only_what_is_wanted(shape: tuple[int, int, int], wanted: Wanted, rng: np.random.Generator) -> None:
+    n, d, m = shape
+    x, w, dout = whole(rng, (n, d), "f4"), whole(rng, (d, m), "f4"), whole(rng, (n, m), "f4")
+    exact = (dout @ w.T, x.T @ dout, dout.sum(0))
+    for got, want, right in zip(backend.affine_backward(dout, x, w, None, wanted, (None,) * 3), wanted, exact, strict=True):
+        assert (got is not None) == want
+        if want:
+            np.testing.assert_array_equal(got, right)
+
+
+# ---------------------------------------------------------------- layouts
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "fortran": lambda a: np.asfortranarray(a),
+    "transposed": lambda a: np.ascontiguousarray(a.swapaxes(-1, -2)).swapaxes(-1, -2) if a.ndim > 1 else a,
+    "every second": lambda a: np.repeat(np.repeat(a, 2, axis=0), 2, axis=-1)[::2, ::2] if a.ndim > 1 else np.repeat(a, 2)[::2],
+    "backwards": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1] if a.ndim > 1 else a[::-1].copy()[::-1],
+    "rows backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
+    "wide rows": lambda a: np.concatenate([a, a], axis=-1)[..., : a.shape[-1]],
+    "4 KiB rows": lambda a: np.concatenate([a, np.zeros((*a.shape[:-1], 4096 // a.itemsize - a.shape[-1]), a.dtype)], -1)[
+        ..., : a.shape[-1]
+    ],
+    "unaligned": lambda a: _unaligned(a),
+    "same rows": lambda a: np.broadcast_to(a[:1], a.shape),
+    "same columns": lambda a: np.broadcast_to(a[..., :1], a.shape),
+    "one number": lambda a: np.broadcast_to(a.reshape(-1)[:1].reshape((1,) * a.ndim), a.shape),
+}
+
+
+def _unaligned(a: np.ndarray) -> np.ndarray:
+    raw = np.zeros(a.nbytes + 1, np.uint8)
+    made = np.frombuffer(raw.data, a.dtype, a.size, offset=1).reshape(a.shape)
+    made[...] = a
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operand", ["x", "w", "b", "dout", "z"])
+@pytest.mark.parametrize("shape", [(30, 37, 45), (2100, 9, 12), (130, 300, 270)], ids=str)
+def test_any_layout(dtype: np.dtype[Any], layout: str, operand: str, shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+    n, d, m = shape
+    given = {"x": whole(rng, (n, d), dtype), "w": whole(rng, (d, m), dtype), "b": whole(rng, (m,), dtype)}
+    given |= {"dout": whole(rng, (n, m), dtype), "z": whole(rng, (n, m), dtype)}
+    given[operand] = LAYOUTS[layout](given[operand])
+    x, w, b, dout, z = given.values()
+    check_step(x, w, b, dout)
+    dz = np.where(z >= 0, dout, 0)
+    for got, right in zip(backend.affine_backward(dout, x, w, z, ALL, (None,) * 3), (dz @ w.T, x.T @ dz, dz.sum(0)), strict=True):
+        np.testing.assert_array_equal(got, right)
+    np.testing.assert_array_equal(backend.bias_backward(dout, None), dout.sum(0))
+    np.testing.assert_array_equal(backend.relu_backward(dout, z, None), dz)
+    np.testing.assert_array_equal(backend.relu_forward(x, None), np.where(x < 0, 0, x))
+
+
+@pytest.mark.parametrize("layout", ["fortran", "every second", "backwards", "wide rows", "unaligned"])
+def test_any_layout_of_out(dtype: np.dtype[Any], layout: str, rng: np.random.Generator) -> None:
+    n, d, m = 30, 37, 45
+    x, w, b, dout = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype)
+    right = expected(x, w, b, dout)
+
+    def empty(like: np.ndarray) -> np.ndarray:
+        return LAYOUTS[layout](np.full(like.shape, CANARY, dtype))
+
+    out, grads = empty(right[0]), (empty(right[2]), empty(right[3]), empty(right[4]))
+    got, mask = backend.affine_relu_forward(x, w, b, out)
+    assert got is out
+    assert all(made is given for made, given in zip(backend.affine_backward(dout, x, w, mask, ALL, grads), grads, strict=True))
+    for made, wanted in zip((out, *grads), (right[0], *right[2:]), strict=True):
+        np.testing.assert_array_equal(made, wanted)
+    reused = empty(dout)
+    assert backend.relu_backward(dout, mask, reused) is reused
+    np.testing.assert_array_equal(reused, np.where(right[1], dout, 0))
+
+
+def test_more_than_2_31_elements() -> None:
+    """Views of a few numbers, so that it takes time and not memory: offsets must not be taken in 32 bits."""
+    n = 2**25 + 3
+    row = np.zeros(64, "f4")
+    row[[3, 7, 63]] = 1, -1, 1
+    x, w = np.broadcast_to(row, (n, 64)), np.ones((64, 1), "f4")
+    np.testing.assert_array_equal(backend.bias_backward(x, None), row * np.float32(n))
+    out, mask = backend.affine_relu_forward(x, w, None, None)
+    assert (out == 1).all()
+    _, dw, db = backend.affine_backward(out, x, w, mask, (False, True, True), (None,) * 3)
+    np.testing.assert_allclose(dw[:, 0], row * np.float32(n), rtol=1e-6)
+    np.testing.assert_array_equal(db, np.float32(n))
+
+
+# ---------------------------------------------------------------- nothing outside
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np
+from rectilinear.backends.numba_backend import NumbaBackend
+from rectilinear.keepmask import KeepMask
+
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+kept = []
+
+def guarded(a, at_end):
+    # A copy of `a` between two pages that nobody may read or write, touching one of them.
+    pages = -(-max(a.nbytes, 1) // PAGE)
+    region = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for page in (base, base + (pages + 1) * PAGE):
+        assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
+    start = PAGE + (pages * PAGE - a.nbytes if at_end else 0)
+    made = np.frombuffer(region, a.dtype, a.size, start).reshape(a.shape)
+    made[...] = a
+    kept.append(region)
+    return made
+
+backend, rng = NumbaBackend(), np.random.default_rng(5)
+for T in ("f4", "f8"):
+    for n, d, m in [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]:
+        for at_end in (False, True):
+            x, w, b, dout = (rng.integers(-3, 4, s).astype(T) for s in ((n, d), (d, m), (m,), (n, m)))
+            z = x @ w + b
+            bits = np.packbits(z >= 0, axis=1, bitorder="little")
+            dz = np.where(z >= 0, dout, 0)
+            x, w, b, dout, bits, z, out, dx, dw, db, da = (
+                guarded(a, at_end) for a in (x, w, b, dout, bits, z, z, x, w, b, dout)
+            )
+            backend.affine_relu_forward(x, w, b, out)
+            assert (out == np.maximum(z, 0)).all()
+            for keep in (KeepMask(bits, (n, m)), z):
+                backend.affine_backward(dout, x, w, keep, (True,) * 3, (dx, dw, db))
+                assert (dx == dz @ w.T).all() and (dw == x.T @ dz).all() and (db == dz.sum(0)).all()
+                backend.relu_backward(dout, keep, da)
+                assert (da == dz).all()
+            backend.relu_forward(z, out)
+            backend.bias_backward(dout, db)
+            assert (out == np.maximum(z, 0)).all() and (db == dout.sum(0)).all()
+            backend.softmax_loss(z, np.zeros(n, int), out)
+print("untouched")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="guard pages by mprotect")
+def test_nothing_is_touched_outside() -> None:
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=250)
+    assert done.stdout == "untouched\n", done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- values at the edges
+
+
+def bits_of(a: np.ndarray) -> np.ndarray:
+    return a.view(f"u{a.itemsize}")
+
+
+def edges(dtype: Any) -> np.ndarray:
+    info = np.finfo(dtype)
+    values = [np.nan, -np.nan, 0.0, -0.0, np.inf, -np.inf, info.max, -info.max, info.tiny, -info.tiny]
+    values += [info.smallest_subnormal, -info.smallest_subnormal, 1.0, -1.0]
+    return np.array(values, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 3, 14, 15, 16, 17, 63, 64, 65, 1000, 70_000])
+def test_relu_keeps_every_bit_of_what_it_keeps(dtype: np.dtype[Any], count: int) -> None:
+    x = np.resize(edges(dtype), count)
+    dout = np.resize(edges(dtype)[::-1], count)
+    zero = dtype.type(0)
+    forward, backward = np.where(x < 0, zero, x), np.where(x < 0, zero, dout)
+    np.testing.assert_array_equal(bits_of(backend.relu_forward(x, None)), bits_of(forward))
+    np.testing.assert_array_equal(bits_of(backend.relu_backward(dout, x, None)), bits_of(backward))
+    np.testing.assert_array_equal(bits_of(backend.relu_backward(dout, x, dout)), bits_of(backward))
+    np.testing.assert_array_equal(bits_of(backend.relu_forward(x[::-1], None)), bits_of(forward[::-1].copy()))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_relu_of_a_run_longer_than_the_caches(dtype: np.dtype[Any], offset: int, rng: np.random.Generator) -> None:
+    library.load(dtype.itemsize)
+    library.publish_blocks(dtype.itemsize, past=1000)
+    try:
+        x = np.resize(edges(dtype), 200_000 + offset)[offset:]
+        out = np.full(x.size + 8, CANARY, dtype)
+        backend.relu_forward(x, out[3:-5])
+        np.testing.assert_array_equal(bits_of(out[3:-5]), bits_of(np.where(x < 0, dtype.type(0), x)))
+        assert (out[:3] == CANARY).all()
+        assert (out[-5:] == CANARY).all()
+    finally:
+        library.publish_blocks(dtype.itemsize)
+
+
+def test_fused_relu_at_the_edges(dtype: np.dtype[Any]) -> None:
+    """x w + b is b where x is zero (and -0.0 cannot come of a sum that starts with +0)."""
+    b = edges(dtype)
+    out, mask = backend.affine_relu_forward(np.zeros((3, 2), dtype), np.zeros((2, b.size), dtype), b, None)
+    kept = np.asarray(mask) > 0
+    np.testing.assert_array_equal(kept, np.broadcast_to(~(b < 0), out.shape))
+    np.testing.assert_array_equal(out, np.broadcast_to(np.where(b < 0, 0, b), out.shape))
+    dout = np.full(out.shape, np.nan, dtype)
+    dout[1] = np.inf
+    _, _, db = backend.affine_backward(dout, np.zeros((3, 2), dtype), np.zeros((2, b.size), dtype), mask, ALL, (None,) * 3)
+    assert db is not None
+    np.testing.assert_array_equal(np.isnan(db), ~(b < 0))
+    assert (db[b < 0] == 0).all()
+
+
+# ---------------------------------------------------------------- bits and threads
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 50, 60), (3, 2100, 16, 24), (2, 300, 300, 300)], ids=str)
+def test_same_bits_for_every_number_of_threads(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    *lead, n, d, m = shape
+    x, w, b, dout = (rng.standard_normal((*lead, *s)).astype(dtype) for s in ((n, d), (d, m), (m,), (n, m)))
+
+    def results() -> list[Any]:
+        out, mask = backend.affine_relu_forward(x, w, b, None)
+        return [out, mask.bits, *backend.affine_backward(dout, x, w, mask, ALL, (None,) * 3), backend.bias_backward(dout, None)]
+
+    with num_threads(1):
+        alone = results()
+    for threads in (2, 3):
+        with num_threads(threads):
+            for got, right in zip(results(), alone, strict=True):
+                np.testing.assert_array_equal(got.view(np.uint8), right.view(np.uint8))
+
+
+def test_db_adds_slabs_in_their_order() -> None:
+    """1e17 + 1 - 1e17 is 0 in this order and 1 in another."""
+    rows = 4096
+    dout = np.zeros((rows, 8))
+    dout[0], dout[rows // 2], dout[-1] = 1e17, 1, -1e17
+    _, dw, db = backend.affine_backward(dout, np.ones((rows, 1)), np.ones((1, 8)), None, ALL, (None,) * 3)
+    assert dw is not None
+    assert db is not None
+    assert (db == 0).all()
+    assert (dw == 0).all()
+    dout[rows // 2], dout[-1] = -1e17, 1
+    _, dw, db = backend.affine_backward(dout, np.ones((rows, 1)), np.ones((1, 8)), None, ALL, (None,) * 3)
+    assert dw is not None
+    assert db is not None
+    assert (db == 1).all()
+    assert (dw == 1).all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 100, 5000])
+def test_long_bias_reductions_lose_little(m: int, rng: np.random.Generator) -> None:
+    for data in (np.full((2_000_000 // m, m), 0.1, "f4"), rng.random((2_000_000 // m, m), dtype="f4")):
+        exact = data.astype("f8").sum(0)
+        for db in (backend.bias_backward(data, None), backend.affine_backward(data, data[:, :1], data[:1], None, ALL, (None,) * 3)[2]):
+            assert db is not None
+            assert np.abs(db / exact - 1).max() < 2e-6
+
+
+def test_a_mask_with_longer_rows_is_read_right(rng: np.random.Generator) -> None:
+    keep = rng.random((20, 21)) < 0.5
+    bits = np.full((20, 9), 255, np.uint8)
+    bits[:, :3] = np.packbits(keep, axis=1, bitorder="little")
+    dout = whole(rng, (20, 21), "f4")
+    for given in (bits, np.asfortranarray(bits)):
+        np.testing.assert_array_equal(backend.relu_backward(dout, KeepMask(given, (20, 21)), None), np.where(keep, dout, 0))

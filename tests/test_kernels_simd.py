@@ -1,0 +1,170 @@
+"""Every instruction set: those that the host has are executed, and of all the inner loop's assembly is checked for spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+
+from rectilinear.kernels import simd
+from rectilinear.kernels.rows import emit_rows, emit_transpose
+from rectilinear.kernels.simd import AVX2, AVX512, NEON, SSE2, Simd
+from rectilinear.kernels.stream import emit_relu, emit_softmax
+from rectilinear.kernels.tile import Tile, emit_tile
+
+TARGETS = {
+    AVX512: ("x86_64-unknown-linux-gnu", "x86-64-v4", ""),
+    AVX2: ("x86_64-unknown-linux-gnu", "haswell", ""),
+    SSE2: ("x86_64-unknown-linux-gnu", "x86-64", ""),
+    NEON: ("aarch64-unknown-linux-gnu", "generic", "+neon"),
+}
+SIMDS = [pytest.param(unit, id=unit.name) for unit in TARGETS]
+
+FEATURES = {
+    AVX512: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx512cd",
+    AVX2: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c",
+    SSE2: "+sse2",
+}
+
+MULTIPLY = re.compile(r"\s(v?f[n]?madd\w*|v?mul[ps][sd]|fmla|fmul)\s")
+STACK = re.compile(r"\((%rsp|%rbp)\)|\[sp[,\]]")
+
+
+def assembly(module: ir.Module, unit: Simd) -> str:
+    """What LLVM makes of `module` for the first target of this instruction set, optimised as numba does."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple, cpu, features = TARGETS[unit]
+    module.triple = triple
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(parsed, builder)
+    return machine.emit_assembly(parsed)
+
+
+def inner_loop(text: str) -> list[str]:
+    """The instructions of the basic block that multiplies most."""
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if re.match(r"[.\w]+:", line):
+            blocks.append([])
+        elif re.match(r"\s+[a-z]", line):
+            blocks[-1].append(line)
+    return max(blocks, key=lambda block: sum(bool(MULTIPLY.search(line)) for line in block))
+
+
+def full_and_wide(unit: Simd, itemsize: int) -> list[Tile]:
+    _, nv = unit.tile(itemsize)
+    return [Tile(unit, itemsize, mr, width) for width in (nv, 2 * nv) for mr in {unit.rows(width), 1}]
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("unit", SIMDS)
+def test_the_inner_loop_lives_in_registers(unit: Simd, itemsize: int) -> None:
+    for tile in full_and_wide(unit, itemsize):
+        module = ir.Module("tile")
+        emit_tile(module, tile, "tile")
+        loop = inner_loop(assembly(module, unit))
+        multiplies = [line for line in loop if MULTIPLY.search(line)]
+        assert multiplies
+        assert len(multiplies) % (tile.mr * tile.nv) == 0, "\n".join(loop)  # small loops come unrolled
+        assert not any(STACK.search(line) for line in loop), "\n".join(loop)
+
+
+@pytest.mark.parametrize("unit", SIMDS)
+def test_multiplies_are_fused_and_of_full_width(unit: Simd) -> None:
+    mr, nv = unit.tile(4)
+    module = ir.Module("tile")
+    emit_tile(module, Tile(unit, 4, mr, nv), "tile")
+    loop = "\n".join(inner_loop(assembly(module, unit)))
+    wanted = {AVX512: r"vfmadd\w+\s.*%zmm", AVX2: r"vfmadd\w+\s.*%ymm", SSE2: r"mulps\s.*%xmm", NEON: r"fmla\s+v\d+\.4s"}
+    assert len(re.findall(wanted[unit], loop)) == mr * nv, loop
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("unit", SIMDS)
+def test_every_kernel_compiles_for_every_target(unit: Simd, itemsize: int) -> None:
+    module = ir.Module("kernels")
+    for emit in (emit_rows, emit_transpose, emit_relu, emit_softmax):
+        emit(module, unit, itemsize, emit.__name__)
+    text = assembly(module, unit)
+    called = set(re.findall(r"\b(?:callq?|bl)\s+(\S+)", text))
+    assert not called, f"calls in the middle of a kernel: {called}"
+
+
+def test_tiles_own_whole_bytes_of_the_mask() -> None:
+    for unit in TARGETS:
+        for itemsize in (4, 8):
+            mr, nv = unit.tile(itemsize)
+            assert nv * unit.lanes(itemsize) % 8 == 0
+            assert mr >= 2
+            assert mr * nv + nv < unit.registers
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "wanted"),
+    [
+        ("x86_64-pc-linux-gnu", FEATURES[AVX512], AVX512),
+        ("x86_64-pc-linux-gnu", FEATURES[AVX512].replace("+avx512vl", "-avx512vl"), AVX2),
+        ("x86_64-pc-linux-gnu", FEATURES[AVX2], AVX2),
+        ("x86_64-pc-linux-gnu", FEATURES[AVX2].replace("+fma", "-fma"), SSE2),
+        ("x86_64-pc-linux-gnu", "", SSE2),
+        ("aarch64-unknown-linux-gnu", "+neon", NEON),
+        ("arm64-apple-darwin", "", NEON),
+    ],
+)
+def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
+    assert simd.of_target(triple, features) is wanted
+
+
+def host_has(unit: Simd) -> bool:
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name[1:], False) for name in FEATURES[unit].split(","))
+
+
+EXECUTED = [
+    pytest.param(unit, id=unit.name, marks=pytest.mark.skipif(not host_has(unit), reason=f"the host has no {unit.name}"))
+    for unit in FEATURES
+    if llvm.get_process_triple().startswith("x86_64")
+]
+
+
+@pytest.mark.parametrize("unit", EXECUTED)
+def test_each_width_computes_right(unit: Simd, tmp_path: Path) -> None:
+    """The tails, layouts and edges of test_kernels.py in a process where numba compiles for this instruction set alone."""
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "x86-64",
+        "NUMBA_CPU_FEATURES": FEATURES[unit],
+        "RECTILINEAR_CACHE_DIR": str(tmp_path),
+    }
+    asked = [sys.executable, "-c", "from rectilinear.kernels.library import describe_host; print(describe_host())"]
+    assert subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=60).stdout.startswith(unit.name)
+    tests = Path(__file__).with_name("test_kernels.py")
+    chosen = "tail and 17 or depth or edges or relu or (any_layout and 30) or stacked or every_way or (bits and 333)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests), "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_exponentials_are_accurate_to_an_ulp_or_two(itemsize: int) -> None:
+    from rectilinear.backends.numba_backend import NumbaBackend
+
+    dtype = np.dtype(f"f{itemsize}")
+    lowest = -100.0 if itemsize == 4 else -740.0
+    x = np.stack([np.zeros(20_000), np.linspace(lowest, 0, 20_000)], axis=1).astype(dtype)
+    _, dx = NumbaBackend().softmax_loss(x, np.zeros(len(x), int), None)
+    e = np.exp(x[:, 1].astype(np.longdouble))
+    exact = e / (1 + e) / len(x)
+    normal = exact > np.finfo(dtype).tiny
+    assert (np.abs(dx[:, 1] / exact - 1)[normal] < 4 * np.finfo(dtype).eps).all()
+    assert (dx[:, 1] >= 0).all()
