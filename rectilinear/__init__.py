@@ -11,6 +11,7 @@ array([4., 4.], dtype=float32)
 
 from rectilinear.arrays import asarray, synchronize, to_numpy
 from rectilinear.backends.registry import get_backend, list_backends, set_backend, use_backend
+from rectilinear.compilation import warmup
 from rectilinear.errors import BackendError, DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
 from rectilinear.layers import (
@@ -22,6 +23,7 @@ from rectilinear.layers import (
     relu_forward,
     softmax_loss,
 )
+from rectilinear.threads import get_num_threads, num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -36,12 +38,16 @@ __all__ = [
     "affine_relu_forward",
     "asarray",
     "get_backend",
+    "get_num_threads",
     "list_backends",
+    "num_threads",
     "relu_backward",
     "relu_forward",
     "set_backend",
+    "set_num_threads",
     "softmax_loss",
     "synchronize",
     "to_numpy",
     "use_backend",
+    "warmup",
 ]

@@ -93,6 +93,8 @@ NUMPY_LIBS = [
     Lib("numpy", _copy),
     Lib("numpy-readonly", _readonly, readonly_inputs=True),
     Lib("loopback", _copy, backend="loopback"),
+    Lib("numba", _copy, backend="numba", ours=True),
+    Lib("numba-readonly", _readonly, backend="numba", readonly_inputs=True, ours=True),
 ]
 LIBS = [
     *NUMPY_LIBS,

@@ -29,10 +29,11 @@ GENERIC = "generic"
 AUTO = "auto"
 
 _BUILT_IN = {
+    "numba": "rectilinear.backends.numba_backend:NumbaBackend",
     "numpy": "rectilinear.backends.numpy_backend:NumpyBackend",
     GENERIC: "rectilinear.backends.generic:GenericBackend",
 }
-_AUTO_ORDER = ("numpy",)  # never the GPU unasked
+_AUTO_ORDER = ("numba", "numpy")  # never the GPU unasked
 
 
 @dataclass(frozen=True)
