@@ -27,7 +27,7 @@ test: $(VENV)/.installed-test  ## the tests that need no large library
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest -q -m 'not libraries and not browser' --junitxml=out/test.xml
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-libraries  ## the tests on torch, JAX and dask arrays
+test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
 	@$(BIN)/python -m pytest -q -m libraries --junitxml=out/test-all.xml
 
