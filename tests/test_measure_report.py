@@ -332,7 +332,7 @@ def test_listing_names_the_chosen_cases(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--subjects", "nobody"], "no subject is named nobody; there are numpy, "),
+        (["--subjects", "nobody"], "no subject is named nobody; there are "),
         (["--only", "nothing"], "no case is named 'nothing'"),
         (["--rounds", "0"], "0 is not a positive number"),
         (["--compare", "absent.json"], "absent.json"),
