@@ -44,7 +44,10 @@ def warmup(dtypes: Sequence[Any] = _DTYPES) -> None:
     try:
         from rectilinear.kernels import cache
     except ImportError as error:
-        raise BackendError(f"warmup: it compiles the kernels of the numba backend, but numba cannot be imported ({error})") from error
+        raise BackendError(
+            f"warmup: it compiles the kernels of the numba backend, but numba cannot be imported ({error}); "
+            "install it, for example with pip install rectilinear[numba]"
+        ) from error
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
