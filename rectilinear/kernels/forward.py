@@ -39,7 +39,7 @@ PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
 RUN, TASKS = 224, 232
 JOB_WORDS = 30
 
-SMALL_WORK = 1 << 20
+SMALL_WORK = 1 << 21
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 TURNS = 8
