@@ -301,7 +301,7 @@ def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     nr = vectors(zero) * lanes(zero)
     d, m, group = word(job + D), word(job + M), word(job + GROUP)
     count = word(job + LAST) - word(job + FIRST)
-    r, c = index // word(job + DX_COLUMNS), index % word(job + DX_COLUMNS)
+    r, c = index % word(job + DX_ROWS), index // word(job + DX_ROWS)
     r0, r1 = block_start(count, word(job + DX_ROWS), r), block_start(count, word(job + DX_ROWS), r + 1)
     panels = block_count(d, nr)
     p0, p1 = block_start(panels, word(job + DX_COLUMNS), c), block_start(panels, word(job + DX_COLUMNS), c + 1)
@@ -372,7 +372,11 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
     mc = word(blocks(zero) + MC)
     dx_rows = block_count(min(n, stretch), mc) if word(job + DX) != 0 else 0
     set_word(job + DX_ROWS, dx_rows)
-    set_word(job + DX_COLUMNS, _cut(block_count(d, nr), 1, 1 << 30, -(-wanted // max(dx_rows, 1))))
+    dx_columns = -(-wanted // max(dx_rows, 1))
+    if dx_rows > 1:
+        # As in the forward pass: no more of w at a time than the last cache holds with ease.
+        dx_columns = max(dx_columns, block_count(d * m * size_of(zero), word(blocks(zero) + PAST) // 2))
+    set_word(job + DX_COLUMNS, min(block_count(d, nr), dx_columns))
     dw_rows = _cut(d, 28, mc, wanted) if word(job + DW) != 0 else 0
     set_word(job + DW_ROWS, dw_rows)
     set_word(job + DW_COLUMNS, _cut(block_count(m, nr), 1, 1 << 30, -(-wanted // max(dw_rows, 1))))
