@@ -132,6 +132,18 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
 
 
+@pytest.mark.parametrize("n", [511, 512, 513, 1300])
+def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
+    library.load(dtype.itemsize)
+    library.publish_blocks(dtype.itemsize, past=1, l2=1)  # stretches as short as they get, and no slabs
+    try:
+        for d, m in ((70, 90), (33, 64)):
+            x, w, dout = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
+            check_step(x, w, whole(rng, (m,), dtype), dout, frames=True)
+    finally:
+        library.publish_blocks(dtype.itemsize)
+
+
 @pytest.mark.parametrize("shape", [(5, 7, 9, 11), (64, 128, 64, 64), (3, 2100, 16, 24), (2, 50, 300, 700)], ids=str)
 def test_stacked(dtype: np.dtype[Any], shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     g, n, d, m = shape
@@ -389,6 +401,36 @@ def test_long_bias_reductions_lose_little(m: int, rng: np.random.Generator) -> N
         for db in (backend.bias_backward(data, None), backend.affine_backward(data, data[:, :1], data[:1], None, ALL, (None,) * 3)[2]):
             assert db is not None
             assert np.abs(db / exact - 1).max() < 2e-6
+
+
+def test_results_share_no_memory_while_they_are_alive(rng: np.random.Generator) -> None:
+    """Large results are made on memory of earlier ones, but only of those that nothing refers to any more, not even by a view."""
+    x = rng.standard_normal((1 << 19) + 7).astype("f4")
+    right = np.where(x < 0, 0, x)
+    alive = []
+    for step in range(30):
+        out = backend.relu_forward(x * np.float32(step % 4), None)
+        assert not any(np.shares_memory(out, other) for other, _ in alive)
+        assert out.flags.writeable
+        assert out.ctypes.data % 64 == 0
+        alive.append((out[5:9] if step % 2 else out, step % 4))
+        if step % 3 == 0:
+            alive.pop(0)
+    for other, factor in alive:
+        expected_part = (right * np.float32(factor))[5:9] if other.size == 4 else right * np.float32(factor)
+        np.testing.assert_array_equal(other, expected_part)
+
+
+def test_memory_kept_for_results_has_a_limit() -> None:
+    from rectilinear.kernels import results
+
+    held = [results.empty((n << 20,), np.dtype("u1")) for n in range(1, 40)]
+    assert sum(memory.nbytes for memory in results._kept) <= results.KEPT_BYTES
+    del held
+    first = results.empty((3 << 20,), np.dtype("u1"))
+    address = first.ctypes.data
+    del first
+    assert results.empty((3 << 20,), np.dtype("u1")).ctypes.data == address
 
 
 def test_a_mask_with_longer_rows_is_read_right(rng: np.random.Generator) -> None:

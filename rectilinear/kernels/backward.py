@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import L2, MC, blocks, lanes, rows, vectors
+from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, rows, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -64,11 +64,11 @@ JOB_WORDS = 51
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
 
-STRETCH_BYTES = 4 << 20
-"""The most of dz that is packed at a time where dw is too large for slabs."""
-
-SMALL_WORK = 1 << 19
+SMALL_WORK = 1 << 21
 """Multiply-adds of a product that one thread finishes before a second one would have started."""
+
+REUSE = 4
+"""How many panels must use a copied block of x for the copy to pay."""
 
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
@@ -301,7 +301,7 @@ def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     nr = vectors(zero) * lanes(zero)
     d, m, group = word(job + D), word(job + M), word(job + GROUP)
     count = word(job + LAST) - word(job + FIRST)
-    r, c = index // word(job + DX_COLUMNS), index % word(job + DX_COLUMNS)
+    r, c = index % word(job + DX_ROWS), index // word(job + DX_ROWS)
     r0, r1 = block_start(count, word(job + DX_ROWS), r), block_start(count, word(job + DX_ROWS), r + 1)
     panels = block_count(d, nr)
     p0, p1 = block_start(panels, word(job + DX_COLUMNS), c), block_start(panels, word(job + DX_COLUMNS), c + 1)
@@ -350,7 +350,8 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     l2 = word(blocks(zero) + L2)
     set_word(job + LEAD, packed_row(round_up(m, nr) * size))
     x_row = word(job + X_ROW)
-    set_word(job + COPY_X, 1 if word(job + X_COL) != size or x_row % 1024 == 0 or x_row < 0 else 0)
+    often = block_count(m, nr) >= REUSE
+    set_word(job + COPY_X, 1 if x_row % 1024 == 0 and often and n > REUSE else 0)
     set_word(job + BLOCK, BLOCK_ROWS)
     set_word(job + PART_ROW, packed_row(m * size))
     narrow = d * m * size <= l2 // 4
@@ -365,13 +366,17 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
     """Choose the stretch of rows and the tasks of one group; returns the rows of a stretch."""
     nr = vectors(zero) * lanes(zero)
     n, d, m = word(job + N), word(job + D), word(job + M)
-    stretch = max(4 * BLOCK_ROWS, STRETCH_BYTES // word(job + LEAD) // BLOCK_ROWS * BLOCK_ROWS)
-    stretch = min(stretch, round_up(max(n, 1), BLOCK_ROWS))
+    most = max(4 * BLOCK_ROWS, word(blocks(zero) + PAST) // word(job + LEAD) // BLOCK_ROWS * BLOCK_ROWS)
+    stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
     wanted = 8 * threads if threads > 1 else 1
     mc = word(blocks(zero) + MC)
     dx_rows = block_count(min(n, stretch), mc) if word(job + DX) != 0 else 0
     set_word(job + DX_ROWS, dx_rows)
-    set_word(job + DX_COLUMNS, _cut(block_count(d, nr), 1, 1 << 30, -(-wanted // max(dx_rows, 1))))
+    dx_columns = -(-wanted // max(dx_rows, 1))
+    if dx_rows > 1:
+        # As in the forward pass: no more of w at a time than the last cache holds with ease.
+        dx_columns = max(dx_columns, block_count(d * m * size_of(zero), word(blocks(zero) + PAST) // 2))
+    set_word(job + DX_COLUMNS, min(block_count(d, nr), dx_columns))
     dw_rows = _cut(d, 28, mc, wanted) if word(job + DW) != 0 else 0
     set_word(job + DW_ROWS, dw_rows)
     set_word(job + DW_COLUMNS, _cut(block_count(m, nr), 1, 1 << 30, -(-wanted // max(dw_rows, 1))))

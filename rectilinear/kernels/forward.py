@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import FAR, MC, blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.library import FAR, MC, PAST, blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import data_of, extent_of, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
@@ -39,7 +39,7 @@ PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
 RUN, TASKS = 224, 232
 JOB_WORDS = 30
 
-SMALL_WORK = 1 << 20
+SMALL_WORK = 1 << 21
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 TURNS = 8
@@ -58,10 +58,10 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     size = size_of(zero)
     nr = nv * lanes(zero)
     panels = block_count(m, nr)
-    first_row = block_start(n, row_tasks, index // column_tasks)
-    last_row = block_start(n, row_tasks, index // column_tasks + 1)
-    first = block_start(panels, column_tasks, index % column_tasks)
-    last = min(m, block_start(panels, column_tasks, index % column_tasks + 1) * nr)
+    first_row = block_start(n, row_tasks, index % row_tasks)
+    last_row = block_start(n, row_tasks, index % row_tasks + 1)
+    first = block_start(panels, column_tasks, index // row_tasks)
+    last = min(m, block_start(panels, column_tasks, index // row_tasks + 1) * nr)
     column = first * nr
 
     x = word(job + X) + group * word(job + X_GROUP) + first_row * word(job + X_ROW)
@@ -197,6 +197,9 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     elif groups * row_tasks < wanted:
         column_tasks = min(panels, block_count(wanted, groups * row_tasks))
         row_tasks = max(row_tasks, min(block_count(n, 4 * most_rows(zero, nv)), block_count(wanted, groups * column_tasks)))
+    if row_tasks > 1:
+        # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
+        column_tasks = max(column_tasks, min(panels, block_count(d * m * size, word(blocks(zero) + PAST) // 2)))
     set_word(job + ROW_TASKS, row_tasks)
     set_word(job + COLUMN_TASKS, column_tasks)
     in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1)

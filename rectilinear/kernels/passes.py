@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from rectilinear.kernels import backward, elementwise, forward, library, product, reduction, softmax
+from rectilinear.kernels.cache import Job, warms
 
 
 @cache
@@ -44,3 +48,24 @@ def relu(itemsize: int) -> Any:
 @cache
 def softmax_loss(itemsize: int) -> Any:
     return softmax.entry(_prepare(itemsize))
+
+
+@warms
+def _jobs(dtype: str) -> Iterator[Job]:
+    """What `rectilinear.warmup` compiles for a dtype."""
+    itemsize = np.dtype(dtype).itemsize
+    yield f"tiles and packing, {dtype}", lambda: _prepare(itemsize)
+    for name, kernels in (
+        ("affine forward", affine_forward),
+        ("affine backward", affine_backward),
+        ("bias reduction", bias_reduction),
+        ("ReLU", relu),
+        ("softmax loss", softmax_loss),
+    ):
+        yield f"{name}, {dtype}", partial(_compile, kernels, itemsize)
+
+
+def _compile(kernels: Callable[[int], Any], itemsize: int) -> None:
+    made = kernels(itemsize)
+    for kernel in made if isinstance(made, tuple) else (made,):
+        kernel.compile((types.intp,) * len(inspect.signature(kernel.py_func).parameters))
