@@ -118,6 +118,8 @@ class Call:
         """`out` as the backend may fill it, seen in the operand's shape; None where it cannot be: `deliver` copies then."""
         if out is None or self.moves or self.compute != self.dtype:
             return None
+        if type(out) is np.ndarray and out.shape == shape:
+            return out
         if self.xp is not np:
             return out if compat.is_cupy_array(out) and out.shape == shape else None
         try:
@@ -165,13 +167,18 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None])
     first = arrays[0]
     if type(first) is np.ndarray and first.dtype in NATIVE:
         # Most calls: exact type and one native dtype, told apart without asking anyone.
-        dtype = first.dtype
-        for other in arrays:
+        dtype, last = first.dtype, arrays[-1]
+        for other in arrays[:-1]:
             if not (other is None or (type(other) is np.ndarray and other.dtype is dtype)):
                 break
         else:
-            backend = registry.active()
-            return Call(function, names, arrays, backend, np, dtype, dtype, backend.library == "numpy")
+            if last is None or (
+                last.dtype is dtype
+                if type(last) is np.ndarray
+                else type(last) is KeepMask and names[-1] in _MASKS and type(last.bits) is np.ndarray
+            ):
+                backend = registry.active()
+                return Call(function, names, arrays, backend, np, dtype, dtype, backend.library == "numpy")
     given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None or name not in _OPTIONAL]
     for name, array in given:
         if isinstance(array, KeepMask) and name not in _MASKS:
@@ -289,22 +296,25 @@ def check_out(
     function, given = call.function, (*call.given, *also)
     if isinstance(out, KeepMask):
         raise TypeError(f"{function}: {name} is a KeepMask; pass an array")
-    common_namespace(function, (given[0], (name, out)))
-    if not compat.is_writeable_array(out):
+    if type(out) is not np.ndarray or call.xp is not np:
+        common_namespace(function, (given[0], (name, out)))
+    if not (out.flags.writeable if type(out) is np.ndarray else compat.is_writeable_array(out)):
         raise (
             ValueError(f"{function}: {name} is read-only; pass a writable array")
             if call.xp is np
             else TypeError(f"{function}: {name} is given, but {library_name(out)} arrays are immutable; call without out")
         )
-    if not same_shape(out.shape, shape):
+    if out.shape != shape and not same_shape(out.shape, shape):
         raise ShapeError(f"{function}: {name} has shape {shape_text(out.shape)} but the result has {shape_text(shape)}")
     if out.dtype != call.dtype:
         order = ", in another byte order" if dtype_name(out.dtype) == dtype_name(call.dtype) else ""
         raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)}{order} but the result has {dtype_name(call.dtype)}")
     memory = memory_of(out)
-    if memory is not None and any(n > 1 and stride == 0 for n, stride in zip(memory.shape, memory.strides, strict=True)):
+    if memory is not None and 0 in memory.strides and any(n > 1 and not s for n, s in zip(memory.shape, memory.strides, strict=True)):
         raise ValueError(f"{function}: elements of {name} share memory with one another (a stride of 0); pass another array")
     for other_name, other in given:
+        if type(out) is np.ndarray and type(other) is np.ndarray and not np.may_share_memory(out, other):
+            continue  # nearly always, and at once
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
 
@@ -337,6 +347,8 @@ class _Layout:
 
 def memory_of(x: Array) -> np.ndarray | None:
     """Addresses and strides of x as a NumPy array that must not be read; None where the library does not tell."""
+    if type(x) is np.ndarray:
+        return x
     if isinstance(x, np.ndarray | np.generic):
         return np.asarray(x)
     try:

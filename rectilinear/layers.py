@@ -397,7 +397,7 @@ def _affine_shapes(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tup
     flat = _flat_shape(call.function, x_shape, w_shape, lead)
     if b is not None:
         b_shape = (*w_shape[:-2], w_shape[-1])
-        if not same_shape(b.shape, b_shape):
+        if b.shape != b_shape and not same_shape(b.shape, b_shape):
             raise ShapeError(
                 f"{call.function}: b has shape {shape_text(b.shape)} but w of shape {shape_text(w_shape)} wants {shape_text(b_shape)}"
             )
@@ -462,9 +462,9 @@ def _affine_backward(
             return backend.affine_backward(dout, x, w, keep, needs, _NOWHERE)
     call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep))
     flat, shape = _affine_shapes(call, x, w, b)
-    if not same_shape(dout.shape, shape):
+    if dout.shape != shape and not same_shape(dout.shape, shape):
         raise ShapeError(f"{function}: dout has shape {shape_text(dout.shape)} but the forward's output had {shape_text(shape)}")
-    if keep is not None and not same_shape(keep.shape, shape):
+    if keep is not None and keep.shape != shape and not same_shape(keep.shape, shape):
         raise ShapeError(
             f"{function}: the ReLU half of cache has shape {shape_text(keep.shape)} but the forward's output had {shape_text(shape)}"
         )
