@@ -385,8 +385,10 @@ def test_a_user_at_a_terminal_is_told_once(tmp_path: Path) -> None:
 
 
 WARMUP = """
+from rectilinear import compilation
 from rectilinear.compilation import warmup
 from rectilinear.kernels import cache
+compilation.KERNEL_MODULES = ("rectilinear.kernels.threads",)
 done = []
 @cache.warms
 def jobs(dtype):
@@ -409,6 +411,25 @@ def test_warmup_shows_its_progress_instead_of_the_notice(tmp_path: Path) -> None
     assert "2/2" in out
     assert "job 1 float64" in out
     assert "compiling kernels" not in out
+
+
+def test_a_second_warmup_compiles_nothing(tmp_path: Path) -> None:
+    """Of all kernels there are: none is made from something that cannot be cached."""
+    code = """
+from numba.core import event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled.append(event.data["dispatcher"].__qualname__)
+    def on_end(self, event):
+        pass
+event.register("numba:compile", Listener())
+from rectilinear.compilation import warmup
+warmup(["float32"])
+print(compiled)
+"""
+    assert run(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) != "[]\n"
+    assert run(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "[]\n"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int64", "no such", object])
