@@ -1,4 +1,4 @@
-"""The cupy backend: cuBLAS products through ``cupy.matmul``, and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), and the project's CUDA kernels around them.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
+from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
 from rectilinear.keepmask import KeepMask
 
 # As in layers.cu.
@@ -34,13 +35,16 @@ _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
 
+_BFLOAT16_SINCE = 80  # compute capability times ten
+
 _NULL = np.uintp(0)
 
 
 class Runtime(NamedTuple):
     """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, matmul, cuda.Device. Used of a kernel file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, matmul, cuda.Device, and what `cupy_gemm` names. Used of a kernel
+    file: get_function.
     """
 
     cp: Any
@@ -133,16 +137,22 @@ class CupyBackend:
         return _deliver(result, out)
 
     def _product(self, a: Array, b: Array, out: Array) -> None:
-        """out = a b, by cuBLAS. 16-bit operands are widened first: `cupy.matmul` would round the sums to 16 bits before the bias."""
+        """out = a b, by cuBLAS."""
         if out.size == 0:
             return
         if a.shape[-1] == 0:
             out.fill(0)
             return
-        a, b = (_aligned(operand, self.runtime.cp) for operand in (a, b))
-        if a.dtype != out.dtype:
+        if max(*out.shape, a.shape[-1]) > LARGEST:
+            raise ValueError(f"cuBLAS takes extents up to {LARGEST}, not a product of {a.shape} and {b.shape}; split the samples")
+        cp = self.runtime.cp
+        a, b = _aligned(a, cp), _aligned(b, cp)
+        if a.dtype.name == "bfloat16" and int(cp.cuda.Device().compute_capability) < _BFLOAT16_SINCE:
             a, b = a.astype(out.dtype), b.astype(out.dtype)
-        self.runtime.cp.matmul(a, b, out=out)
+        if a.dtype == out.dtype and out.ndim == 2:
+            cp.matmul(a, b, out=out)
+        else:
+            strided_gemm(cp, a, b, out)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
         groups, rows, cols = _extents(y)

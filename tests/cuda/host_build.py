@@ -79,7 +79,8 @@ class HostModule:
     def __init__(self, library: Path, dtype: str, cp: Any) -> None:
         self.library = ctypes.CDLL(str(library))
         self.dtype, self.cp = dtype, cp
-        self.schedule, self.flush, self.window = 0, True, (0, 2**63)
+        self.schedule, self.window = 0, (0, 2**63)
+        self.flush = dtype != "float64"  # -ftz is about float32; the CPU's mode would flush float64 too
         self.launched: list[str] = []
 
     def get_function(self, name: str) -> HostKernel:

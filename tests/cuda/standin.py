@@ -41,6 +41,8 @@ class Device:
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
 
+    compute_capability = "90"
+
     def use(self) -> None:
         self._current.id = self.id
 
@@ -154,7 +156,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     def _waits(self, *args: object) -> Any:
         raise RuntimeError("a hidden wait for the device: the value of an array was asked for")
 
-    __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __ne__ = _waits
+    __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __ne__ = _waits  # fmt: skip
     __hash__ = None  # type: ignore[assignment]
     tolist = item = _waits
 
@@ -162,6 +164,53 @@ class ndarray:  # noqa: N801 - CuPy's name
 def _poison(host: np.ndarray) -> None:
     if host.size:
         host.reshape(-1).view(np.uint8).fill(0xFF)
+
+
+class Cublas:
+    """`cupy.cuda.cublas`: one routine, on raw addresses and column-major matrices, as cuBLAS sees them."""
+
+    HANDLE = 4711
+    CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
+    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 68, 70
+    CUBLAS_GEMM_DEFAULT = -1
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+
+    def gemmStridedBatchedEx(  # noqa: N802 - CuPy's names
+        self, handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int,
+        A: int, Atype: int, lda: int, strideA: int, B: int, Btype: int, ldb: int, strideB: int, beta: int,
+        C: int, Ctype: int, ldc: int, strideC: int, batchCount: int, computeType: int, algo: int,
+    ) -> None:  # fmt: skip
+        dtypes = {0: np.dtype("f4"), 1: np.dtype("f8"), 2: np.dtype("f2"), 14: _bfloat16()}
+        total = dtypes[Ctype]
+        if handle != self.HANDLE or Atype != Btype or (Atype != Ctype and Ctype != 0) or algo != self.CUBLAS_GEMM_DEFAULT:
+            raise ValueError("CUBLAS_STATUS_NOT_SUPPORTED")
+        if computeType != (self.CUBLAS_COMPUTE_64F if Ctype == 1 else self.CUBLAS_COMPUTE_32F):
+            raise ValueError("CUBLAS_STATUS_NOT_SUPPORTED")
+        if min(m, n, k, batchCount) < 1 or max(m, n, k, lda, ldb, ldc, batchCount) > 2**31 - 1:
+            raise ValueError("CUBLAS_STATUS_INVALID_VALUE")
+        scale, keep = (_matrices(address, total, 1, 1, 1, 0, 1)[0, 0, 0] for address in (alpha, beta))
+        a = _matrices(A, dtypes[Atype], *((k, m) if transa else (m, k)), lda, strideA, batchCount)
+        b = _matrices(B, dtypes[Btype], *((n, k) if transb else (k, n)), ldb, strideB, batchCount)
+        c = _matrices(C, total, m, n, ldc, strideC, batchCount)
+        a, b = (x.swapaxes(1, 2) if op else x for x, op in ((a, transa), (b, transb)))
+        c[...] = scale * np.matmul(a.astype(total), b.astype(total)) + (keep * c if keep else 0)
+        self._counts["products"] += 1
+
+
+def _matrices(address: int, dtype: np.dtype, rows: int, cols: int, lead: int, step: int, groups: int) -> np.ndarray:
+    """Column-major matrices at an address, (groups, rows, cols)."""
+    if lead < rows:
+        raise ValueError("CUBLAS_STATUS_INVALID_VALUE: a leading dimension below the rows")
+    strides = tuple(stride * dtype.itemsize for stride in (step, 1, lead))
+    return np.asarray(_Interface(MemoryPointer(address, None), (groups, rows, cols), dtype, strides)).view(dtype)
+
+
+def _bfloat16() -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 class StandIn:
@@ -173,7 +222,12 @@ class StandIn:
         self.counts: Counter[str] = Counter()
         # A class of its own, so that two stand-ins count apart.
         self.ndarray = type("ndarray", (ndarray,), {"_counts": self.counts})
-        self.cuda = SimpleNamespace(Device=Device)
+        self.cuda = SimpleNamespace(
+            Device=Device,
+            cublas=Cublas(self.counts),
+            device=SimpleNamespace(get_cublas_handle=lambda: Cublas.HANDLE),
+            runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14),
+        )
 
     def empty(self, shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
         return self.ndarray(shape, dtype, order=order)
