@@ -9,6 +9,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def build_all(source: str, folder: Path, dtypes: Iterable[str] = DTYPES, sanitiz
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(dtypes, pool.map(lambda dtype: build(source, dtype, folder, sanitize), dtypes), strict=True))
+
+
+_one_at_a_time = threading.Lock()  # the header keeps the launch in globals, and ctypes lets go of the GIL
 
 
 class _Launch(ctypes.Structure):
@@ -106,7 +110,8 @@ class HostKernel:
         module.launched.append(self.name)
         launch = _Launch(_three(grid), _three(block), *module.window, module.schedule, module.flush)
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        failure = self._function(ctypes.byref(launch), pointers)
+        with _one_at_a_time:
+            failure = self._function(ctypes.byref(launch), pointers)
         if failure:
             raise RuntimeError(f"{self.name}: {failure.decode()}")
 
