@@ -75,3 +75,20 @@ def disassemble(cubin: bytes) -> dict[str, str]:
         file.flush()
         text = subprocess.run([tool, "-c", file.name], check=True, capture_output=True, text=True).stdout
     return {part[: part.index(",")]: part for part in text.split(".section\t.text.")[1:]}
+
+
+def version() -> str:
+    """Of the NVRTC in use."""
+    from importlib.metadata import version
+
+    return version("nvidia-cuda-nvrtc")
+
+
+def table(compiled: dict[tuple[str, int], tuple[bytes, str]], architectures: tuple[int, ...]) -> dict[str, dict[str, list[int]]]:
+    """ "dtype kernel" -> architecture -> [registers, bytes of shared memory]."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for (dtype, arch), (_, log) in compiled.items():
+        if arch in architectures:
+            for name, used in resources(log).items():
+                found.setdefault(f"{dtype} {name}", {})[str(arch)] = [used.registers, used.shared]
+    return dict(sorted(found.items()))
