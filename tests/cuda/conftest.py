@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,12 +16,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]
 
 import host_build  # noqa: E402
-from standin import StandIn  # noqa: E402
+from host_backend import Host  # noqa: E402
 
-from rectilinear.backends.contract import Probe  # noqa: E402
-from rectilinear.backends.cupy_backend import CupyBackend, Runtime  # noqa: E402
-
-SOURCE = HERE.parents[1] / "rectilinear" / "kernels" / "cuda" / "layers.cu"
+from rectilinear.backends.cupy_loader import SOURCE  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,30 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """dtype -> the kernels built for the CPU, of the source file that RECTILINEAR_CUDA_SOURCE names (the planted bugs), else the real one."""
-    source = Path(os.environ.get("RECTILINEAR_CUDA_SOURCE", SOURCE)).read_text(encoding="utf-8")
-    sanitize = "RECTILINEAR_CUDA_SANITIZE" in os.environ
-    return host_build.build_all(source, tmp_path_factory.mktemp("kernels"), sanitize=sanitize)
-
-
-class Host:
-    """A backend on the stand-in, and what the tests look at beside its results."""
-
-    def __init__(self, libraries: dict[str, Path]) -> None:
-        self.cp = StandIn()
-        self.modules = {dtype: host_build.HostModule(library, dtype, self.cp) for dtype, library in libraries.items()}
-        runtime = Runtime(self.cp, self.modules.__getitem__)
-        self.backend = CupyBackend(lambda: runtime, lambda backend: Probe(True, version="stand-in"))
-
-    def set(self, **how: Any) -> None:
-        """schedule, flush or window of the coming launches; float64 is never flushed."""
-        for module in self.modules.values():
-            for name, value in how.items():
-                setattr(module, name, value and module.dtype != "float64" if name == "flush" else value)
-
-    @property
-    def launched(self) -> list[str]:
-        return [name for module in self.modules.values() for name in module.launched]
+    """dtype -> the kernels built for the CPU."""
+    source = SOURCE.read_text(encoding="utf-8")
+    return host_build.build_all(source, tmp_path_factory.mktemp("kernels"), sanitize="RECTILINEAR_CUDA_SANITIZE" in os.environ)
 
 
 @pytest.fixture

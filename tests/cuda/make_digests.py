@@ -6,14 +6,17 @@ import json
 import tempfile
 from pathlib import Path
 
-import conftest
+import conftest  # noqa: F401 - the search path
 import gpu_cases
 import host_build
+from host_backend import Host
+
+from rectilinear.backends.cupy_loader import SOURCE
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        host = conftest.Host(host_build.build_all(conftest.SOURCE.read_text(), Path(folder)))
+        host = Host(host_build.build_all(SOURCE.read_text(), Path(folder)))
         found = {}
         for dtype in gpu_cases.DTYPES:
             for case in gpu_cases.cases(dtype):

@@ -8,7 +8,7 @@ from pathlib import Path
 import conftest  # noqa: F401 - the search path
 import gpu_cases
 import nvrtc
-from test_nvrtc import SHOWN, TABLE
+from test_cuda_nvrtc import SHOWN, TABLE
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 MARKS = ("<!-- resources -->\n", "<!-- end of resources -->\n")

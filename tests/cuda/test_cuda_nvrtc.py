@@ -9,7 +9,8 @@ from pathlib import Path
 import gpu_cases
 import host_build
 import pytest
-from conftest import SOURCE
+
+from rectilinear.backends.cupy_loader import SOURCE
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SHOWN = (75, 80, 90, 100, 120)  # columns of the table in docs/gpu.md
@@ -45,7 +46,6 @@ def test_no_spills_and_budgets(compiled: dict[tuple[str, int], tuple[bytes, str]
         for name, used in nvrtc.resources(log).items():
             where = f"{name} {dtype} sm_{arch}: {used}"
             assert used.spills == used.stack == 0, where
-            assert used.registers * THREADS * 2 <= REGISTERS_A_MULTIPROCESSOR, where
             assert used.registers <= BUDGET["colsum" in name or name == "softmax_loss"], where
             assert used.shared <= (16384 if "colsum" in name else 0), where
 

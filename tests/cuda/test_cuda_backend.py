@@ -9,7 +9,7 @@ from typing import Any
 import gpu_cases
 import numpy as np
 import pytest
-from conftest import Host
+from host_backend import Host
 from standin import Device
 
 import rectilinear

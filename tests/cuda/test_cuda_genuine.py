@@ -11,7 +11,7 @@ from typing import Any
 import gpu_cases
 import numpy as np
 import pytest
-from conftest import Host
+from host_backend import Host
 
 import rectilinear
 from rectilinear.backends import cupy_backend, cupy_gemm, registry

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import gpu_cases
 import host_build
 import numpy as np
 import pytest
-from conftest import SOURCE, Host
+from host_backend import Host
+
+from rectilinear.backends.cupy_loader import SOURCE
 
 SCHEDULES = (0, 1, 7, 12345)  # ascending, descending, two shuffled
 DIGESTS = Path(__file__).parent / "digests.json"
@@ -25,8 +28,8 @@ def test_numbers_and_bits(host: Host, kind: str, dtype: str, schedule: int) -> N
         given = gpu_cases.inputs(case)
         got = gpu_cases.run(host.backend, case, given)
         assert gpu_cases.errors(case, given, got) == []
-        # Softmax alone has a math library in it, whose last bit is the platform's; it is the same under every schedule.
-        if kind != "softmax_loss":
+        # Softmax alone has a math library in it, whose last bit is the platform's. Planted bugs are to be found by the numbers alone.
+        if kind != "softmax_loss" and "RECTILINEAR_CUDA_MUTANT" not in os.environ:
             assert gpu_cases.digest(got) == stored[case.name], f"{case.name}: run tests/cuda/make_digests.py if the change is wanted"
 
 
