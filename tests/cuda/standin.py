@@ -8,6 +8,7 @@ against the real CuPy. A green run on it says nothing about cuBLAS, streams or s
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -198,6 +199,9 @@ class Cublas:
         c[...] = scale * np.matmul(a.astype(total), b.astype(total)) + (keep * c if keep else 0)
         self._counts["products"] += 1
 
+    def getVersion(self, handle: int) -> int:  # noqa: N802
+        return 130100
+
 
 def _matrices(address: int, dtype: np.dtype, rows: int, cols: int, lead: int, step: int, groups: int) -> np.ndarray:
     """Column-major matrices at an address, (groups, rows, cols)."""
@@ -213,6 +217,96 @@ def _bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+class CUDARuntimeError(RuntimeError):
+    """`cupy.cuda.runtime.CUDARuntimeError`."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"cudaError {status}")
+        self.status = status
+
+
+class Graph:
+    """`cupy.cuda.Graph`: nothing, since the stand-in has worked already while it was captured."""
+
+    def launch(self, stream: Any = None) -> None:
+        pass
+
+
+class Stream:
+    """`cupy.cuda.Stream`: everything here happens at once. Under capture it refuses cuBLAS, as CuPy does."""
+
+    capturing = False
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None) -> None:
+        pass
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        if Stream.capturing:
+            raise CUDARuntimeError(900)
+
+    def begin_capture(self, mode: Any = None) -> None:
+        Stream.capturing = True
+
+    def end_capture(self) -> Graph:
+        Stream.capturing = False
+        return Graph()
+
+
+class Event:
+    """`cupy.cuda.Event` on the host's clock."""
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
+    return (end_event.time - start_event.time) * 1e3
+
+
+class Runtime:
+    """`cupy.cuda.runtime`."""
+
+    CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF = 0, 1, 2, 14
+    CUDARuntimeError = CUDARuntimeError
+
+    def driverGetVersion(self) -> int:  # noqa: N802
+        return 13020
+
+    def runtimeGetVersion(self) -> int:  # noqa: N802
+        return 13020
+
+    def getDeviceCount(self) -> int:  # noqa: N802
+        return 2
+
+    def getDeviceProperties(self, device: int) -> dict[str, Any]:  # noqa: N802
+        return {"name": b"a stand-in", "major": 9, "minor": 0, "multiProcessorCount": 1, "totalGlobalMem": 2**33}
+
+    def memGetInfo(self) -> tuple[int, int]:  # noqa: N802
+        return 2**32, 2**33
+
+
+class MemoryPool:
+    """`cupy.cuda.MemoryPool`: NumPy keeps no count."""
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def total_bytes(self) -> int:
+        return 0
+
+
 class StandIn:
     """What `import cupy` would give. `counts` has products and copies."""
 
@@ -226,8 +320,14 @@ class StandIn:
             Device=Device,
             cublas=Cublas(self.counts),
             device=SimpleNamespace(get_cublas_handle=lambda: Cublas.HANDLE),
-            runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14),
+            runtime=Runtime(),
+            Stream=Stream,
+            Event=Event,
+            get_elapsed_time=get_elapsed_time,
         )
+
+    def get_default_memory_pool(self) -> MemoryPool:
+        return MemoryPool()
 
     def empty(self, shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
         return self.ndarray(shape, dtype, order=order)
@@ -257,6 +357,8 @@ class StandIn:
             raise ValueError("cuBLAS writes to C-contiguous memory that no operand shares; CuPy would copy here")
         if not x1.device == x2.device == out.device == Device():
             raise ValueError(f"Array device must be same as the current device: array device = {x1.device.id} while current = {Device().id}.")
+        if Stream.capturing:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         self.counts["products"] += 1
         np.matmul(x1._host, x2._host, out=out._host)
         return out

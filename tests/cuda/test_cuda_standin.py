@@ -19,7 +19,7 @@ def real_signature(real: Any) -> list[str]:
     except (ValueError, TypeError):
         head = re.match(r"[\w.]+\((.*?)\)(?: ->.*)?$", (real.__doc__ or "").splitlines()[0])
         assert head, f"{real!r} has no signature to read"
-        names = [part.split("=")[0].split()[-1].lstrip("*") for part in head[1].split(", ") if part not in ("*", "/", "\\*")]
+        names = [part.split("=")[0].split()[-1].lstrip("*") for part in head[1].split(", ") if part not in ("", "*", "/", "\\*")]
     return [name for name in names if name != "self"]
 
 
@@ -108,10 +108,30 @@ def test_cublas_constants_are_those_of_the_header() -> None:
     """cublas_api.h as CuPy's own numbers of the same enumerations have it, where CuPy repeats them."""
     import cupy
 
-    own = standin.StandIn().cuda
-    for name, value in vars(own.runtime).items():
-        assert getattr(cupy.cuda.runtime, name) == value, name
+    constants = [name for name in vars(standin.Runtime) if name.startswith("CUDA_R")]
+    assert len(constants) == 4
+    for name in constants:
+        assert getattr(cupy.cuda.runtime, name) == getattr(standin.Runtime, name), name
     assert callable(cupy.cuda.device.get_cublas_handle)
+
+
+@pytest.mark.parametrize("own", [standin.Stream, standin.Event, standin.MemoryPool, standin.Graph, standin.Runtime])
+def test_what_the_script_for_a_gpu_uses(own: type) -> None:
+    import cupy
+
+    real = cupy.cuda.runtime if own is standin.Runtime else getattr(cupy.cuda, own.__name__)
+    for name, value in vars(own).items():
+        if not name.startswith("_") and name != "capturing":
+            assert hasattr(real, name), name
+            if inspect.isfunction(value):
+                assert set(own_signature(value)) <= set(real_signature(getattr(real, name))), name
+    if "__init__" in vars(own):
+        assert own_signature(own) == real_signature(real)[: len(own_signature(own))]
+    assert own_signature(standin.get_elapsed_time) == real_signature(cupy.cuda.get_elapsed_time)
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+    for name in ("num_regs", "local_size_bytes", "shared_size_bytes"):
+        assert hasattr(cupy.RawKernel, name)
+    assert callable(cupy.get_default_memory_pool)
 
 
 def test_raw_module_and_kernel() -> None:
