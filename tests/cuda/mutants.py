@@ -86,17 +86,19 @@ MUTANTS = (
 def outcome(mutant: Mutant | None) -> str:
     """What the tests say of a mutant: the first that fails, or how the process ended; empty if all pass."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "rectilinear"
-        shutil.copytree(ROOT / "rectilinear", package, ignore=shutil.ignore_patterns("__pycache__"))
+        # A whole checkout of its own, so that nothing can find the package that is right.
+        for name in ("rectilinear", "tests", "tools"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:
-            file = package / mutant.file
+            file = Path(folder) / "rectilinear" / mutant.file
             text = file.read_text(encoding="utf-8")
             if mutant.old not in text:
                 raise SystemExit(f"{mutant.name}: what it replaces is no longer in {mutant.file}")
             file.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
-        files = [str(HERE / name) for name in TESTS]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", SELECTED]
-        env = {**os.environ, "PYTHONPATH": folder, "RECTILINEAR_CUDA_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        files = [f"tests/cuda/{name}" for name in TESTS]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
+        env = {**os.environ, "PYTHONPATH": "", "RECTILINEAR_CUDA_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", *options, *files]
         try:
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
