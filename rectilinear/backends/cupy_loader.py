@@ -113,9 +113,9 @@ def _wrong_numbers(backend: CupyBackend) -> str | None:
     z = x @ w + b
     keep, dout = z >= 0, np.arange(1, 10, dtype="f4").reshape(3, 3)
     dz = np.where(keep, dout, 0)
-    on_gpu = [backend.asarray(array) for array in (x, w, b, dout)]
-    y, mask = backend.affine_relu_forward(*on_gpu[:3], None)
-    gradients = backend.affine_backward(on_gpu[3], *on_gpu[:2], mask, (True, True, True), (None, None, None))
+    gpu_x, gpu_w, gpu_b, gpu_dout = (backend.asarray(array) for array in (x, w, b, dout))
+    y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
+    gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
     got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
     wanted = (np.where(keep, z, 0), keep, dz @ w.T, x.T @ dz, dz.sum(axis=0))
     got[1] = got[1].to_bool()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,10 +73,10 @@ class _Interface:
         }
 
 
-class ndarray:  # noqa: N801 - CuPy's name
+class ndarray:
     """`cupy.ndarray` over a NumPy array."""
 
-    _counts: Counter[str] = Counter()
+    _counts: ClassVar[Counter[str]] = Counter()
 
     def __init__(
         self,
@@ -157,7 +157,8 @@ class ndarray:  # noqa: N801 - CuPy's name
     def _waits(self, *args: object) -> Any:
         raise RuntimeError("a hidden wait for the device: the value of an array was asked for")
 
-    __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __ne__ = _waits  # fmt: skip
+    __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = _waits
+    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __ne__ = _waits
     __hash__ = None  # type: ignore[assignment]
     tolist = item = _waits
 
@@ -350,13 +351,13 @@ class StandIn:
             if not isinstance(operand, ndarray):
                 raise TypeError(f"Unsupported type {type(operand)}")
         if out is None:
-            out = self.empty(np.broadcast_shapes(x1.shape[:-2], x2.shape[:-2]) + (x1.shape[-2], x2.shape[-1]), x1.dtype)
+            out = self.empty((*np.broadcast_shapes(x1.shape[:-2], x2.shape[:-2]), x1.shape[-2], x2.shape[-1]), x1.dtype)
         if x1.dtype != x2.dtype or out.dtype != x1.dtype or x1.dtype.itemsize == 2:
             raise ValueError(f"the backend is to give cuBLAS one dtype of at least 32 bits, not {x1.dtype}, {x2.dtype} -> {out.dtype}")
         if not out.flags.c_contiguous or np.shares_memory(out._host, x1._host) or np.shares_memory(out._host, x2._host):
             raise ValueError("cuBLAS writes to C-contiguous memory that no operand shares; CuPy would copy here")
         if not x1.device == x2.device == out.device == Device():
-            raise ValueError(f"Array device must be same as the current device: array device = {x1.device.id} while current = {Device().id}.")
+            raise ValueError(f"Array device must be same as the current device: {x1.device.id} while current = {Device().id}")
         if Stream.capturing:
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         self.counts["products"] += 1

@@ -13,7 +13,7 @@ from host_backend import Host
 from standin import Device
 
 import rectilinear
-from rectilinear.backends import registry
+from rectilinear.backends import cupy_backend, registry
 from rectilinear.keepmask import KeepMask
 
 EXTENTS = [(3, 5, 4), (1, 1, 1), (64, 17, 33), (130, 4, 16), (0, 3, 2), (2, 0, 3), (4, 3, 0), (1, 300, 10), (300, 2, 1)]
@@ -225,6 +225,14 @@ def test_a_long_bias_reduction_keeps_five_digits(host: Host, values: Any) -> Non
     assert abs(got[0] / column.sum(dtype=np.float64) - 1) < 1e-5
 
 
+def test_many_rows_of_one_thread_keep_five_digits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an array a thousand times as long: one block of 256 threads sums all the rows."""
+    monkeypatch.setattr(cupy_backend, "_rows_per_block", lambda rows, threads, col_tiles: rows)
+    n = 2**20
+    got = host.backend.bias_backward(host.backend.asarray(np.full((n, 1), 0.1, "f4")), None).get()
+    assert abs(got[0] / (n * float(np.float32(0.1))) - 1) < 1e-5
+
+
 def test_finite_differences(host: Host) -> None:
     be, p = host.backend, problem(6, 5, 7, None, "float64", seed=5)
 
@@ -278,7 +286,7 @@ def test_bfloat16_is_widened_where_cublas_has_none(host: Host, monkeypatch: pyte
     """Before sm_80."""
     monkeypatch.setattr(Device, "compute_capability", "75")
     p = problem(10, 8, 16, None, "bfloat16")
-    products, kernels, copies = step(host, p)
+    products, _, copies = step(host, p)
     assert (products, copies) == (3, 6)
     y = host.backend.affine_forward(*(host.backend.asarray(p[name]) for name in "xwb"), None)
     within(y.get(), *exact(p, None)["z"], "bfloat16")

@@ -134,8 +134,8 @@ def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
 )
 def test_cublas_geometry_of_genuine_views(view: Any, want: tuple[str, int, int]) -> None:
     class Names:
-        class cuda:  # noqa: N801
-            class cublas:  # noqa: N801
+        class cuda:
+            class cublas:
                 CUBLAS_OP_N, CUBLAS_OP_T = "N", "T"
 
     array = view(genuine(np.zeros((3, 4, 6), "f4")))
@@ -176,7 +176,7 @@ def test_mixing_libraries_names_them() -> None:
 def test_two_devices_in_one_call_are_an_error(backend: CupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "serving", lambda library: backend)
     a, b = genuine(np.zeros((2, 2), "f4")), genuine(np.zeros((2, 2), "f4"), device=1)
-    with pytest.raises(TypeError, match="affine_forward: x is on device .*0.* but w is on device .*1"):
+    with pytest.raises(TypeError, match=r"affine_forward: x is on device .*0.* but w is on device .*1"):
         rectilinear.affine_forward(a, b, None)
 
 

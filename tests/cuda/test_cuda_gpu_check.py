@@ -65,9 +65,7 @@ def test_a_kernel_that_does_nothing_is_found(
     make: Any, tmp_path: Path, kernel: str, steps: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = host_build.HostKernel.__call__
-    monkeypatch.setattr(
-        host_build.HostKernel, "__call__", lambda self, *args: None if self.name == kernel else launch(self, *args)
-    )
+    monkeypatch.setattr(host_build.HostKernel, "__call__", lambda self, *args: None if self.name == kernel else launch(self, *args))
     for step in steps & {"parity", "large", "specials", "layers"}:
         status, report = run(make, tmp_path, "--only", step)
         assert (status, report["passed"]) == (1, False), step

@@ -14,7 +14,8 @@ from rectilinear.backends.cupy_loader import SOURCE
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SHOWN = (75, 80, 90, 100, 120)  # columns of the table in docs/gpu.md
-BUDGET = {False: 64, True: 128}  # registers a thread: four blocks of 256 fit into a multiprocessor's 65536; of the column sums and softmax, two
+# Registers a thread: four blocks of 256 fit into a multiprocessor's 65536; of the column sums and softmax (True), two.
+BUDGET = {False: 64, True: 128}
 TABLE = Path(__file__).parent / "resources.json"
 
 NAMES = host_build.kernel_names(SOURCE.read_text())
@@ -101,5 +102,5 @@ def test_a_warning_is_an_error() -> None:
     import nvrtc
     from cupy.cuda.compiler import CompileException
 
-    with pytest.raises(CompileException, match="never referenced|never used"):
+    with pytest.raises(CompileException, match=r"never referenced|never used"):
         nvrtc.compile_cubin("float32", 80, 'extern "C" __global__ void f(float* p) { int unused; p[0] = 1; }')

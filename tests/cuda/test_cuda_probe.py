@@ -105,7 +105,10 @@ def test_no_device_visible(host: Host, devices: Any, variable: str | None, monke
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (RuntimeError('Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file: x\n  listdir'), "CuPy is installed without NVRTC (Fail"),
+        (
+            RuntimeError('Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file: x\n  listdir'),
+            "CuPy is installed without NVRTC (Fail",
+        ),
         (
             RuntimeError("Failed to find CUDA headers. Please install CUDA toolkit headers"),
             "CuPy is installed without the CUDA headers (Failed to find",
