@@ -23,12 +23,11 @@ from rectilinear.backends.cupy_loader import SOURCE  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs g++, CuPy and NVRTC (extra cuda-ci), no GPU")
-    config.addinivalue_line("markers", "cuda_mutants: plants bugs into the CUDA kernels, each of which the tests have to find")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents and not item.get_closest_marker("cuda_mutants"):
+        if HERE in item.path.parents:
             item.add_marker("cuda")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import conftest  # noqa: F401 - the search path
 import gpu_cases
-import nvrtc
 from test_cuda_nvrtc import SHOWN, TABLE
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -24,6 +23,8 @@ def markdown(kernels: dict[str, dict[str, list[int]]]) -> str:
 
 
 def main() -> None:
+    import nvrtc
+
     compiled = {(dtype, arch): nvrtc.compile_cubin(dtype, arch) for dtype in gpu_cases.DTYPES for arch in SHOWN}
     kernels = nvrtc.table(compiled, SHOWN)
     TABLE.write_text(json.dumps({"nvrtc": nvrtc.version(), "kernels": kernels}, indent=0) + "\n")

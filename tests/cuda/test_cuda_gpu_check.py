@@ -31,6 +31,12 @@ def make(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda: CupyBackend(lambda: runtime, cupy_loader.examine)
 
 
+@pytest.fixture
+def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what any dtype shows."""
+    monkeypatch.setattr(gpu_check.Check, "dtypes", ("float32",))
+
+
 def run(make: Any, folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     file = folder / "report.json"
     status = gpu_check.main(["--out", str(file), *arguments], make, small=True)
@@ -51,6 +57,7 @@ def test_all_steps(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(step.__name__ in said for step in gpu_check.STEPS)
 
 
+@pytest.mark.usefixtures("one_dtype")
 @pytest.mark.parametrize(
     ("kernel", "steps"),
     [
@@ -72,6 +79,7 @@ def test_a_kernel_that_does_nothing_is_found(
         assert report["steps"][step]["state"] == "WRONG"
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_one_other_bit_is_found(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sum, within every bound: only the stored bits tell."""
     launch = host_build.HostKernel.__call__
@@ -87,6 +95,7 @@ def test_one_other_bit_is_found(make: Any, tmp_path: Path, monkeypatch: pytest.M
     assert all("other bits than on the CPU" in words for words in report["steps"]["parity"]["wrong"])
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_a_step_that_breaks_off_stops_no_other_and_counts(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(make().runtime.cp.cuda, "Event")
     status, report = run(make, tmp_path)
@@ -96,6 +105,7 @@ def test_a_step_that_breaks_off_stops_no_other_and_counts(make: Any, tmp_path: P
     assert report["steps"]["memory"]["state"] == "right"
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_tf32_would_be_noticed(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cp = make().runtime.cp
     right = cp.matmul
