@@ -394,6 +394,9 @@ def times(check: Check) -> dict[str, Any]:
             _, on = check.layer(n, d, d, dtype)
             us = _microseconds(check, lambda on=on: check.step(on), repeats)
             result[f"step {dtype} ({n}, {d}, {d})"] = {"us": round(us, 2), "TFLOP/s": round(6 * n * d * d / us / 1e6, 2) if us else None}
+            if not check.small:
+                plain = _microseconds(check, lambda on=on: plain_step(check.cp, *on), repeats)
+                result[f"step {dtype} ({n}, {d}, {d})"] |= {"us in plain CuPy": round(plain, 2), "ratio": round(plain / us, 2)}
     _, on = check.layer(8, 8, 8)
     out = be._empty((8, 8), np.float32)
     for name, call in (("matmul", lambda: check.cp.matmul(on[0], on[1], out=out)), ("kernel", lambda: be.relu_forward(out, out))):
@@ -403,6 +406,14 @@ def times(check: Check) -> dict[str, Any]:
         result[f"host time of one {name}"] = {"us": round((time.perf_counter() - start) / repeats / 10 * 1e6, 2)}
         be.synchronize()
     return result
+
+
+def plain_step(xp: Any, x: Any, w: Any, b: Any, dout: Any) -> tuple[Any, Any, Any, Any]:
+    """The same step in an array library's own words: what one would write without this backend."""
+    z = xp.matmul(x, w) + b
+    y = xp.maximum(z, 0)
+    dz = dout * (z >= 0)
+    return y, xp.matmul(dz, w.T), xp.matmul(x.T, dz), dz.sum(axis=0)
 
 
 def _microseconds(check: Check, call: Callable[[], Any], repeats: int) -> float:

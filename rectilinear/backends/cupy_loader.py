@@ -51,7 +51,7 @@ def examine(backend: CupyBackend) -> Probe:
         cp = backend.runtime.cp
     except ImportError as error:
         return _unusable(_import_reason(error))
-    version = f"CuPy {cp.__version__}"
+    version = str(cp.__version__)
     reason = _driver_reason(cp)
     if reason is None:
         try:
@@ -81,7 +81,7 @@ def _driver_reason(cp: Any) -> str | None:
     try:
         driver = runtime.driverGetVersion()
         if driver == 0:
-            return "no NVIDIA driver on this machine; a GPU and its driver (nvidia.com/drivers) are needed, other backends work without"
+            return "no NVIDIA driver on this machine; install the driver of its GPU (nvidia.com/drivers), or use another backend"
         if runtime.getDeviceCount() > 0:
             return None
     except runtime.CUDARuntimeError as error:

@@ -122,6 +122,14 @@ def test_tf32_would_be_noticed(make: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert "is TF32 on?" in report["steps"]["tensor_cores"]["wrong"][0]
 
 
+def test_the_plain_step_is_the_same_layer(host: Host) -> None:
+    check = gpu_check.Check(host.backend)
+    arrays, on = check.layer(20, 6, 9)
+    got = [host.backend.to_numpy(a) for a in check.step(on)]
+    for plain, own in zip(gpu_check.plain_step(np, *arrays), [got[0], *got[2:]], strict=True):
+        assert np.allclose(plain, own, atol=1e-5)
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu_check.main(["--out", str(tmp_path / "none.json")]) == 2
     assert "nothing to check here: no NVIDIA driver" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def probe(host: Host, cp: Any, kernels: Any = None) -> Any:
 def test_it_works(host: Host) -> None:
     found = probe(host, fake(host))
     assert found.usable
-    assert (found.reason, found.version) == (None, "CuPy 14.2.0")
+    assert (found.reason, found.version) == (None, "14.2.0")
     assert found.device == "a stand-in (sm_90)"
     assert found.simd == "cuBLAS 13.1.0"
 
@@ -74,7 +74,7 @@ def test_installed_but_broken() -> None:
 @pytest.mark.parametrize(
     ("driver", "devices", "words"),
     [
-        (0, 1, "no NVIDIA driver on this machine; a GPU and its driver"),
+        (0, 1, "no NVIDIA driver on this machine; install the driver"),
         (
             12040,
             CUDARuntimeError(35, "cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
@@ -87,7 +87,7 @@ def test_driver(host: Host, driver: int, devices: Any, words: str) -> None:
     found = probe(host, fake(host, driver, devices))
     assert not found.usable
     assert found.reason.startswith(words)
-    assert found.version == "CuPy 14.2.0"
+    assert found.version == "14.2.0"
 
 
 @pytest.mark.parametrize("devices", [0, CUDARuntimeError(100, "cudaErrorNoDevice: no CUDA-capable device is detected")])
@@ -183,7 +183,7 @@ def test_real_cupy_without_a_driver() -> None:
         pytest.fail("this machine has a driver: run tools/gpu_check.py on it, and these tests on one without")
     found = cupy_loader.make().probe()
     assert found.reason.startswith("no NVIDIA driver on this machine")
-    assert found.version == f"CuPy {cupy.__version__}"
+    assert found.version == cupy.__version__
 
 
 def test_compile_options_are_accepted_by_the_real_raw_module() -> None:
