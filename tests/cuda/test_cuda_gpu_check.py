@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,19 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert gpu_check.main(["--out", str(tmp_path / "none.json")]) == 2
     assert "nothing to check here: no NVIDIA driver" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
+
+
+def test_it_needs_no_more_than_cupy_and_numpy() -> None:
+    """What else the package depends on is hidden; the script gets as far as the driver, which is not here."""
+    script = gpu_check.ROOT / "tools" / "gpu_check.py"
+    code = (
+        "import sys, runpy\n"
+        "for name in ('array_api_compat', 'rich', 'safetensors', 'threadpoolctl', 'numba'): sys.modules[name] = None\n"
+        f"sys.argv = ['gpu_check']; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.strip().startswith("nothing to check here: no NVIDIA driver"), done.stderr
+    assert done.returncode == 2
 
 
 def test_the_readme_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
