@@ -75,6 +75,17 @@ def test_every_16_bit_number_survives_widening_and_rounding(host: Host, dtype: s
     assert (gpu_cases.bits(y.get()) == gpu_cases.bits(every)).all()
 
 
+@pytest.mark.parametrize(("dtype", "z"), [("float16", -1e-9), ("bfloat16", -1e-45)])
+def test_what_rounds_to_minus_zero_is_kept(host: Host, dtype: str, z: float) -> None:
+    """As on the backends that look at the sign of the rounded z."""
+    host.set(flush=False)
+    for cols in (1, 8):  # the plain kernel and the wide one
+        y, mask = host.backend._empty((1, 1, cols), gpu_cases.numpy_dtype(dtype)), host.backend._empty((1, 1, 1), np.uint8)
+        host.backend._bias("bias_relu_mask", host.backend.asarray(np.full((1, 1, cols), z, np.float32)), None, y, mask)
+        assert (y.get().view(np.uint16) == 0x8000).all()
+        assert mask.get()[0, 0, 0] == 2**cols - 1
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounding_to_16_bits_is_to_nearest_even(host: Host, dtype: str) -> None:
     """Around every 16-bit number: the number itself, the middle to the next, and one float32 step to either side of that."""
