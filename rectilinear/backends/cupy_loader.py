@@ -1,0 +1,143 @@
+"""Finds out whether CuPy can work here, and hands it to the backend; the only file that imports CuPy.
+
+An installed CuPy says nothing: it imports without a GPU, and with one it may still lack NVRTC, headers or cuBLAS. So the probe asks
+the driver first, which is quick, and then lets the backend itself compute a small layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rectilinear.backends.contract import Probe
+from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+
+SOURCE = Path(__file__).parents[1] / "kernels" / "cuda" / "layers.cu"
+
+_NO_DEVICE = 100  # cudaErrorNoDevice
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver
+
+_INSTALL = "pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]' for a driver of CUDA 12)"
+
+
+def make() -> CupyBackend:
+    """The cupy backend. CuPy is imported at the first use, not here."""
+    return CupyBackend(connect, examine)
+
+
+def connect() -> Runtime:
+    """CuPy and the kernels, each dtype of which is compiled when it is first needed (and kept by CuPy's cache on disk)."""
+    import cupy
+
+    @functools.cache
+    def kernels(dtype: str) -> Any:
+        return cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=compile_options(dtype))
+
+    return Runtime(cupy, kernels)
+
+
+def compile_options(dtype: str) -> tuple[str, ...]:
+    """What `cupy.RawModule` is to give NVRTC. CuPy adds -ftz=true after these; layers.cu says how the kernels live with that."""
+    return (f"-DDTYPE_{dtype}",)
+
+
+def examine(backend: CupyBackend) -> Probe:
+    """What `CupyBackend.probe` answers: the first thing that is missing, and its remedy."""
+    try:
+        cp = backend.runtime.cp
+    except ImportError as error:
+        return _unusable(_import_reason(error))
+    version = str(cp.__version__)
+    reason = _driver_reason(cp)
+    if reason is None:
+        try:
+            wrong = _wrong_numbers(backend)
+        except Exception as error:  # each missing part has an error type of its own, some of them private
+            reason = _incomplete_reason(error)
+        else:
+            reason = wrong and f"the GPU computes wrong numbers ({wrong}); run tools/gpu_check.py of the source and report what it says"
+    if reason is not None:
+        return _unusable(reason, version)
+    return Probe(True, version=version, device=_device(cp), simd=_cublas(cp))
+
+
+def _unusable(reason: str, version: str | None = None) -> Probe:
+    return Probe(False, reason=" ".join(reason.split()), version=version)
+
+
+def _import_reason(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+        return f"CuPy is not installed; {_INSTALL}"
+    return f"CuPy is installed but does not import ({_first_line(error)}); reinstall it: {_INSTALL}"
+
+
+def _driver_reason(cp: Any) -> str | None:
+    """What is wrong with driver or devices, None if nothing."""
+    runtime = cp.cuda.runtime
+    try:
+        driver = runtime.driverGetVersion()
+        if driver == 0:
+            return "no NVIDIA driver on this machine; install the driver of its GPU (nvidia.com/drivers), or use another backend"
+        if runtime.getDeviceCount() > 0:
+            return None
+    except runtime.CUDARuntimeError as error:
+        if error.status == _OLD_DRIVER:
+            built = _dotted(runtime.runtimeGetVersion())
+            return (
+                f"the NVIDIA driver is too old: it serves CUDA {_dotted(driver)}, this CuPy is built for CUDA {built}; "
+                "update the driver, or pip install 'rectilinear[cuda12]' in place of cuda13"
+            )
+        if error.status != _NO_DEVICE:
+            return f"CUDA does not start ({_first_line(error)}); see whether nvidia-smi works"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"no CUDA device is visible, CUDA_VISIBLE_DEVICES is {visible!r}; unset it or give it the number of a device"
+    return "no CUDA device is visible though there is a driver; see whether nvidia-smi lists one, and whether this container was given it"
+
+
+def _incomplete_reason(error: Exception) -> str:
+    text = str(error)
+    for missing, sign in (("NVRTC", "nvrtc"), ("the CUDA headers", "headers"), ("cuBLAS", "cublas")):
+        if sign in text:
+            return f"CuPy is installed without {missing} ({_first_line(error)}); {_INSTALL} brings it"
+    return f"CuPy cannot compute on this GPU ({type(error).__name__}: {_first_line(error)}); see whether nvidia-smi works, or {_INSTALL}"
+
+
+def _wrong_numbers(backend: CupyBackend) -> str | None:
+    """Run a layer of small integers, which float32 holds exactly, through cuBLAS and the kernels; what differs, None if nothing does."""
+    x, w, b = np.array([[1, 2], [-3, 1], [0, 0]], "f4"), np.array([[1, -1, 2], [2, 1, -2]], "f4"), np.array([0, 1, -1], "f4")
+    z = x @ w + b
+    keep, dout = z >= 0, np.arange(1, 10, dtype="f4").reshape(3, 3)
+    dz = np.where(keep, dout, 0)
+    gpu_x, gpu_w, gpu_b, gpu_dout = (backend.asarray(array) for array in (x, w, b, dout))
+    y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
+    gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
+    got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
+    wanted = (np.where(keep, z, 0), keep, dz @ w.T, x.T @ dz, dz.sum(axis=0))
+    got[1] = got[1].to_bool()
+    names = ("out", "the keep-mask", "dx", "dw", "db")
+    wrong = [name for name, a, e in zip(names, got, wanted, strict=True) if not np.array_equal(a, e)]
+    return ", ".join(wrong) or None
+
+
+def _device(cp: Any) -> str:
+    properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
+    return f"{properties['name'].decode()} (sm_{properties['major']}{properties['minor']})"
+
+
+def _cublas(cp: Any) -> str:
+    version = cp.cuda.cublas.getVersion(cp.cuda.device.get_cublas_handle())
+    return f"cuBLAS {version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _dotted(version: int) -> str:
+    """13020 -> 13.2, as CUDA counts."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,45 @@
+"""Fixtures of the CUDA tests: the kernel source built for the CPU, and the backend on the stand-in array module.
+
+All tests here carry the marker `cuda`: they need g++ and, some, CuPy with NVRTC (the extra `cuda-ci`), and fail without.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]
+
+import host_build  # noqa: E402
+from host_backend import Host  # noqa: E402
+
+from rectilinear.backends.cupy_loader import SOURCE  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs g++, CuPy and NVRTC (extra cuda-ci), no GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("cuda")
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """dtype -> the kernels built for the CPU."""
+    source = SOURCE.read_text(encoding="utf-8")
+    return host_build.build_all(source, tmp_path_factory.mktemp("kernels"), sanitize="RECTILINEAR_CUDA_SANITIZE" in os.environ)
+
+
+@pytest.fixture
+def host(libraries: dict[str, Path]) -> Iterator[Host]:
+    host = Host(libraries)
+    yield host
+    host.set(schedule=0, flush=True)

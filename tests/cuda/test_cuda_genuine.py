@@ -1,0 +1,208 @@
+"""(d) Genuine `cupy.ndarray` objects, made without a device over host memory: dispatch, layout, error paths, and whole passes.
+
+Type, strides, flags and pointers are CuPy's own; what would compute or copy on a device is replaced, since there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import gpu_cases
+import numpy as np
+import pytest
+from host_backend import Host
+
+import rectilinear
+from rectilinear.backends import cupy_backend, cupy_gemm, registry
+from rectilinear.backends.contract import Probe
+from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.dispatch import library_name, resolve
+from rectilinear.keepmask import KeepMask
+
+
+def genuine(host: np.ndarray, device: int = 0) -> Any:
+    """A `cupy.ndarray` that says it is on `device` and whose memory is that of `host`."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(host.nbytes, 1), host, device)
+    return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0), host.strides)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The memory of such an array."""
+    from standin import MemoryPointer, _Interface
+
+    interface = _Interface(MemoryPointer(array.data.ptr, array), array.shape, array.dtype, array.strides)
+    return np.asarray(interface).view(array.dtype)
+
+
+class Genuine:
+    """A module that makes genuine arrays without a device and multiplies them with NumPy; refuses what would launch a copy."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.ndarray = cupy.ndarray
+        self.cuda = type("cuda", (), {"Device": staticmethod(lambda: cupy.cuda.Device(0))})
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
+        return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
+
+    def ascontiguousarray(self, a: Any) -> Any:
+        assert a.flags.c_contiguous, "a copy was asked for"
+        return a
+
+    def matmul(self, a: Any, b: Any, out: Any) -> Any:
+        np.matmul(on_host(a), on_host(b), out=on_host(out))
+        return out
+
+
+@pytest.fixture
+def backend(host: Host, monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
+    """The backend on genuine arrays and the kernels built for the CPU."""
+    cp = Genuine()
+    for module in host.modules.values():
+        module.cp = cp
+    runtime = Runtime(cp, host.modules.__getitem__)
+    backend = CupyBackend(lambda: runtime, lambda backend: Probe(True))
+    # Entering a genuine device asks the driver.
+    monkeypatch.setattr(backend, "_on_device_of", lambda x: contextlib.nullcontext())
+    return backend
+
+
+def test_whole_passes(backend: CupyBackend) -> None:
+    rng = np.random.default_rng(1)
+    x, w, b, dout = (rng.standard_normal(shape).astype("f4") for shape in ((40, 6), (6, 24), (24,), (40, 24)))
+    on = [genuine(a) for a in (x, w, b, dout)]
+    y, mask = backend.affine_relu_forward(*on[:3], None)
+    assert type(y) is type(on[0])
+    assert np.allclose(on_host(y), (x @ w + b).clip(0), atol=1e-5)
+    gradients = backend.affine_backward(on[3], on[0], on[1], mask, (True,) * 3, (None,) * 3)
+    dz = np.where(KeepMask(on_host(mask.bits), mask.shape).to_bool(), dout, 0)
+    for got, want in zip(gradients, (dz @ w.T, x.T @ dz, dz.sum(0)), strict=True):
+        assert np.allclose(on_host(got), want, atol=1e-5)
+    assert np.array_equal(on_host(backend.relu_backward(on[3], mask, None)), dz)
+    out = genuine(np.zeros((40, 24), "f4"))
+    assert backend.affine_forward(*on[:3], out) is out
+
+
+@pytest.mark.parametrize("dtype", gpu_cases.DTYPES)
+def test_widths_follow_pointers_and_rows(dtype: str) -> None:
+    T = gpu_cases.numpy_dtype(dtype)
+    width = 16 // T.itemsize
+    memory = np.zeros(1024, np.uint8)
+    start = -memory.ctypes.data % 16
+    aligned = genuine(memory[start : start + 512].view(T))
+    shifted = genuine(memory[start + T.itemsize : start + 512 + T.itemsize].view(T))
+    assert cupy_backend._width(T, 4 * width, aligned) == width
+    assert cupy_backend._width(T, 4 * width + 1, aligned) == 1
+    assert cupy_backend._width(T, 4 * width, aligned, shifted) == 1
+
+
+def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
+    memory = np.zeros(65, np.uint8)
+    start = -memory.ctypes.data % 8
+    assert cupy_backend._aligned(genuine(memory[start : start + 16].view("f4")), None) is not None
+    odd = genuine(memory[start + 1 : start + 17].view("f4"))
+    copied = []
+
+    class Copies:
+        @staticmethod
+        def ndarray(shape: Any, dtype: Any, data: Any, strides: Any) -> Any:
+            copied.append((shape, dtype, data.ptr, strides))
+            return genuine(on_host(odd).view(np.uint8).reshape(shape).copy()).view()
+
+    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):  # .copy() of the genuine array: there is no device
+        cupy_backend._aligned(odd, Copies)
+    assert copied == [((4, 4), np.uint8, odd.data.ptr, (4, 1))]
+
+
+@pytest.mark.parametrize(
+    ("view", "want"),
+    [
+        (lambda a: a[0], ("N", 6, 0)),
+        (lambda a: a[0].T, ("T", 6, 0)),
+        (lambda a: a, ("N", 6, 24)),
+        (lambda a: a.swapaxes(1, 2), ("T", 6, 24)),
+        (lambda a: a[:, :, :3], ("N", 6, 24)),
+        (lambda a: a[:, ::2], ("N", 12, 24)),
+        (lambda a: a[0, :1], ("N", 6, 0)),
+        (lambda a: a[0, :, :1], ("N", 6, 0)),
+        (lambda a: a[:1], ("N", 6, 0)),
+    ],
+)
+def test_cublas_geometry_of_genuine_views(view: Any, want: tuple[str, int, int]) -> None:
+    class Names:
+        class cuda:
+            class cublas:
+                CUBLAS_OP_N, CUBLAS_OP_T = "N", "T"
+
+    array = view(genuine(np.zeros((3, 4, 6), "f4")))
+    same, op, lead, group = cupy_gemm._column_major(Names, array)
+    assert same is array
+    assert (op, lead, group) == want
+
+
+@pytest.mark.parametrize("view", [lambda a: a[:, :, ::2], lambda a: a[:, ::-1], lambda a: a[::-1]])
+def test_cublas_geometry_asks_for_a_copy(view: Any) -> None:
+    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):  # the copy, for which there is no device
+        cupy_gemm._column_major(None, view(genuine(np.zeros((3, 4, 6), "f4"))))
+
+
+def test_out_that_kernels_cannot_write_is_told_apart(backend: CupyBackend) -> None:
+    out = genuine(np.zeros((4, 6), "f4"))
+    assert backend._result((4, 6), np.dtype("f4"), out) is out
+    for other in (out.T, out[:, ::2], out[::-1]):
+        assert backend._result(other.shape, np.dtype("f4"), other) is not other
+
+
+# ---------------------------------------------------------------- dispatch
+
+
+def test_arrays_are_recognised() -> None:
+    a = genuine(np.zeros((2, 2), "f4"))
+    assert library_name(a) == "cupy"
+    assert library_name(KeepMask(a, (2, 16))) == "cupy"
+
+
+def test_mixing_libraries_names_them() -> None:
+    a, b = genuine(np.zeros((2, 2), "f4")), np.zeros((2, 2), "f4")
+    for x, w in ((a, b), (b, a)):
+        with pytest.raises(TypeError, match=r"affine_forward: x is a \w+ array but w is a \w+ array.*rectilinear.to_numpy"):
+            rectilinear.affine_forward(x, w, None)
+
+
+def test_two_devices_in_one_call_are_an_error(backend: CupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "serving", lambda library: backend)
+    a, b = genuine(np.zeros((2, 2), "f4")), genuine(np.zeros((2, 2), "f4"), device=1)
+    with pytest.raises(TypeError, match=r"affine_forward: x is on device .*0.* but w is on device .*1"):
+        rectilinear.affine_forward(a, b, None)
+
+
+def test_bad_calls_are_told_before_anything_is_launched(host: Host, backend: CupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "serving", lambda library: backend)
+    x, w = genuine(np.zeros((2, 3), "f4")), genuine(np.zeros((4, 2), "f4"))
+    with pytest.raises(rectilinear.ShapeError, match="x has 3 features per sample"):
+        rectilinear.affine_forward(x, w, None)
+    with pytest.raises(rectilinear.DTypeError, match="complex64"):
+        rectilinear.relu_forward(genuine(np.zeros(3, "c8")))
+    with pytest.raises(rectilinear.ShapeError, match="out has shape"):
+        rectilinear.relu_forward(x, out=w)
+    assert host.launched == []
+
+
+def test_public_functions_on_genuine_arrays(backend: CupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resolve() takes them to the backend as they are: no conversion, no copy, one dtype."""
+    monkeypatch.setattr(registry, "serving", lambda library: backend)
+    rng = np.random.default_rng(2)
+    x, w, b, dout = (rng.standard_normal(shape).astype("f4") for shape in ((9, 4), (4, 8), (8,), (9, 8)))
+    out, cache = rectilinear.affine_relu_forward(genuine(x), genuine(w), genuine(b))
+    assert library_name(out) == "cupy"
+    assert isinstance(cache[1], KeepMask)
+    dx, dw, db = rectilinear.affine_relu_backward(genuine(dout), cache)
+    dz = np.where(x @ w + b >= 0, dout, 0)
+    for got, want in ((dx, dz @ w.T), (dw, x.T @ dz), (db, dz.sum(0))):
+        assert np.allclose(on_host(got), want, atol=1e-5)
+    call = resolve("relu_forward", ("x",), (genuine(np.zeros(3, gpu_cases.numpy_dtype("bfloat16"))),))
+    assert call.compute == call.dtype  # 16-bit types are the backend's own business

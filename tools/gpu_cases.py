@@ -1,0 +1,279 @@
+"""What every CUDA kernel is given and what must come out: one list for the tests on the CPU and for tools/gpu_check.py on a GPU.
+
+A case runs one kernel through the backend's own launch code. Inputs are made from integers, the same on every machine and with every
+NumPy. Where the order of the arithmetic is fixed, outputs are compared bit for bit: with NumPy where it rounds alike, and by digest
+with what the kernel source computed on the CPU (tests/cuda/digests.json).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rectilinear.backends import cupy_backend
+from rectilinear.keepmask import KeepMask
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+# (groups, rows, columns): single elements, tails of tiles and warps, rows of 16 bytes and not, one and two stages of the column sum.
+SHAPES = (
+    (1, 1, 1),
+    (1, 3, 10),
+    (2, 7, 33),
+    (1, 9, 64),
+    (3, 5, 16),
+    (1, 33, 257),
+    (1, 70, 136),
+    (2, 300, 24),
+    (1, 1100, 8),
+    (1, 2100, 3),
+)
+FLAT_SIZES = (1, 7, 256, 1000, 2049)
+KINDS = (
+    "bias_add",
+    "bias_add_none",
+    "bias_relu_mask",
+    "bias_relu_mask_none",
+    "colsum",
+    "colsum_one_block",
+    "mask_colsum",
+    "mask_colsum_db",
+    "preact_colsum",
+    "relu",
+    "relu_offset",
+    "relu_backward",
+    "relu_backward_offset",
+    "mask_backward",
+    "softmax_loss",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one shape."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.dtype}-{'x'.join(map(str, self.shape))}"
+
+
+def cases(dtype: str, kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
+    for kind in kinds:
+        for shape in ((size,) for size in FLAT_SIZES) if kind.startswith("relu") else SHAPES:
+            yield Case(kind, dtype, shape)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def sum_dtype(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
+def uniform(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Float64 of 24 bits in [-2, 2), from a mixed counter (splitmix64)."""
+    i = np.arange(int(np.prod(shape)), dtype=np.uint64) + np.uint64(seed * 1_000_003 + 1)
+    i = i * np.uint64(0x9E3779B97F4A7C15)
+    i = (i ^ (i >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    i = (i ^ (i >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    i ^= i >> np.uint64(31)
+    return ((i >> np.uint64(40)).astype(np.float64) / 2.0**22 - 2.0).reshape(shape)
+
+
+def with_specials(values: np.ndarray, dtype: np.dtype, every: int) -> np.ndarray:
+    """`values` in dtype, every so many replaced: zeros, subnormals of both signs, infinities, NaN of both signs."""
+    array = values.astype(dtype)
+    tiny = np.finfo(np.float32).tiny if dtype.itemsize == 2 and dtype.kind != "f" else np.finfo(dtype).tiny
+    small, nan = np.array(tiny, np.float64) / 4, np.array(np.nan)
+    list_of = [0.0, -0.0, small, -small, np.inf, -np.inf, nan, -nan, -tiny, tiny]
+    flat = array.reshape(-1)
+    where = slice(every // 2, None, every)
+    flat[where] = np.resize(np.array(list_of, np.float64).astype(dtype), flat[where].size)
+    return array
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """Host arrays by name: z (pre-activations, in the sums' dtype), b, dout, keep, x, y."""
+    dtype, seed = numpy_dtype(case.dtype), len(case.name) * 31 + sum(case.shape)
+    if case.kind.startswith("bias"):
+        z = with_specials(uniform(case.shape, seed), dtype, 5).astype(sum_dtype(dtype))
+        b = uniform((case.shape[0], case.shape[2]), seed + 1).astype(dtype)
+        b[..., ::7] = -0.0  # meets every special of z unchanged
+        return {"z": z, "b": b}
+    if case.kind == "softmax_loss":
+        x = (8 * uniform(case.shape[-2:], seed)).astype(dtype)
+        labels = np.arange(x.shape[0], dtype=np.int64) * 7 % x.shape[1]
+        return {"x": x, "y": labels}
+    if case.kind in ("relu", "relu_offset"):
+        return {"x": with_specials(uniform(case.shape, seed), dtype, 3)}
+    keep = with_specials(uniform(case.shape, seed), dtype, 3)
+    # A sum over specials is NaN and shows nothing: where db is summed, they stand where keep is false.
+    summed = "colsum" in case.kind
+    dout = uniform(case.shape, seed + 2).astype(dtype) if summed else with_specials(uniform(case.shape, seed + 2), dtype, 4)
+    if case.kind in ("mask_colsum", "preact_colsum"):
+        dout[negative(keep)] = np.nan
+    return {"dout": dout, "keep": keep}
+
+
+def negative(a: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of NaN
+        return a < 0
+
+
+def mask_of(keep: np.ndarray) -> KeepMask:
+    return KeepMask(np.packbits(~(negative(keep)), axis=-1, bitorder="little"), keep.shape)
+
+
+# ---------------------------------------------------------------- running a case
+
+
+def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a case on this backend, as host arrays. Uses the backend's launch code, past its cuBLAS products."""
+    on = {name: backend.asarray(array) for name, array in given.items()}
+    if "offset" in case.kind:  # pointers that are not 16-byte aligned
+        on = {name: backend.asarray(np.append(array[:1], array))[1:] for name, array in given.items()}
+    keep = backend.asarray(mask_of(given["keep"])) if "keep" in given and "mask" in case.kind else on.get("keep")
+    out: dict[str, Any] = {}
+    if case.kind.startswith("bias"):
+        y = backend._empty(case.shape, numpy_dtype(case.dtype))
+        mask = backend._empty((*case.shape[:-1], -(-case.shape[-1] // 8)), np.uint8) if "mask" in case.kind else None
+        backend._bias(case.kind.removesuffix("_none"), on["z"], None if "none" in case.kind else on["b"], y, mask)
+        out = {"y": y, "mask": mask}
+    elif case.kind == "colsum_one_block":
+        with _one_block():
+            out["db"] = backend.bias_backward(on["dout"], None)
+    elif case.kind == "colsum":
+        out["db"] = backend.bias_backward(on["dout"], None)
+    elif case.kind == "mask_colsum_db":
+        out["db"] = backend.affine_backward(on["dout"], on["dout"], on["dout"], keep, (False, False, True), (None, None, None))[2]
+    elif case.kind in ("mask_colsum", "preact_colsum"):
+        out["dz"], out["db"] = backend._select_and_sum(on["dout"], keep, True, None)
+    elif case.kind in ("relu", "relu_offset"):
+        out["y"] = backend.relu_forward(on["x"], None)
+    elif case.kind == "softmax_loss":
+        out["loss"], out["dx"] = backend.softmax_loss(on["x"], on["y"], None)
+    else:
+        out["dx"] = backend.relu_backward(on["dout"], keep, None)
+    return {name: backend.to_numpy(array) for name, array in out.items() if array is not None}
+
+
+@contextmanager
+def _one_block() -> Iterator[None]:
+    """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
+    chosen = cupy_backend._rows_per_block
+    cupy_backend._rows_per_block = lambda rows, threads, col_tiles: rows
+    try:
+        yield
+    finally:
+        cupy_backend._rows_per_block = chosen
+
+
+# ---------------------------------------------------------------- what must come out
+
+
+def expected(case: Case, given: dict[str, np.ndarray], flush: bool) -> dict[str, np.ndarray]:
+    """The outputs whose bits NumPy knows. `flush`: the machine takes float32 subnormals for 0 in sums."""
+    dtype = numpy_dtype(case.dtype)
+    if case.kind.startswith("bias"):
+        v = given["z"]
+        if "none" not in case.kind:
+            with np.errstate(invalid="ignore", over="ignore"):
+                v = _flushed(_flushed(v, flush) + _flushed(given["b"].astype(v.dtype)[:, None, :], flush), flush)
+        with np.errstate(over="ignore", invalid="ignore"):
+            t = v.astype(dtype)
+        if "relu" not in case.kind:
+            return {"y": t}
+        return {"y": _selected(t, t), "mask": mask_of(t).bits}
+    if case.kind in ("relu", "relu_offset"):
+        return {"y": _selected(given["x"], given["x"])}
+    if "backward" in case.kind:
+        return {"dx": _selected(given["dout"], given["keep"])}
+    if case.kind in ("mask_colsum", "preact_colsum"):
+        return {"dz": _selected(given["dout"], given["keep"])}
+    return {}
+
+
+def errors(case: Case, given: dict[str, np.ndarray], got: dict[str, np.ndarray], flush: bool = True) -> list[str]:
+    """What is wrong with the outputs of a case; empty if nothing."""
+    found = [
+        f"{case.name}: {name} differs in {int((bits(got[name]) != bits(want)).sum())} of {want.size} elements"
+        for name, want in expected(case, given, flush).items()
+        if got[name].shape != want.shape or got[name].dtype != want.dtype or (bits(got[name]) != bits(want)).any()
+    ]
+    for name, want, bound in _bounded(case, given):
+        error = np.abs(got[name].astype(np.float64) - want)
+        if got[name].shape != want.shape or not (error <= bound).all():
+            found.append(f"{case.name}: {name} is off by {np.max(error - bound):.3g} more than its bound")
+    return found
+
+
+def _bounded(case: Case, given: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(output, exact value, bound on the error)."""
+    dtype = numpy_dtype(case.dtype)
+    eps, half_ulp = np.finfo(sum_dtype(dtype)).eps, {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(case.dtype, 0)
+    if "colsum" in case.kind:
+        dz = given["dout"].astype(np.float64)
+        dz = dz if case.kind.startswith("colsum") else np.where(negative(given["keep"]), 0, dz)
+        want, size = dz.sum(axis=-2), np.abs(dz).sum(axis=-2)
+        # The longest chain of additions: a chunk, the chunks of a thread, two trees, the blocks.
+        rows = case.shape[-2]
+        yield "db", want, (min(rows, 110) * eps * size + half_ulp * np.abs(want)) + rows * np.finfo(np.float32).tiny
+    if case.kind == "softmax_loss":
+        x, y = given["x"].astype(np.float64), given["y"]
+        e = np.exp(x - x.max(axis=1, keepdims=True))
+        p = e / e.sum(axis=1, keepdims=True)
+        n, c = x.shape
+        losses = -np.log(p[np.arange(n), y])
+        want = (p - (np.arange(c) == y[:, None])) / n
+        yield "dx", want, (20 * eps + half_ulp) * np.maximum(p, np.abs(want * n)) / n + np.finfo(np.float32).tiny + _least(case.dtype)
+        yield "loss", losses.mean(), ((c + n + 60) * eps) * (1 + np.abs(x).max()) + half_ulp * losses.mean()
+
+
+def _least(dtype: str) -> float:
+    """Half of the least positive number, what rounding to it may lose."""
+    return {"float16": 2.0**-25, "bfloat16": 2.0**-134}.get(dtype, 0.0)
+
+
+def _selected(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    return np.where(negative(keep), np.zeros((), values.dtype), values)
+
+
+def _flushed(a: np.ndarray, flush: bool) -> np.ndarray:
+    """Float32 subnormals replaced by zeros of their sign; GPUs flush no float64."""
+    if not flush or a.dtype != np.float32:
+        return a
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
+
+
+def bits(a: np.ndarray) -> np.ndarray:
+    """The bit patterns, with one for every NaN: payloads and signs of computed NaNs are the hardware's own affair."""
+    if a.dtype == np.uint8:
+        return a
+    unsigned = a.view(f"u{a.itemsize}")
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of NaN
+        return np.where(np.isnan(a), unsigned.dtype.type(2 ** (8 * a.itemsize) - 1), unsigned)
+
+
+def digest(got: dict[str, np.ndarray]) -> str:
+    """Of all outputs; the same on every machine that does the same arithmetic."""
+    sha = hashlib.sha256()
+    for name in sorted(got):
+        sha.update(name.encode() + np.ascontiguousarray(bits(got[name])).astype(bits(got[name]).dtype.newbyteorder("<")).tobytes())
+    return sha.hexdigest()[:16]
