@@ -122,6 +122,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                     bits + r0 * word(job + BIT_ROW),
                     word(job + BIT_ROW),
                     nv,
+                    0,
                 ),
             )
 
