@@ -64,7 +64,7 @@ JOB_WORDS = 51
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
 
-SMALL_WORK = 1 << 21
+SMALL_WORK = 1 << 20
 """Multiply-adds of a product that one thread finishes before a second one would have started."""
 
 REUSE = 4
@@ -377,7 +377,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
     set_word(job + SLABS, slabs)
-    small = groups * n * d * m < SMALL_WORK
+    small = groups * n * d * m <= SMALL_WORK
     return narrow and (slabs > 1 or groups >= threads or small)
 
 
