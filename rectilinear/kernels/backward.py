@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, rows, vectors
+from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -64,7 +64,7 @@ JOB_WORDS = 51
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
 
-SMALL_WORK = 1 << 21
+SMALL_WORK = 1 << 20
 """Multiply-adds of a product that one thread finishes before a second one would have started."""
 
 REUSE = 4
@@ -117,7 +117,7 @@ def _pack_w(zero: Any, job: int, group: int, panel: int, dst: int) -> None:
 
 
 @jit_inner
-def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: int, panels: int, z: int, packed: int) -> None:
+def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: int, panels: int, z: int, packed: int, ahead: int) -> None:
     """dx of `count` rows and `panels` panels: z holds the rows' dz, packed the panels of w^T."""
     size = size_of(zero)
     nv = vectors(zero)
@@ -131,7 +131,8 @@ def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: in
         k0 = block_start(m, steps, step)
         k = block_start(m, steps, step + 1) - k0
         product(zero, (count, k, columns, z + k0 * size, word(job + LEAD), size,
-            packed + k0 * nr * size, m * nr * size, nr * size, 1, dx, dx_row, 0, ACCUMULATE if step > 0 else 0, 0, 0, nv))  # fmt: skip
+            packed + k0 * nr * size, m * nr * size, nr * size, 1,
+            dx, dx_row, 0, ACCUMULATE if step > 0 else 0, 0, 0, nv, ahead))  # fmt: skip
 
 
 @jit_inner
@@ -150,6 +151,7 @@ def _dw_block(
     dw_row: int,
     flags: int,
     space: int,
+    ahead: int,
 ) -> None:
     """Add to dw[row:row + row_count, panels] what `count` samples from `first` on give; z holds their dz.
 
@@ -169,7 +171,7 @@ def _dw_block(
         x, x_row, x_col = space, lead, size
     j = panel * nr
     product(zero, (row_count, count, min(word(job + M) - j, panels * nr), x, x_col, x_row,
-        z + j * size, nr * size, word(job + LEAD), 1, dw + row * dw_row + j * size, dw_row, 0, flags, 0, 0, nv))  # fmt: skip
+        z + j * size, nr * size, word(job + LEAD), 1, dw + row * dw_row + j * size, dw_row, 0, flags, 0, 0, nv, ahead))  # fmt: skip
 
 
 @jit_inner
@@ -188,6 +190,16 @@ def _write_db(zero: Any, job: int, group: int, total: int) -> None:
 
 
 # Slabs.
+
+
+@jit_inner
+def _announce(zero: Any, ahead: int, address: int, rows_left: int, row: int, columns: int, tiles: int) -> None:
+    """Have the coming tiles ask for the rows of the next block: else memory idles while this one is multiplied."""
+    dense = row >= 0 and row <= 2 * columns * size_of(zero)
+    length = min(rows_left, BLOCK_ROWS) * row if dense else 0
+    set_word(ahead, address)
+    set_word(ahead + 8, address + length)
+    set_word(ahead + 16, round_up(-(-length // tiles), 64))
 
 
 @jit_inner
@@ -210,6 +222,8 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         dw, dw_row = word(job + PARTS) + index * d * word(job + PART_ROW), word(job + PART_ROW)
         total = word(job + SUMS) + index * round_up(m * 8, 64)
 
+    ahead = words(3)
+    tall = most_rows(zero, vectors(zero))
     _clear(0.0, total, m)
     panels = block_count(d, nr)
     if want_dx:
@@ -221,14 +235,18 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         # The same blocks as in `_pack_task`: they decide the order in which db is summed.
         r0 = first + step * word(job + BLOCK)
         count = min(word(job + BLOCK), last - r0)
+        dout_rest = word(job + DY) + group * word(job + DY_GROUP) + (r0 + count) * word(job + DY_ROW)
+        x_rest = word(job + X) + group * word(job + X_GROUP) + (r0 + count) * word(job + X_ROW)
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
         if want_dx:
-            _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w)
+            _announce(zero, ahead, dout_rest, last - r0 - count, word(job + DY_ROW), m, block_count(count, tall) * panels)
+            _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
             accumulate = ACCUMULATE if step > 0 else 0
-            _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space)
+            _announce(zero, ahead, x_rest, last - r0 - count, word(job + X_ROW), d, block_count(d, tall) * block_count(m, nr))
+            _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)
 
@@ -306,14 +324,15 @@ def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     panels = block_count(d, nr)
     p0, p1 = block_start(panels, word(job + DX_COLUMNS), c), block_start(panels, word(job + DX_COLUMNS), c + 1)
     z = word(job + ZP) + r0 * word(job + LEAD)
+    nothing = index & 0  # a plain 0 would compile a second version
     if word(job + DX_ROWS) > 1:
         packed = word(job + PACKED_W) + p0 * m * nr * size
-        _dx_block(zero, job, group, word(job + FIRST) + r0, r1 - r0, p0, p1 - p0, z, packed)
+        _dx_block(zero, job, group, word(job + FIRST) + r0, r1 - r0, p0, p1 - p0, z, packed, nothing)
         return
     packed = word(job + SLOTS) + slot * word(job + SLOT_BYTES)
     for panel in range(p0, p1):
         _pack_w(zero, job, group, panel, packed)
-        _dx_block(zero, job, group, word(job + FIRST) + r0, r1 - r0, panel, 1, z, packed)
+        _dx_block(zero, job, group, word(job + FIRST) + r0, r1 - r0, panel, 1, z, packed, nothing)
 
 
 @jit_inner
@@ -327,12 +346,13 @@ def _dw_task(zero: Any, index: int, job: int, slot: int) -> None:
     p0, p1 = block_start(panels, word(job + DW_COLUMNS), c), block_start(panels, word(job + DW_COLUMNS), c + 1)
     dw = word(job + DW) + group * word(job + DW_GROUP)
     space = word(job + SLOTS) + slot * word(job + SLOT_BYTES)
+    nothing = index & 0
     steps = block_count(last - first, word(blocks(zero)))
     for step in range(steps):
         k0, k1 = block_start(last - first, steps, step), block_start(last - first, steps, step + 1)
         flags = ACCUMULATE if first + k0 > 0 else 0
         z = word(job + ZP) + k0 * word(job + LEAD)
-        _dw_block(zero, job, group, first + k0, k1 - k0, r0, r1 - r0, p0, p1 - p0, z, dw, word(job + DW_ROW), flags, space)
+        _dw_block(zero, job, group, first + k0, k1 - k0, r0, r1 - r0, p0, p1 - p0, z, dw, word(job + DW_ROW), flags, space, nothing)
 
 
 @jit_inner
@@ -357,7 +377,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
     set_word(job + SLABS, slabs)
-    small = groups * n * d * m < SMALL_WORK
+    small = groups * n * d * m <= SMALL_WORK
     return narrow and (slabs > 1 or groups >= threads or small)
 
 

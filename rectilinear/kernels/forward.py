@@ -39,7 +39,7 @@ PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
 RUN, TASKS = 224, 232
 JOB_WORDS = 30
 
-SMALL_WORK = 1 << 21
+SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 TURNS = 8
@@ -122,6 +122,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                     bits + r0 * word(job + BIT_ROW),
                     word(job + BIT_ROW),
                     nv,
+                    0,
                 ),
             )
 
@@ -192,7 +193,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     row_tasks = block_count(n, max(mc, 1))
     column_tasks = 1
     wanted = TURNS * threads
-    if groups * n * d * m < SMALL_WORK or threads == 1:
+    if groups * n * d * m <= SMALL_WORK or threads == 1:
         row_tasks, column_tasks = 1, 1
     elif groups * row_tasks < wanted:
         column_tasks = min(panels, block_count(wanted, groups * row_tasks))

@@ -10,6 +10,7 @@ from typing import Any
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import (
     MAX_ROWS,
+    fetch,
     lanes,
     least_vectors,
     most_rows,
@@ -18,12 +19,12 @@ from rectilinear.kernels.library import (
     tile,
     transpose,
 )
-from rectilinear.kernels.memory import emitted, get, put, size_of, words
+from rectilinear.kernels.memory import emitted, get, put, set_word, size_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
 from rectilinear.kernels.tile import ACCUMULATE
 
-product = emitted("rectilinear_product", 17)
+product = emitted("rectilinear_product", 18)
 pack_panel = emitted("rectilinear_pack_panel", 7)
 copy_strided = emitted("rectilinear_copy_strided", 7)
 """The functions below, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
@@ -96,6 +97,7 @@ def _rows_of_tiles(
     bits_row: int,
     columns: int,
     nv: int,
+    ahead: int,
 ) -> None:
     """One panel of B against all rows of A, in tiles of nearly equal height."""
     count = block_count(n, most_rows(zero, nv))
@@ -103,6 +105,9 @@ def _rows_of_tiles(
     first = 0
     for t in range(count if n > 0 else 0):
         height = block_start(n, count, t + 1) - first
+        if ahead != 0 and word(ahead) < word(ahead + 8):
+            fetch(zero, (word(ahead), word(ahead + 16)))
+            set_word(ahead, word(ahead) + word(ahead + 16))
         tile(
             zero,
             index + height,
@@ -143,6 +148,7 @@ def _read_past(
     bits_row: int,
     columns: int,
     nv: int,
+    ahead: int,
 ) -> None:
     """The last panel of a B that lies in memory as it is: its vectors reach past the columns of B.
 
@@ -159,11 +165,11 @@ def _read_past(
         for j in range(columns, nr):
             put(tail + (i * nr + j) * size, zero)
     if last < k:
-        early = flags & ACCUMULATE
-        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, 0, 0, columns, nv)
+        early, no_bits = flags & ACCUMULATE, flags & 0  # a plain 0 would compile a second version
+        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, no_bits, no_bits, columns, nv, ahead)
         a += (k - last) * a_col
         flags |= ACCUMULATE
-    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv)
+    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, ahead)
 
 
 @jit_inner
@@ -186,11 +192,13 @@ def _product(
     bits: int,
     bits_row: int,
     nv: int,
+    ahead: int,
 ) -> None:
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
     B's panels lie b_panel bytes apart, the rows of one b_row. `padded` says that every panel can be read to its full
-    width (a packed B); else B is read in place.
+    width (a packed B); else B is read in place. `ahead`, if not 0, holds three words: what the next product will read from memory, by
+    address and end, and how much of it to ask for with every tile.
     """
     size = size_of(zero)
     nr = nv * lanes(zero)
@@ -198,13 +206,13 @@ def _product(
     while j < m:
         columns = min(nr, m - j)
         width = _vectors_for(zero, columns, nv)
-        panel_bias = bias + j * size if bias != 0 else 0
-        panel_bits = bits + (j >> 3)
-        panel_c = c + j * size
+        bias_j = bias + j * size if bias != 0 else bias
+        bits_j = bits + (j >> 3)
+        c_j = c + j * size
         if padded != 0 or columns == width * lanes(zero):
-            _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width)
+            _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c_j, c_row, bias_j, flags, bits_j, bits_row, columns, width, ahead)
         else:
-            _read_past(zero, n, k, a, a_row, a_col, b, b_row, panel_c, c_row, panel_bias, flags, panel_bits, bits_row, columns, width)
+            _read_past(zero, n, k, a, a_row, a_col, b, b_row, c_j, c_row, bias_j, flags, bits_j, bits_row, columns, width, ahead)
         b += b_panel
         j += nr
 
@@ -255,8 +263,9 @@ def addresses(zero: Any) -> Any:
         bits: int,
         bits_row: int,
         nv: int,
+        ahead: int,
     ) -> None:
-        _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv)
+        _product(zero, n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, c_row, bias, flags, bits, bits_row, nv, ahead)
 
     @jit_inner
     def pack_panel_of_type(k: int, columns: int, src: int, src_k: int, src_j: int, dst: int, nr: int) -> None:
