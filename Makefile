@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable
 
 test: $(VENV)/.installed-test  ## the tests that need no large library
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -q -m 'not libraries and not browser' --junitxml=out/test.xml
+	@$(BIN)/python -m pytest -q -m 'not libraries and not browser and not cuda' --junitxml=out/test.xml
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
@@ -57,7 +57,20 @@ test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headle
 	@echo "== looking at the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
 
-clean:  ## remove what the targets made
-	rm -rf $(VENV) out build dist rectilinear-bench
+# An environment of its own: everything else is to be tested where CuPy is not installed.
+test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
+	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
+	@echo "== compiling the CUDA kernels, and running them on the CPU"
+	@.venv-cuda/bin/python -m pytest -q -m cuda --junitxml=out/test-cuda.xml tests/cuda
 
-.PHONY: help demo test test-all test-browser lint wheel bench bench-full clean
+cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
+	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
+	@.venv-cuda/bin/python tests/cuda/mutants.py
+
+gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend there; writes one JSON
+	@$(PYTHON) tools/gpu_check.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) .venv-cuda out build dist rectilinear-bench
+
+.PHONY: help demo test test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean

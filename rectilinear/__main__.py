@@ -12,12 +12,7 @@ from dataclasses import asdict
 import rectilinear
 from rectilinear.backends.registry import BackendInfo, choice_error
 
-_CHOSEN_BY = {
-    "context": "active (chosen by use_backend)",
-    "process": "active (chosen by set_backend)",
-    "variable": "active (chosen by RECTILINEAR_BACKEND)",
-    "auto": "active (chosen by auto)",
-}
+_CHOSEN_BY = {"context": "use_backend", "process": "set_backend", "variable": "RECTILINEAR_BACKEND", "auto": "auto"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,26 +52,27 @@ def _info(as_json: bool) -> int:
 
 
 def _print_table(infos: Sequence[BackendInfo]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=f"rectilinear {rectilinear.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
-    for column in ("backend", "state", "version", "device", "threads", "SIMD / BLAS kernel"):
+    # As Text throughout: rich would read the brackets of a reason such as "pip install rectilinear[numba]" as markup.
+    where = f"rectilinear {rectilinear.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    table = Table(title=where, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("backend", "state", "version", "device", "threads", "runs on"):
         table.add_column(column, overflow="fold")
     for row in infos:
-        state = _CHOSEN_BY[row.chosen_by] if row.chosen_by else ("usable" if row.usable else "not usable")
-        if row.name == "generic":
-            state = "serves other libraries' arrays"
-        if row.reason:
-            state += f": {row.reason}"
+        state = f"active, by {_CHOSEN_BY[row.chosen_by]}" if row.chosen_by else "usable" if row.usable else "not usable"
         cells = (row.name, state, row.version, row.device, row.threads, row.simd)
         style = "bold" if row.active else None if row.usable else "dim"
-        # As Text: rich would read the brackets of a reason such as "pip install rectilinear[numba]" as markup.
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), style=style)
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    console.print(table)
+    for row in infos:
+        if row.reason:
+            console.print(Text(f"{row.name}: {row.reason}"))
+    console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
 
 
 if __name__ == "__main__":

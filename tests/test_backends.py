@@ -552,7 +552,7 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     r.set_backend("numpy")
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert "active (chosen by set_backend)" in out
+    assert "active, by set_backend" in out
     assert "generic" in out
 
 

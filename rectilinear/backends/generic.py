@@ -30,7 +30,7 @@ class GenericBackend:
     def probe(self) -> Probe:
         from importlib.metadata import version
 
-        return Probe(True, version=version("array-api-compat"), device="where the arrays are")
+        return Probe(True, version=version("array-api-compat"), device="the arrays'")
 
     def namespace(self, x: Array) -> Any:
         return array_namespace(x)

@@ -31,6 +31,7 @@ AUTO = "auto"
 _BUILT_IN = {
     "numba": "rectilinear.backends.numba_backend:NumbaBackend",
     "numpy": "rectilinear.backends.numpy_backend:NumpyBackend",
+    "cupy": "rectilinear.backends.cupy_loader:make",
     GENERIC: "rectilinear.backends.generic:GenericBackend",
 }
 _AUTO_ORDER = ("numba", "numpy")  # never the GPU unasked
