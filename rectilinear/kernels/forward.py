@@ -36,14 +36,17 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-RUN, TASKS = 224, 232
-JOB_WORDS = 30
+RUN, TASKS, LATE, A_BYTES = 224, 232, 240, 248
+JOB_WORDS = 32
 
 SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 TURNS = 8
 """Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
+
+PACK_AT_ONCE = 1 << 30
+"""Bytes of packed w beyond which each task packs a panel at a time for itself: a narrow w is padded to whole vectors."""
 
 REUSE = 8
 """How often a copied element must be used for the copy to pay."""
@@ -98,33 +101,37 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                 else:
                     copy_strided(zero, (r1 - r0, k, a, a_row, a_col, slots, lead))
                 a, a_row, a_col = slots, lead, size
-            if packed != 0:
-                b, b_panel, b_row = packed + k0 * panels * nr * size + first * k * nr * size, k * nr * size, nr * size
+            c, bit = out + r0 * word(job + OUT_ROW), bits + r0 * word(job + BIT_ROW)
+            if word(job + LATE) != 0:
+                b = slots + word(job + A_BYTES)
+                for p in range(first, block_count(last, nr)):
+                    skipped = (p - first) * nr
+                    columns = min(nr, last - p * nr)
+                    source = word(job + W) + group * word(job + W_GROUP) + k0 * word(job + W_ROW) + p * nr * word(job + W_COL)
+                    pack_panel(zero, (k, columns, source, word(job + W_ROW), word(job + W_COL), b, nr))
+                    panel_bias = bias + skipped * size if bias != 0 else 0
+                    _multiply(
+                        zero, job, r1 - r0, k, columns, a, a_row, a_col, b, 0, nr * size, 1,
+                        c + skipped * size, panel_bias, flags, bit + (skipped >> 3),
+                    )  # fmt: skip
+            elif packed != 0:
+                b, b_row = packed + k0 * panels * nr * size + first * k * nr * size, nr * size
+                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, k * b_row, b_row, 1, c, bias, flags, bit)
             else:
-                b, b_panel, b_row = w + k0 * word(job + W_ROW), nr * size, word(job + W_ROW)
-            product(
-                zero,
-                (
-                    r1 - r0,
-                    k,
-                    last - column,
-                    a,
-                    a_row,
-                    a_col,
-                    b,
-                    b_panel,
-                    b_row,
-                    1 if packed != 0 else 0,
-                    out + r0 * word(job + OUT_ROW),
-                    word(job + OUT_ROW),
-                    bias,
-                    flags,
-                    bits + r0 * word(job + BIT_ROW),
-                    word(job + BIT_ROW),
-                    nv,
-                    0,
-                ),
-            )
+                b, b_row = w + k0 * word(job + W_ROW), word(job + W_ROW)
+                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, nr * size, b_row, 0, c, bias, flags, bit)
+
+
+@jit_inner
+def _multiply(
+    zero: Any, job: int, n: int, k: int, m: int, a: int, a_row: int, a_col: int, b: int, b_panel: int, b_row: int, padded: int,
+    c: int, bias: int, flags: int, bits: int,
+) -> None:  # fmt: skip
+    product(
+        zero,
+        (n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, word(job + OUT_ROW), bias, flags, bits, word(job + BIT_ROW),
+         word(job + WIDTH), 0),
+    )  # fmt: skip
 
 
 @jit_inner
@@ -236,7 +243,12 @@ def entry(zero: Any) -> Any:
         slot = 0
         if word(job + PACK_A) != 0:
             kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
-            slot = mc * packed_row(kc * size_of(zero))
+            slot = round_up(mc * packed_row(kc * size_of(zero)), 64)
+        set_word(job + A_BYTES, slot)
+        if groups * packed > PACK_AT_ONCE:
+            packed = 0
+            set_word(job + LATE, 1)
+            slot += word(blocks(zero)) * word(job + WIDTH) * lanes(zero) * size_of(zero)
         needed = groups * packed + threads * slot
         if needed > scratch_bytes:
             return needed
