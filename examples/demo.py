@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hot_path
 import matplotlib as mpl
 import numpy as np
 from rich.console import Console
@@ -173,12 +174,17 @@ def main() -> None:
     parser.add_argument("--trainings", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
+    parser.add_argument("--hot-path", action=argparse.BooleanOptionalAction, default=True, help="then measure the hot path side by side")
     options = parser.parse_args()
 
     console = Console()
     results = train_all(options.trainings, options.epochs, console)
     picture(results, digits(SEED)[1], options.out)
     console.print(table(results, options.trainings), *left_out(), f"picture: {options.out}", sep="\n")
+    if options.hot_path:
+        if not console.is_terminal:
+            console.print("measuring the hot path, about a minute")
+        hot_path.show(console, options.out.with_name("hot_path.png"))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def test_choice_is_the_best_pair(example, build, monkeypatch, capsys):
 
 
 def test_demo(tmp_path):
-    command = [sys.executable, EXAMPLES / "demo.py", "--trainings", "1", "--epochs", "2", "--out", tmp_path / "out" / "demo.png"]
+    command = [sys.executable, EXAMPLES / "demo.py", "--trainings", "1", "--epochs", "2", "--no-hot-path"]
+    command += ["--out", tmp_path / "out" / "demo.png"]
     done = subprocess.run(command, env=os.environ | ONE_THREAD | {"COLUMNS": "120"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
@@ -171,3 +172,22 @@ def test_links_of_the_mathematics_lead_somewhere():
     near = [link for link in links if not link.startswith("https://")]
     assert len(near) > 10
     assert [link for link in near if not (page.parent / link).is_file()] == []
+
+
+def test_hot_path_shows_every_contestant(demo, tmp_path, capsys):
+    """The table and the picture of a run that is made up: speed itself is not for tests."""
+    import hot_path
+    from rich.console import Console
+
+    from rectilinear.measure.record import Figure, Record
+
+    seconds = {"numba": [1e-3, 1e-3], "cs231n": [2e-3, 2e-3], "torch-lean": [4e-3, 3e-3]}
+    record = Record("", {"rounds": 2, "threads": 2}, {}, subjects={key: {} for key in seconds})
+    record.figures = [Figure("step", shape, "float32", seconds) for shape in hot_path.SHAPES]
+    Console(width=120).print(hot_path.table(record))
+    shown = capsys.readouterr().out
+    assert "numba 2.00 x" in shown
+    assert "numba 3.50 x" in shown
+    assert "PyTorch, autograd" not in shown
+    hot_path.picture(record.figures, tmp_path / "hot_path.png")
+    assert (tmp_path / "hot_path.png").read_bytes().startswith(b"\x89PNG")
