@@ -52,7 +52,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
             loss = math.nan
             for j in range(c):
                 put(dst + i * dst_row + j * size, rounded(zero, math.nan))
-        total += loss
+        total += loss / n  # before they are summed: the mean may be in range where the sum is not
     put(word(job + LOSSES) + index * 8, total)
 
 
@@ -90,7 +90,7 @@ def entry(zero: Any) -> Any:
         total = 0.0
         for block in range(blocks):
             total += get(0.0, word(job + LOSSES) + block * 8)
-        put(data_of(loss), total / n)
+        put(data_of(loss), total)
         return 0
 
     return loss_and_gradient
