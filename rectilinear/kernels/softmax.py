@@ -52,7 +52,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
             loss = math.nan
             for j in range(c):
                 put(dst + i * dst_row + j * size, rounded(zero, math.nan))
-        total += loss / n  # here and not at the end: the sum of a mean within range may be beyond it
+        total += loss / n  # before they are summed: the mean may be in range where the sum is not
     put(word(job + LOSSES) + index * 8, total)
 
 
