@@ -159,8 +159,9 @@ def test_processor_time_between_turns_is_noticed(monkeypatch):
     with started([subject(spinner), subject(sleeper)], 2) as (children, _, _):
         take_turns(RELU, children, 4, 0.1)
         share = {name: child.idle_cpu_seconds / child.idle_seconds for name, child in children.items()}
-    assert share["spinner"] > 0.1
-    assert share["sleeper"] < 0.05
+    # How much of it the scheduler grants is its affair; that it is many times a sleeper's, which is none, is not.
+    assert share["spinner"] > 0.03
+    assert share["sleeper"] < 0.01
 
 
 def test_subjects_get_no_kernel_override_and_equal_threads(monkeypatch):
