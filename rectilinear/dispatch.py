@@ -293,6 +293,8 @@ def check_out(
 
     `in_place` is the one argument that `out` may be.
     """
+    if call.plain and _fits_plainly(call, out, shape, also):
+        return
     function, given = call.function, (*call.given, *also)
     if isinstance(out, KeepMask):
         raise TypeError(f"{function}: {name} is a KeepMask; pass an array")
@@ -313,10 +315,18 @@ def check_out(
     if memory is not None and 0 in memory.strides and any(n > 1 and not s for n, s in zip(memory.shape, memory.strides, strict=True)):
         raise ValueError(f"{function}: elements of {name} share memory with one another (a stride of 0); pass another array")
     for other_name, other in given:
-        if type(out) is np.ndarray and type(other) is np.ndarray and not np.may_share_memory(out, other):
-            continue  # nearly always, and at once
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
+
+
+def _fits_plainly(call: Call, out: Array, shape: tuple[Any, ...], also: Sequence[tuple[str, Array]]) -> bool:
+    """Whether all is well at first sight, as nearly always; if not, the long look says what is wrong, if anything is."""
+    if type(out) is not np.ndarray or out.dtype is not call.dtype or out.shape != shape or not out.flags.writeable or 0 in out.strides:
+        return False
+    for array in (*call.arrays, *(buffer for _, buffer in also)):
+        if array is not None and np.may_share_memory(out, array.bits if type(array) is KeepMask else array):
+            return False
+    return True
 
 
 def _overlap(a: Array, b: Array | KeepMask) -> bool:

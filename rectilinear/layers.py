@@ -56,6 +56,7 @@ _RELU = ("x",)
 _SOFTMAX = ("x", "y")
 _RELU_BACKWARD = ("dout", "cache")
 _GRADIENTS = ("dx", "dw", "db")
+_OUTS = tuple(f"out[{i}] ({name})" for i, name in enumerate(_GRADIENTS))
 _EVERYTHING = (True, True, True)
 _NOWHERE = (None, None, None)
 
@@ -474,7 +475,7 @@ def _affine_backward(
     checked: tuple[tuple[str, Array], ...] = ()
     for i, buffer in enumerate(outs):
         if buffer is not None:
-            name = f"out[{i}] ({_GRADIENTS[i]})"
+            name = _OUTS[i]
             check_out(call, name, buffer, shapes[i], also=checked)
             checked = (*checked, (name, buffer))
     targets = (call.target(outs[0], flat), call.target(outs[1], shapes[1]), call.target(outs[2], shapes[2]))
