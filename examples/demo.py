@@ -180,7 +180,9 @@ def main() -> None:
     console = Console()
     results = train_all(options.trainings, options.epochs, console)
     picture(results, digits(SEED)[1], options.out)
-    console.print(table(results, options.trainings), *left_out(), f"picture: {options.out}", sep="\n")
+    console.print(table(results, options.trainings))
+    # Not as markup: rich would take the brackets of "pip install rectilinear[cuda13]" for a style.
+    console.print(*left_out(), f"picture: {options.out}", sep="\n", markup=False)
     if options.hot_path:
         if not console.is_terminal:
             console.print("measuring the hot path, about a minute")

@@ -134,6 +134,9 @@ def test_demo(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row.split()[1] for row in rows] == [*sorted(BACKENDS, key=lambda name: name != "numpy"), "array-api-strict"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    told = " ".join(done.stdout.split())
+    for info in rectilinear.list_backends():
+        assert info.usable or f"not run: {info.name}: {info.reason}" in told
 
 
 def test_demo_compares_with_the_numpy_backend(demo, example):
