@@ -442,12 +442,14 @@ def test_a_mask_with_longer_rows_is_read_right(rng: np.random.Generator) -> None
         np.testing.assert_array_equal(backend.relu_backward(dout, KeepMask(given, (20, 21)), None), np.where(keep, dout, 0))
 
 
-def test_a_w_too_large_to_pack_at_once() -> None:
-    """Rows of stride 0 have to be packed, and these would take 2 GB: each task packs a panel at a time for itself."""
-    d = 4_000_000
+@pytest.mark.parametrize("threads", [1, 2])  # one thread has both panels in one task, two have a task each
+def test_a_w_too_large_to_pack_at_once(threads: int) -> None:
+    """Rows of stride 0 have to be packed, and these would take 1.3 GB: each task packs a panel at a time for itself."""
+    d = 2_500_000
     row, column, b = np.linspace(-1, 1, 41), np.array([[1.0], [-2.0], [0.5]]), np.linspace(3, -3, 41)
     x, w = np.broadcast_to(column, (3, d)), np.broadcast_to(row, (d, 41))
-    out, keep = NumbaBackend().affine_relu_forward(x, w, b, None)
+    with num_threads(threads):
+        out, keep = backend.affine_relu_forward(x, w, b, None)
     z = column * row * d + b
     np.testing.assert_allclose(out, np.where(z < 0, 0, z), rtol=1e-9, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(keep)[:, np.abs(row) > 0.01] > 0, z[:, np.abs(row) > 0.01] >= 0)
