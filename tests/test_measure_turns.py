@@ -85,7 +85,7 @@ def measured(*subjects, case=RELU, rounds=3, seconds=0.05):
 
 
 def test_a_sleeping_subject_is_reported_at_its_true_time(tmp_path):
-    times, refused, left_out = measured(subject(sleeper, NAPS=str(tmp_path / "naps")), rounds=5)
+    times, refused, left_out, _ = measured(subject(sleeper, NAPS=str(tmp_path / "naps")), rounds=5)
     naps = [float(line) for line in (tmp_path / "naps").read_text().split()]
     assert not refused
     assert not left_out
@@ -103,14 +103,14 @@ def test_a_turn_is_the_median_of_its_batches():
 
 
 def test_equal_subjects_come_out_at_a_ratio_of_one():
-    times, _, _ = measured(subject(sleeper, "a"), subject(sleeper, "b"), rounds=12)
+    times, _, _, _ = measured(subject(sleeper, "a"), subject(sleeper, "b"), rounds=12)
     found = ratio(Figure(RELU.kind, RELU.shape, RELU.dtype, times), "a", "b")
     assert found.low <= 1 <= found.high
     assert found.high < 2  # the spread says something
 
 
 def test_wrong_results_are_refused_by_name_and_have_no_figure():
-    times, refused, _ = measured(subject(liar), subject(sleeper))
+    times, refused, _, _ = measured(subject(liar), subject(sleeper))
     assert set(times) == {"sleeper"}
     assert set(refused) == {"liar"}
     assert "differs in 1000 of 1000" in refused["liar"]
@@ -125,10 +125,10 @@ def test_subjects_take_turns():
 
 def test_a_subject_that_crashes_is_left_out_with_its_last_words():
     with started([subject(crasher), subject(sleeper)], 1) as (children, _, _):
-        times, _, left_out = take_turns(RELU, children, 2, 0.001)
+        times, _, left_out, _ = take_turns(RELU, children, 2, 0.001)
         assert set(times) == {"sleeper"}
         assert "status 3: about to crash" in left_out["crasher"]
-        times, _, left_out = take_turns(RELU, children, 2, 0.001)
+        times, _, left_out, _ = take_turns(RELU, children, 2, 0.001)
         assert set(times) == {"sleeper"}
         assert not left_out
 
@@ -136,7 +136,7 @@ def test_a_subject_that_crashes_is_left_out_with_its_last_words():
 def test_a_subject_that_cannot_do_a_case_stays_for_the_next():
     with started([subject(thrower)], 1) as (children, _, _):
         for _ in range(2):
-            times, _, left_out = take_turns(RELU, children, 2, 0.001)
+            times, _, left_out, _ = take_turns(RELU, children, 2, 0.001)
             assert not times
             assert left_out == {"thrower": "RuntimeError: cannot do relu_forward-10x100-float32"}
 
@@ -149,7 +149,7 @@ def test_a_missing_library_is_named():
 
 
 def test_what_libraries_print_does_not_disturb():
-    times, _, left_out = measured(subject(chatterbox))
+    times, _, left_out, _ = measured(subject(chatterbox))
     assert set(times) == {"chatterbox"}
     assert not left_out
 
@@ -176,7 +176,7 @@ def test_subjects_get_no_kernel_override_and_equal_threads(monkeypatch):
 
 def test_a_case_that_does_not_fit_into_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(turns, "memory_available", lambda: 10**4)
-    times, _, left_out = measured(subject(sleeper))
+    times, _, left_out, _ = measured(subject(sleeper))
     assert not times
     assert "GiB together" in left_out["sleeper"]
 
@@ -213,7 +213,7 @@ def all_right(subjects, cases):
     with started(subjects, 1) as (children, _, missing):
         assert not missing
         for case in cases:
-            times, refused, left_out = take_turns(case, children, 1, 0.001)
+            times, refused, left_out, _ = take_turns(case, children, 1, 0.001)
             assert not refused
             assert not left_out
             assert set(times) == {s.name for s in subjects if s.covers(case)}

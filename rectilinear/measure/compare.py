@@ -2,8 +2,8 @@
 
 Times of two runs are not comparable as they stand: the clock, the neighbours and the temperature differ. The baseline peer
 (CS231n's NumPy) ran beside every subject in both, so what is compared is each subject's time in units of the baseline's in the
-same round; bare times serve where a run has no baseline, and for the baseline itself. A change counts when it is well beyond the
-spread of the rounds of both runs, and beyond what two runs of the same code differ by.
+same round; bare times serve where a run has no baseline, for the baseline itself, and on a GPU, which has a clock of its own. A
+change counts when it is well beyond the spread of the rounds of both runs, and beyond what two runs of the same code differ by.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def changes(old: Record, new: Record, tolerance: float) -> list[Change]:
 
 
 def _change(earlier: Figure, figure: Figure, subject: str, tolerance: float, ours: bool) -> Change | None:
-    paired = subject != BASELINE and all(BASELINE in f.seconds for f in (earlier, figure))
+    paired = subject != BASELINE and subject not in figure.gpu and all(BASELINE in f.seconds for f in (earlier, figure))
     was, now = (_relative(f, subject) if paired else f.seconds[subject] for f in (earlier, figure))
     factor = median(now) / median(was)
     if max(factor, 1 / factor) < 1 + max(BETWEEN_RUNS, BEYOND_NOISE * (_width(was) + _width(now))):

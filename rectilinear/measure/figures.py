@@ -52,10 +52,11 @@ class Headline(NamedTuple):
 
 
 def headline(figures: Iterable[Figure], subject: str, peer: str, peers: Sequence[str]) -> Headline | None:
-    """`peer` may be ``"best"``: the fastest of `peers` at each shape. None where they share no case."""
+    """`peer` may be ``"best"``: the fastest of `peers` at each shape that ran where the subject did. None where they share no case."""
     pairs = []
     for figure in figures:
-        rival = best_peer(figure, peers) if peer == "best" else peer
+        beside = [p for p in peers if on_host(figure, p) == on_host(figure, subject)]
+        rival = best_peer(figure, beside) if peer == "best" else peer
         if rival in figure.seconds and subject in figure.seconds:
             pairs.append((figure, rival))
     if not pairs:
@@ -93,9 +94,9 @@ def bandwidth(case: Case, level: dict[str, Any]) -> float:
     return float(1 / ((1 - share) / level["read"] + share / level["copy"]))
 
 
-def on_host(record: Record, subject: str) -> bool:
-    """Whether the ceilings, which are the processor's, apply to a subject."""
-    return record.subjects[subject].get("backend") != "cupy"
+def on_host(figure: Figure, subject: str) -> bool:
+    """Whether the ceilings, which are the processor's, apply to a subject: not on a GPU."""
+    return subject not in figure.gpu
 
 
 def broken_ceilings(record: Record) -> list[str]:
@@ -107,7 +108,7 @@ def broken_ceilings(record: Record) -> list[str]:
         limit = roof(figure.case, record.ceilings)
         for subject, seconds in figure.seconds.items():
             share = limit.seconds / median(seconds)
-            if on_host(record, subject) and share > 1:
+            if on_host(figure, subject) and share > 1:
                 broken.append(f"{subject} reaches {share:.0%} of the measured ceiling ({limit.bound}) in {figure.case.name}")
     return broken
 

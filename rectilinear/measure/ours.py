@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 import rectilinear as rl
+from rectilinear.backends import registry
+from rectilinear.backends.cupy_backend import CupyBackend
 from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.gpu import Gpu
 from rectilinear.measure.reference import LEARNING_RATE
 from rectilinear.measure.subjects import Run
 
@@ -29,14 +32,16 @@ def _build(case: Case, data: dict[str, Any], allocated: bool) -> Run:
     arrays = {name: rl.asarray(a) for name, a in data.items()}
     make = {"train": _train, "softmax": _softmax, "db": _db, "relu_forward": _relu_forward, "relu_backward": _relu_backward}.get(case.kind)
     call = make(arrays, allocated) if make else _affine(case, arrays, allocated)
-    on_host = all(isinstance(a, np.ndarray) for a in arrays.values())
+    backend = registry.active()
+    gpu = Gpu(backend.runtime.cp, rl.asarray, rl.to_numpy) if isinstance(backend, CupyBackend) else None
+    needs_no_waiting = gpu or all(isinstance(a, np.ndarray) for a in arrays.values())
 
     def waiting() -> Any:
         value = call()
         rl.synchronize()
         return value
 
-    return Run(call if on_host else waiting, lambda value: tuple(np.asarray(rl.to_numpy(a)) for a in value))
+    return Run(call if needs_no_waiting else waiting, lambda value: tuple(np.asarray(rl.to_numpy(a)) for a in value), gpu)
 
 
 def _like(a: Any, allocated: bool) -> Any:

@@ -15,12 +15,17 @@ FORMAT = 1
 
 @dataclass
 class Figure:
-    """One case: for each subject its seconds per call, one figure per round."""
+    """One case: for each subject its seconds per call, one figure per round.
+
+    `gpu` has those of them that ran on a GPU: ``{"device": its name, "launch": the host's seconds per call, one figure per round,
+    "to_device" and "to_host": {"bytes", "seconds": of each try}}``. Copies are in no other figure.
+    """
 
     kind: str
     shape: tuple[int, ...]
     dtype: str
     seconds: dict[str, list[float]]
+    gpu: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def case(self) -> Case:
@@ -78,5 +83,5 @@ def load(path: str | os.PathLike[str]) -> Record:
     found = data.pop("format", None) if isinstance(data, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}; this version reads format {FORMAT}: measure anew, or use the version that wrote it")
-    data["figures"] = [Figure(f["kind"], tuple(f["shape"]), f["dtype"], f["seconds"]) for f in data["figures"]]
+    data["figures"] = [Figure(f["kind"], tuple(f["shape"]), f["dtype"], f["seconds"], f.get("gpu", {})) for f in data["figures"]]
     return Record(**data)

@@ -17,12 +17,15 @@ BUSY = 0.1
 """Processors kept busy by others from which on a report warns: one thread that waits for a processor holds up a whole BLAS call."""
 SMALL_FLOPS = 10**7
 """A step below this is over in microseconds: calling it costs more than computing it."""
+HOST_BOUND = 0.8
+"""The share of a call's time on a GPU from which on the host's launching is what it waits for; the two are measured one after the other."""
 
 
 def sections(record: Record) -> list[Section]:
     """Everything the report says, in its order; what was not measured is not there."""
     made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _throughput(record)]
-    made += [_latency(record), _memory_bound(record), _everything(record), _least_work(record), _machine(record), _absent(record)]
+    made += [_latency(record), _memory_bound(record), _gpu(record), _everything(record), _least_work(record), _machine(record)]
+    made.append(_absent(record))
     return [section for section in made if section.tables or section.charts or section.text]
 
 
@@ -51,6 +54,8 @@ def _headlines(record: Record) -> Section:
         "Headline", "How many times as fast as each peer, above 1 being faster: geometric mean over the cases, and the worst of them. "
     )
     section.text += "In brackets the lowest and the highest round. The best peer is the fastest at each shape."
+    if _gpus(record):
+        section.text += " On a GPU and on the processor there is a best peer each. Copies to a GPU and back are in no ratio."
     groups = [("the whole step, " + d, [f for f in record.figures if f.kind == "step" and f.dtype == d]) for d in ITEMSIZE]
     groups.append(("everything", record.figures))
     for subject in record.backends:
@@ -86,6 +91,8 @@ def _choice(record: Record) -> Section:
     section = Section("Which backend to choose here, by size")
     if len(names) == 1:
         section.text = f"Only the {names[0]} backend is usable here."
+    if _gpus(record):
+        section.text += " On a GPU the arrays are there already: what copies take is told apart, below."
     table = [
         [
             PASSES[row.case.kind],
@@ -129,6 +136,7 @@ def _throughput(record: Record) -> Section:
     if not record.ceilings:
         return Section("")
     section.text = "Each point is a shape. The roofline is the most the machine allows for the FLOPs and the least bytes of that shape."
+    section.text += _NOT_THE_GPUS if _gpus(record) else ""
     for dtype in ITEMSIZE:
         figures = sorted((f for f in record.figures if f.kind == "step" and f.dtype == dtype and f.seconds), key=lambda f: f.case.flops)
         if not figures:
@@ -161,6 +169,7 @@ def _memory_bound(record: Record) -> Section:
     if not record.ceilings:
         return Section("")
     section.text = "The least bytes of a pass over its time. The ceiling falls where the arrays outgrow a level of cache."
+    section.text += _NOT_THE_GPUS if _gpus(record) else ""
     for kind in MEMORY_BOUND:
         figures = [f for f in record.figures if f.kind == kind and f.dtype == "float32" and f.seconds]
         figures.sort(key=lambda f: _bytes(f.case))
@@ -170,6 +179,45 @@ def _memory_bound(record: Record) -> Section:
             series.append(charts.Series("measured ceiling", ceiling, None))
             section.charts.append(charts.lines(series, "bytes", "GB/s", f"{PASSES[kind]}, float32"))
     return section if section.charts else Section("")
+
+
+_NOT_THE_GPUS = " It is the processor's and no limit to a GPU, whose ceilings are not measured."
+
+
+def _gpus(record: Record) -> list[str]:
+    """The names of the GPUs on which subjects ran."""
+    return sorted({about["device"] for figure in record.figures for about in figure.gpu.values()})
+
+
+def _gpu(record: Record) -> Section:
+    """What the other tables leave out of a GPU's subjects: the host's share of a call, and the copies."""
+    section = Section("On the GPU: launches and copies")
+    section.text = "A call's time is that between two CUDA events around a batch of calls, over their number: if launching takes the host "
+    section.text += "longer than the kernels take, it is the host's time. The L2 cache is not emptied between calls. Copies are of all inputs "
+    section.text += "from ordinary NumPy arrays, once they are no longer the first, and of all results; they are in no other figure."
+    rows = [
+        [
+            f.case.name,
+            subject,
+            _time(median(f.seconds[subject])),
+            _time(median(about["launch"])),
+            "launches" if median(about["launch"]) >= HOST_BOUND * median(f.seconds[subject]) else "the GPU",
+            *_copy(about["to_device"]),
+            *_copy(about["to_host"]),
+        ]
+        for kind in PASSES
+        for f in record.figures
+        if f.kind == kind
+        for subject, about in f.gpu.items()
+    ]
+    header = ["case", "subject", "one call", "launched in", "waits for", "copied there in", "GB/s", "and back in", "GB/s"]
+    section.tables.append(Table(header, rows, ", ".join(_gpus(record))))
+    return section if rows else Section("")
+
+
+def _copy(about: dict[str, Any]) -> tuple[str, str]:
+    seconds = median(about["seconds"])
+    return _time(seconds), f"{about['bytes'] / seconds * 1e-9:.3g}"
 
 
 def _least_work(record: Record) -> Section:
@@ -201,6 +249,7 @@ def _everything(record: Record) -> Section:
     """Every case: what bounds it, and each subject's time as a share of that."""
     section = Section("All figures", "The time of one call, the median over rounds")
     section.text += ", and the share of the roofline that it reaches." if record.ceilings else "."
+    section.text += " The roofline is the processor's: a subject on a GPU has no share of it." if record.ceilings and _gpus(record) else ""
     figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.seconds]
     rows = [[f.case.name, *_bound(record, f.case), *(_share(record, f, name) for name in record.subjects)] for f in figures]
     header = ["case", *(["roofline", "bound by"] if record.ceilings else []), *record.subjects]
@@ -219,14 +268,14 @@ def _share(record: Record, figure: Figure, subject: str) -> str:
     if subject not in figure.seconds:
         return ""
     seconds = median(figure.seconds[subject])
-    if not record.ceilings or not on_host(record, subject):
+    if not record.ceilings or not on_host(figure, subject):
         return _time(seconds)
     return f"{_time(seconds)} ({roof(figure.case, record.ceilings).seconds / seconds:.0%})"
 
 
 def _machine(record: Record) -> Section:
     facts = [[key, _fact(value)] for key, value in {**record.machine, **record.settings, "started": record.started}.items()]
-    facts.append(["took", f"{record.seconds:.0f} s"])
+    facts += [["GPU", name] for name in _gpus(record)] + [["took", f"{record.seconds:.0f} s"]]
     section = Section(
         "Machine and method", "Every subject in its own process; they take turns, round by round; figures are medians over rounds."
     )

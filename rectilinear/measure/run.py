@@ -89,8 +89,8 @@ def _measure(plan: Plan, threads: int, record: Record, begun: float, save: Calla
 
 
 def _case(plan: Plan, case: Case, children: dict[str, Any], record: Record, on_turn: Callable[[str], None]) -> None:
-    seconds, refused, left_out = take_turns(case, children, plan.rounds, plan.seconds, on_turn)
-    record.figures.append(Figure(case.kind, case.shape, case.dtype, seconds))
+    seconds, refused, left_out, gpu = take_turns(case, children, plan.rounds, plan.seconds, on_turn)
+    record.figures.append(Figure(case.kind, case.shape, case.dtype, seconds, gpu))
     record.refused += [{"case": case.name, "subject": name, "reason": reason} for name, reason in refused.items()]
     record.left_out += [{"case": case.name, "subject": name, "reason": reason} for name, reason in left_out.items()]
 

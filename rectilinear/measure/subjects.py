@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectilinear.measure.cases import PASSES, Case
+from rectilinear.measure.gpu import Gpu
 
 
 class Run(NamedTuple):
-    """A case ready to be run: `call` does the pass and waits for it; `results` makes NumPy arrays of what it returned."""
+    """A case ready to be run: `call` does the pass and waits for it; `results` makes NumPy arrays of what it returned.
+
+    With `gpu`, the arrays are on one, `call` only launches the pass, and `gpu` times it.
+    """
 
     call: Callable[[], Any]
     results: Callable[[Any], tuple[np.ndarray, ...]]
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ PEERS = (
     ),
     Subject("jax", f"{_HERE}.peers.jax_jit:build", about="JAX jit", environment={"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}),
     Subject("sklearn", f"{_HERE}.peers.sklearn_mlp:build", about="scikit-learn MLPClassifier.partial_fit", passes=("train",)),
+    Subject("cs231n-cupy", f"{_HERE}.peers.cs231n_cupy:build", about="CS231n's layers, CuPy in NumPy's place, on the GPU"),
     Subject("thinc", f"{_HERE}.peers.thinc_net:build", about="thinc, Relu and Softmax layers", passes=("train",), dtypes=("float32",)),
 )
 

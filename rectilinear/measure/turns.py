@@ -179,17 +179,20 @@ def started(subjects: list[Subject], threads: int) -> Iterator[tuple[dict[str, C
 
 def take_turns(
     case: Case, children: dict[str, Child], rounds: int, seconds: float, on_turn: Callable[[str], None] = lambda name: None
-) -> tuple[dict[str, list[float]], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, list[float]], dict[str, str], dict[str, str], dict[str, dict[str, Any]]]:
     """Measure one case: seconds per call by subject, one figure per round; who was refused for wrong results; and who was left out.
+
+    Last, for each subject on a GPU, what `record.Figure` says of it.
 
     `on_turn` is called with a subject's name before it does something. A subject whose process has ended is taken out of `children`.
     """
     times: dict[str, list[float]] = {}
     refused, left_out = {}, {}
+    gpu: dict[str, dict[str, Any]] = {}
     taking_part = {name: child for name, child in children.items() if child.subject.covers(case)}
     short_of = _memory_needed(case, len(taking_part))
     if short_of:
-        return {}, {}, dict.fromkeys(taking_part, short_of)
+        return {}, {}, dict.fromkeys(taking_part, short_of), {}
 
     def attempt(name: str, do: str, **arguments: Any) -> dict[str, Any] | None:
         on_turn(name)
@@ -211,12 +214,16 @@ def take_turns(
             answer = attempt(name, "measure", seconds=seconds)
             if answer:
                 times[name].append(answer["seconds"])
+                if "launch" in answer:
+                    gpu.setdefault(name, {"launch": []})["launch"].append(answer["launch"])
     for name in list(taking_part):
         answer = attempt(name, "check")
         if answer and answer["wrong"]:
             refused[name] = answer["wrong"]
             del times[name]
-    return times, refused, left_out
+        elif answer and "gpu" in answer:
+            gpu[name] |= answer["gpu"]
+    return times, refused, left_out, {name: about for name, about in gpu.items() if name in times}
 
 
 def _memory_needed(case: Case, subjects: int) -> str | None:

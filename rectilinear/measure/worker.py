@@ -6,7 +6,8 @@ Reads one JSON object a line from standard input and answers each with one: a gr
     {"do": "measure", "seconds": s}                   one turn of about s seconds    {"seconds": per call}
     {"do": "check"}                                   against float64, drop the case {"wrong": null or what}
 
-or with ``{"error": text}``. Between turns it blocks on the pipe.
+or with ``{"error": text}``. Between turns it blocks on the pipe. A subject on a GPU is timed as `gpu` says, and adds "launch", the host's
+seconds per call, to the second answer and "gpu", the device's name and what copies took, to the third.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from rectilinear.measure.cases import Case
+from rectilinear.measure.gpu import WARM_UP, Gpu
 from rectilinear.measure.machine import library_versions, thread_pools
 from rectilinear.measure.reference import check, inputs
 from rectilinear.measure.subjects import Run
@@ -36,13 +38,14 @@ _WARM_UP = 0.1
 """The share of a turn that is spent warming up."""
 
 
-def per_call(call: Callable[[], Any], seconds: float, expected: float) -> float:
+def per_call(call: Callable[[], Any], seconds: float, expected: float, gpu: Gpu | None = None) -> float:
     """Seconds per call, measured for about `seconds`, at least one call; `expected` is a first guess."""
-    if expected < LONG_CALL:
-        _batch(call, max(1, round(_WARM_UP * seconds / expected)))
+    batch = gpu.elapsed if gpu else _batch
+    if expected < LONG_CALL or gpu:
+        batch(call, max(WARM_UP if gpu else 1, round(_WARM_UP * seconds / expected)))
     batches = max(1, min(BATCHES, round(seconds / expected)))
     calls = max(1, round(seconds / batches / expected))
-    return median(_batch(call, calls) / calls for _ in range(batches))
+    return median(batch(call, calls) / calls for _ in range(batches))
 
 
 def _batch(call: Callable[[], Any], calls: int) -> float:
@@ -52,12 +55,13 @@ def _batch(call: Callable[[], Any], calls: int) -> float:
     return perf_counter() - start
 
 
-def _first_guess(call: Callable[[], Any]) -> float:
+def _first_guess(call: Callable[[], Any], gpu: Gpu | None = None) -> float:
     """Run until compiled and warm: at least twice, until 20 ms have gone or the calls get no faster."""
     call()
+    batch = gpu.elapsed if gpu else _batch
     best, spent = float("inf"), 0.0
     while spent < 0.02:
-        last = _batch(call, 1)
+        last = batch(call, 1)
         spent += last
         if last > LONG_CALL:
             return last
@@ -72,23 +76,26 @@ class _Worker:
     def prepare(self, case: list[Any]) -> dict[str, Any]:
         self.case = Case(case[0], tuple(case[1]), case[2])
         self.run = self.build(self.case, inputs(self.case))
-        self.guess = _first_guess(self.run.call)
+        self.guess = _first_guess(self.run.call, self.run.gpu)
         return {"seconds": self.guess}
 
     def measure(self, seconds: float) -> dict[str, Any]:
+        call, gpu = self.run.call, self.run.gpu
         gc.disable()
         try:
-            self.guess = per_call(self.run.call, seconds, self.guess)
+            self.guess = per_call(call, seconds, self.guess, gpu)
+            return {"seconds": self.guess} | ({"launch": gpu.launch(call)} if gpu else {})
         finally:
             gc.enable()
-        return {"seconds": self.guess}
 
     def check(self) -> dict[str, Any]:
         """Check what one more call returns, after timing. A training step changes its parameters, so it starts anew."""
         data = inputs(self.case)
         run = self.build(self.case, inputs(self.case)) if self.case.kind == "train" else self.run
-        got = run.results(run.call())
-        answer = {"wrong": check(self.case, data, got)}
+        value = run.call()
+        answer: dict[str, Any] = {"wrong": check(self.case, data, run.results(value))}
+        if run.gpu:
+            answer["gpu"] = {"device": run.gpu.device, **run.gpu.copies(data.values(), value)}
         self.drop()
         return answer
 
