@@ -196,7 +196,8 @@ def _print_choice(record: Record) -> None:
     if len(rows) > SCREENFUL:  # the report has them all
         rows = [row for row in rows if row.case.kind in ("step", "train")] or rows
     names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
-    table = Table(title="Which backend to choose here, by size")
+    on_gpu = "; on a GPU, arrays that are there already" if any(figure.gpu for figure in record.figures) else ""
+    table = Table(title="Which backend to choose here, by size" + on_gpu)
     for column in ("case", *(f"{name}, µs" for name in names), "choose"):
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -192,9 +192,11 @@ def _gpus(record: Record) -> list[str]:
 def _gpu(record: Record) -> Section:
     """What the other tables leave out of a GPU's subjects: the host's share of a call, and the copies."""
     section = Section("On the GPU: launches and copies")
-    section.text = "A call's time is that between two CUDA events around a batch of calls, over their number: if launching takes the host "
-    section.text += "longer than the kernels take, it is the host's time. The L2 cache is not emptied between calls. Copies are of all inputs "
-    section.text += "from ordinary NumPy arrays, once they are no longer the first, and of all results; they are in no other figure."
+    section.text = "A call's time is that between two CUDA events around a batch of calls, over their number; where launching takes longer "
+    section.text += (
+        "than the kernels, it is the launching's. The L2 cache is not emptied between calls. Copied are all inputs, from ordinary "
+    )
+    section.text += "NumPy arrays, and all results, after a first time that does not count. Copies are in no other figure."
     rows = [
         [
             f.case.name,

@@ -142,6 +142,17 @@ class ndarray:
     def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
         return self._host.copy(order)
 
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __imul__(self, factor: float) -> ndarray:
+        self._host *= factor
+        return self
+
+    def __isub__(self, other: ndarray) -> ndarray:
+        self._host -= other._host
+        return self
+
     def __getitem__(self, key: Any) -> ndarray:
         return self._view(self._host[key])
 
@@ -237,15 +248,18 @@ class Stream:
     """`cupy.cuda.Stream`: everything here happens at once. Under capture it refuses cuBLAS, as CuPy does."""
 
     capturing = False
+    null: Stream
+    _entered: ClassVar[list[Stream]] = []
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None) -> None:
         pass
 
     def __enter__(self) -> Stream:
+        self._entered.append(self)
         return self
 
     def __exit__(self, *args: object) -> None:
-        pass
+        self._entered.pop()
 
     def synchronize(self) -> None:
         if Stream.capturing:
@@ -257,6 +271,13 @@ class Stream:
     def end_capture(self) -> Graph:
         Stream.capturing = False
         return Graph()
+
+
+Stream.null = Stream(null=True)
+
+
+def get_current_stream(device_id: int = -1) -> Stream:
+    return Stream._entered[-1] if Stream._entered else Stream.null
 
 
 class Event:
@@ -325,6 +346,7 @@ class StandIn:
             Stream=Stream,
             Event=Event,
             get_elapsed_time=get_elapsed_time,
+            get_current_stream=get_current_stream,
         )
 
     def get_default_memory_pool(self) -> MemoryPool:
