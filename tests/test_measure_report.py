@@ -1,5 +1,6 @@
 """From figures to words: ratios, rooflines, comparison of runs, the report, the command."""
 
+import json
 import os
 import re
 import signal
@@ -75,6 +76,25 @@ def made_up(noise=0.01, seed=0, slow=(), drift=1.0, patterns=("step-*", "db-*", 
     return replace(record, ceilings=CEILINGS, figures=figures, complete=True, missing={"thinc": "No module named 'thinc'"})
 
 
+GPU = {
+    "device": "A <fast> GPU",
+    "launch": [8e-6] * 5,
+    "to_device": {"bytes": 2 * 10**6, "seconds": [1e-3, 9e-3, 1e-3]},
+    "to_host": {"bytes": 10**6, "seconds": [2e-3] * 3},
+}
+
+
+def with_gpu(noise=0.01, seed=0, factor=1e-3):
+    """Such a record with a backend and a peer on a GPU, a thousand times as fast, far beyond the processor's ceilings."""
+    record = made_up(noise, seed)
+    for name, backend in (("cupy", "cupy"), ("cs231n-cupy", None)):
+        record.subjects[name] = record.subjects["numpy"] | {"backend": backend, "about": name}
+        for f in record.figures:
+            f.seconds[name] = [factor * s for s in f.seconds["numpy"]]
+            f.gpu[name] = dict(GPU)
+    return record
+
+
 def figure(**seconds):
     return Figure("step", (1, 64, 64), "float32", seconds)
 
@@ -146,6 +166,68 @@ def test_advice_names_the_fastest_backend_and_owns_up_to_ties():
     assert "either (" in report.markdown(record)
 
 
+# ---------------------------------------------------------------- on a GPU
+
+
+def test_a_gpu_is_not_held_against_the_processors_ceilings():
+    record = with_gpu()
+    assert broken_ceilings(record) == []
+    (row, *_) = [line for line in report.markdown(record).splitlines() if line.startswith("| step-1x64x64-float32 |") and "%" in line]
+    cells = [cell.strip() for cell in row.split("|")[4:-1]]
+    for name, cell in zip(record.subjects, cells, strict=True):
+        assert ("%" in cell) == ("cupy" not in name), name
+    assert "The roofline is the processor's: a subject on a GPU has no share of it." in report.markdown(record)
+
+
+def test_copies_and_launches_are_a_table_of_their_own_where_a_gpu_took_part():
+    record = with_gpu()
+    record.figures = [f for f in record.figures if f.case.name in ("step-1x64x64-float32", "db-10x100-float32")]
+    record.figures[0].seconds["cupy"] = [9e-6] * 5
+    record.figures[0].seconds["cs231n-cupy"] = [90e-6] * 5
+    text = report.markdown(record)
+    section = text.partition("## On the GPU: launches and copies")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| step-1x64x64-float32")]
+    copies = ["1 ms", "2", "2 ms", "0.5"]  # 2 MB in the median of 1, 9 and 1 ms, and 1 MB
+    assert rows == [
+        ["step-1x64x64-float32", "cupy", "9 µs", "8 µs", "launches", *copies],
+        ["step-1x64x64-float32", "cs231n-cupy", "90 µs", "8 µs", "the GPU", *copies],
+    ]
+    assert "| GPU | A <fast> GPU |" in text
+    assert "A &lt;fast&gt; GPU" in report.html(record)
+    assert "arrays are there already" in text
+
+
+def test_without_a_gpu_the_report_says_nothing_of_one():
+    for text in (report.markdown(made_up()), report.html(made_up())):
+        assert "GPU" not in text
+
+
+def test_the_best_peer_is_sought_where_the_subject_ran():
+    f = Figure("step", (1, 64, 64), "float32", {"a": [4.0], "g": [0.5], "p": [2.0], "q": [0.25]}, {"g": GPU, "q": GPU})
+    assert headline([f], "a", "best", ["p", "q"]).mean.mid == pytest.approx(0.5)
+    assert headline([f], "g", "best", ["p", "q"]).mean.mid == pytest.approx(0.5)
+    assert headline([f], "g", "best", ["p"]) is None
+    assert headline([f], "g", "p", ["p"]).mean.mid == pytest.approx(4.0)
+
+
+def test_a_gpu_is_compared_with_itself_and_not_by_the_processors_drift():
+    old, new = with_gpu(0.01, 1), with_gpu(0.01, 2)
+    for f in new.figures:  # the processor is slower now, the GPU is not
+        f.seconds = {name: [s * (1 if name in f.gpu else 1.5) for s in seconds] for name, seconds in f.seconds.items()}
+    assert {c.subject for c in compare.changes(old, new, 10.0)} == {"cs231n"}
+
+
+def test_a_record_from_before_there_were_gpus_is_read(tmp_path):
+    record = made_up()
+    record.save(tmp_path / "run.json")
+    text = (tmp_path / "run.json").read_text()
+    data = json.loads(text)
+    for f in data["figures"]:
+        assert f.pop("gpu") == {}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert load(tmp_path / "run.json") == record
+
+
 # ---------------------------------------------------------------- comparison
 
 
@@ -206,7 +288,7 @@ def test_the_command_exits_non_zero_on_a_regression(tmp_path, capsys):
 
 
 def test_a_record_survives_saving(tmp_path):
-    record = made_up()
+    record = with_gpu()
     record.save(tmp_path / "deep" / "run.json")
     assert load(tmp_path / "deep" / "run.json") == record
 
