@@ -22,7 +22,7 @@ from host_backend import Host
 import rectilinear
 from rectilinear.backends import cupy_loader, registry
 from rectilinear.backends.contract import Probe
-from rectilinear.measure import gpu, report, worker
+from rectilinear.measure import gpu, ours, report, worker
 from rectilinear.measure.cases import Case
 from rectilinear.measure.gpu import COPIES, LAUNCHED, WARM_UP, Gpu
 from rectilinear.measure.peers import cs231n
@@ -214,6 +214,22 @@ def chosen(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     return host
 
 
+@pytest.mark.parametrize("build", [ours.build, ours.build_out])
+def test_a_pass_copies_nothing_between_host_and_device(chosen: Host, build: Any) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a copy between host and device")
+
+    with rectilinear.use_backend("cupy"):
+        for case in SMALL:
+            subject = build(case, inputs(case))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(chosen.cp, "asarray", refuse)
+                patch.setattr(standin.ndarray, "get", refuse)
+                value = subject.call()
+            assert all(type(a) is chosen.cp.ndarray for a in value)
+            assert check(case, inputs(case), subject.results(value)) is None, case.name
+
+
 class Benchmark:
     """pytest-benchmark's fixture, as far as the suites go."""
 
@@ -266,8 +282,12 @@ def test_the_peer_is_cs231ns_code_in_cupys_words(monkeypatch: pytest.MonkeyPatch
     """With NumPy under another name in CuPy's place: the stand-in has no arithmetic."""
     used: list[str] = []
 
+    class There(np.ndarray):
+        """Results of what is there are there too."""
+
     class Elsewhere:
         cuda = standin.StandIn().cuda
+        asarray = staticmethod(lambda a: np.array(a).view(There))
         asnumpy = staticmethod(np.array)
 
         def __getattr__(self, name: str) -> Any:
@@ -280,8 +300,10 @@ def test_the_peer_is_cs231ns_code_in_cupys_words(monkeypatch: pytest.MonkeyPatch
     for case in SMALL:
         subject = made.build(case, inputs(case))
         assert subject.gpu is not None
-        assert check(case, inputs(case), subject.results(subject.call())) is None, case.name
-    assert {"asarray", "maximum", "exp", "log", "arange", "sum"} <= set(used)
+        value = subject.call()
+        assert all(type(a) is There for a in value if a.ndim)
+        assert check(case, inputs(case), subject.results(value)) is None, case.name
+    assert {"maximum", "exp", "log", "arange", "sum"} <= set(used)
     assert cs231n.np is np
 
 
