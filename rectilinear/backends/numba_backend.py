@@ -17,6 +17,7 @@ from rectilinear.kernels.scratch import with_scratch
 from rectilinear.threads import get_num_threads
 
 _RELU = 2  # rectilinear.kernels.tile.RELU, whose module would import llvmlite
+_BYTE = np.dtype(np.uint8)  # made already, it saves np.empty 40 ns
 _NO_MASK, _BY_Z, _BY_BITS = 0, 1, 2
 
 
@@ -48,16 +49,17 @@ class NumbaBackend:
     # Affine, with ReLU or without.
 
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
-        result = _result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
+        shape = (*x.shape[:-1], w.shape[-1])
+        result = empty(shape, x.dtype) if out is None else _in_place(out)
         self._forward(x, w, b, id(result), 0, 0)
-        return _delivered(result, out)
+        return result if out is None or out is result else _delivered(result, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
         shape = (*x.shape[:-1], m := w.shape[-1])
-        result = _result(shape, x.dtype, out)
-        bits = np.empty((*shape[:-1], (m + 7) >> 3), np.uint8)
+        result = empty(shape, x.dtype) if out is None else _in_place(out)
+        bits = np.empty((*shape[:-1], (m + 7) >> 3), _BYTE)
         self._forward(x, w, b, id(result), id(bits), _RELU)
-        return result if out is None else _delivered(result, out), KeepMask(bits, shape)
+        return result if out is None or out is result else _delivered(result, out), KeepMask(bits, shape)
 
     def _forward(self, x: Array, w: Array, b: Array | None, out: int, bits: int, relu: int) -> None:
         kernel = _passes().affine_forward(x.itemsize)
@@ -65,7 +67,7 @@ class NumbaBackend:
         answer = kernel(id(x), id(w), 0 if b is None else id(b), out, bits, relu, 0, 0, get_num_threads())
         if answer:
             b = None if b is None else np.ascontiguousarray(b)  # what the kernel asks for by an answer below 0
-            _call(kernel, id(x), id(w), _id(b), out, bits, relu)
+            with_scratch(kernel, id(x), id(w), 0 if b is None else id(b), out, bits, relu)
 
     def affine_backward(
         self,
@@ -83,18 +85,34 @@ class NumbaBackend:
                 mask = np.ascontiguousarray(mask)
         elif keep is not None:
             kind, mask = _BY_Z, keep
-        kernel, dtype = _passes().affine_backward(x.itemsize), x.dtype
-        dx = _result(x.shape, dtype, out[0]) if wanted[0] else None
-        dw = _result(w.shape, dtype, out[1]) if wanted[1] else None
-        db = _result((*w.shape[:-2], w.shape[-1]), dtype, out[2]) if wanted[2] else None
-        _call(kernel, id(dout), _id(mask), kind, id(x), id(w), _id(dx), _id(dw), _id(db))
-        if out[0] is None and out[1] is None and out[2] is None:
-            return dx, dw, db
-        return _delivered(dx, out[0]), _delivered(dw, out[1]), _delivered(db, out[2])
+        dtype, (want_dx, want_dw, want_db), (to_dx, to_dw, to_db) = x.dtype, wanted, out
+        dx = dw = db = None
+        if want_dx:
+            dx = empty(x.shape, dtype) if to_dx is None else _in_place(to_dx)
+        if want_dw:
+            dw = empty(w.shape, dtype) if to_dw is None else _in_place(to_dw)
+        if want_db:
+            db = empty((*w.shape[:-2], w.shape[-1]), dtype) if to_db is None else _in_place(to_db)
+        with_scratch(
+            _passes().affine_backward(x.itemsize),
+            id(dout),
+            0 if mask is None else id(mask),
+            kind,
+            id(x),
+            id(w),
+            0 if dx is None else id(dx),
+            0 if dw is None else id(dw),
+            0 if db is None else id(db),
+        )
+        return (
+            dx if dx is to_dx or to_dx is None else _delivered(dx, to_dx),
+            dw if dw is to_dw or to_dw is None else _delivered(dw, to_dw),
+            db if db is to_db or to_db is None else _delivered(db, to_db),
+        )
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
-        result = np.empty((*dout.shape[:-2], dout.shape[-1]), dout.dtype) if out is None else out
-        _call(_passes().bias_reduction(dout.itemsize), id(dout), id(result))
+        result = np.empty(dout.shape[:-2] + dout.shape[-1:], dout.dtype) if out is None else out
+        with_scratch(_passes().bias_reduction(dout.itemsize), id(dout), id(result))
         return result
 
     # ReLU.
@@ -106,7 +124,7 @@ class NumbaBackend:
         if not isinstance(keep, KeepMask):
             return self._relu(dout, keep, out)
         dout_rows = dout if _in_rows(dout) else np.ascontiguousarray(dout)
-        result = _result(dout.shape, dout.dtype, out)
+        result = empty(dout.shape, dout.dtype) if out is None else _in_place(out)
         bits = keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
         _, over_bits, _ = _passes().relu(dout.itemsize)
         for index in np.ndindex(dout.shape[:-2]):
@@ -115,11 +133,13 @@ class NumbaBackend:
         return _delivered(result, out)
 
     def _relu(self, x: Array, keep: Array, out: Array | None) -> Array:
-        in_c, in_f = x.flags.c_contiguous and keep.flags.c_contiguous, x.flags.f_contiguous and keep.flags.f_contiguous
+        flags, kept = x.flags, keep.flags
+        in_c, in_f = flags.c_contiguous and kept.c_contiguous, flags.f_contiguous and kept.f_contiguous
         if out is None:
-            out = empty(x.shape[::-1], x.dtype).T if in_f and not in_c else empty(x.shape, x.dtype)
+            out = empty(x.shape, x.dtype) if in_c or not in_f else empty(x.shape[::-1], x.dtype).T
         over_run, _, over_rows = _passes().relu(x.itemsize)
-        if (in_c and out.flags.c_contiguous) or (in_f and out.flags.f_contiguous):
+        flags = out.flags
+        if (in_c and flags.c_contiguous) or (in_f and flags.f_contiguous):
             over_run(x.size, id(x), id(keep), id(out), get_num_threads())
             return out
         two = (np.atleast_2d(x), np.atleast_2d(keep), np.atleast_2d(out))
@@ -131,11 +151,11 @@ class NumbaBackend:
     # Softmax.
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        dx = _result(x.shape, x.dtype, out)
+        dx = empty(x.shape, x.dtype) if out is None else _in_place(out)
         loss = np.full((), np.nan)
         if x.shape[0] > 0:
             labels = np.ascontiguousarray(y, np.int64)
-            _call(_passes().softmax_loss(x.itemsize), id(x), id(labels), id(dx), id(loss))
+            with_scratch(_passes().softmax_loss(x.itemsize), id(x), id(labels), id(dx), id(loss))
         return x.dtype.type(loss), _delivered(dx, out)
 
     # Arrays.
@@ -162,22 +182,14 @@ def _passes() -> Any:
 _loaded_passes: Any = None
 
 
-def _call(kernel: Any, *arguments: int) -> None:
-    with_scratch(kernel, arguments, get_num_threads())
-
-
-def _id(array: Array | None) -> int:
-    return 0 if array is None else id(array)
-
-
 def _in_rows(array: Array) -> bool:
     """Whether elements of a row lie side by side, as the kernels store them."""
     return bool(array.strides[-1] == array.itemsize or array.shape[-1] <= 1)
 
 
-def _result(shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
-    """Where a kernel puts a result: `out` itself if its rows allow, else a fresh array."""
-    return empty(shape, dtype) if out is None or not _in_rows(out) else out
+def _in_place(out: Array) -> Array:
+    """Where a kernel puts a result that is to go to `out`: there, if its rows allow, else a fresh array for `_delivered` to copy."""
+    return out if out.flags.c_contiguous or _in_rows(out) else empty(out.shape, out.dtype)
 
 
 def _delivered(result: Array | None, out: Array | None) -> Array | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rectilinear.threads import get_num_threads
+
 ALIGNMENT = 64
 KEPT_BYTES = 64 << 20
 """Larger buffers are given back after the call."""
@@ -14,8 +16,9 @@ _idle: list[tuple[np.ndarray, int, int]] = []
 """Buffers that no call is using: array, aligned address, usable bytes. As many as calls ever ran at once."""
 
 
-def with_scratch(kernel: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
+def with_scratch(kernel: Callable[..., int], *arguments: int) -> None:
     """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns 0, or how many bytes it needs and has not got."""
+    threads = get_num_threads()
     # pop and append are atomic: no two calls get the same buffer.
     try:
         buffer = _idle.pop()
