@@ -25,7 +25,7 @@ _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "ui
 _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
 _OPTIONAL = frozenset({"b", "relu cache"})
 _MASKS = frozenset({"cache", "relu cache"})  # where a KeepMask may stand for an array
-NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
+_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
 _OVERLAP_WORK = 10_000
@@ -154,8 +154,37 @@ class Call:
 # ---------------------------------------------------------------- who serves, and in which dtype
 
 
-def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None]) -> Call:
+def plain_backend(
+    first: Array, others: tuple[Array, ...] = (), b: Array | None = None, keep: Array | KeepMask | None = None
+) -> Backend | None:
+    """The backend, if the arguments are operands as they are: base NumPy arrays of one native dtype, as nearly always.
+
+    For anything else, errors too, None: `resolve` then asks everyone, and says what is wrong, if anything is.
+    """
+    if type(first) is not np.ndarray:
+        return None
+    dtype = first.dtype
+    if dtype not in _NATIVE:
+        return None
+    for other in others:
+        if type(other) is not np.ndarray or other.dtype is not dtype:
+            return None
+    if b is not None and (type(b) is not np.ndarray or b.dtype is not dtype):
+        return None
+    if keep is not None:
+        if type(keep) is KeepMask:
+            if type(keep.bits) is not np.ndarray:
+                return None
+        elif type(keep) is not np.ndarray or keep.dtype is not dtype:
+            return None
+    backend = registry.active()
+    return backend if backend.library == "numpy" else None
+
+
+def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None], at_once: Backend | None = None) -> Call:
     """The `Call` for these arguments; None stands for one that was left out, and a `KeepMask` has no say.
+
+    `at_once` is what `plain_backend` said of them.
 
     Raises
     ------
@@ -164,21 +193,9 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None])
     DTypeError
         There is no common dtype, or it is none that rectilinear computes in.
     """
-    first = arrays[0]
-    if type(first) is np.ndarray and first.dtype in NATIVE:
-        # Most calls: exact type and one native dtype, told apart without asking anyone.
-        dtype, last = first.dtype, arrays[-1]
-        for other in arrays[:-1]:
-            if not (other is None or (type(other) is np.ndarray and other.dtype is dtype)):
-                break
-        else:
-            if last is None or (
-                last.dtype is dtype
-                if type(last) is np.ndarray
-                else type(last) is KeepMask and names[-1] in _MASKS and type(last.bits) is np.ndarray
-            ):
-                backend = registry.active()
-                return Call(function, names, arrays, backend, np, dtype, dtype, backend.library == "numpy")
+    if at_once is not None:
+        dtype = arrays[0].dtype  # type: ignore[union-attr]  # the first one is never left out
+        return Call(function, names, arrays, at_once, np, dtype, dtype, True)
     given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None or name not in _OPTIONAL]
     for name, array in given:
         if isinstance(array, KeepMask) and name not in _MASKS:
@@ -226,8 +243,10 @@ def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
         return compat.array_namespace(x)
     except TypeError:
         maker = "rectilinear" if library == "numpy" else library
-        remedy = "" if x is None else f"; pass {maker}.asarray({name})"
-        raise TypeError(f"{function}: {name} is {'None' if x is None else _a(_type_name(x))}, not an array{remedy}") from None
+        if x is None:
+            hint = "; only b may be None" if function.startswith("affine") else ""
+            raise TypeError(f"{function}: {name} is None, not an array{hint}") from None
+        raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, not an array; pass {maker}.asarray({name})") from None
 
 
 def _device(x: Array) -> Any:
@@ -286,16 +305,72 @@ def _a(noun: str) -> str:
 # ---------------------------------------------------------------- out
 
 
-def check_out(
-    call: Call, name: str, out: Array, shape: tuple[Any, ...], *, in_place: Array | None = None, also: Sequence[tuple[str, Array]] = ()
-) -> None:
-    """Whether `out` can take a result of this shape and T without touching an argument, those in `also` included.
+def fits_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any, arguments: Sequence[Array | None]) -> bool:
+    """Whether `outs` can take results of these shapes and dtype, as nearly always; if not, `check_outs` says why not, if anything is.
 
-    `in_place` is the one argument that `out` may be.
+    Arguments are base NumPy arrays, or None. Arrays that own their memory share none of it unless they are one object: to see that
+    all of them are of that kind takes a third of the time that comparing bounds does.
     """
-    if call.plain and _fits_plainly(call, out, shape, also):
+    seen, owners = arguments, True
+    for i, out in enumerate(outs):
+        if out is not None:
+            if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shapes[i]:
+                return False
+            flags = out.flags
+            if not flags.writeable or not (flags.c_contiguous or 0 not in out.strides):
+                return False
+            owners = owners and flags.owndata
+            for other in seen:
+                if other is out:
+                    return False
+            seen = (*seen, out)
+    for other in arguments:
+        if other is not None and not other.flags.owndata:
+            owners = False
+    return owners or _lie_apart(outs, arguments)
+
+
+def _lie_apart(outs: Sequence[Array | None], arguments: Sequence[Array | None]) -> bool:
+    """Whether no out can share memory with another one or with an argument: base NumPy arrays, some of them views."""
+    taken = [(array, _owner(array)) for array in arguments if array is not None]
+    for out in outs:
+        if out is not None:
+            owner = _owner(out)
+            for other, other_owner in taken:
+                if (owner is other_owner or owner is None or other_owner is None) and np.may_share_memory(out, other):
+                    return False
+            taken.append((out, owner))
+    return True
+
+
+def _owner(array: np.ndarray) -> np.ndarray | None:
+    """The array whose memory this one lies in, maybe itself; None where no array owns it (a file's, a buffer's, another library's)."""
+    if array.flags.owndata:
+        return array
+    base = array.base
+    return base if type(base) is np.ndarray and base.flags.owndata else None
+
+
+def check_outs(
+    call: Call, names: Sequence[str], outs: Sequence[Array | None], shapes: Sequence[Any], in_place: Array | None = None
+) -> None:
+    """Whether `outs` can take results of these shapes and T without touching an argument or one another; None for one not given.
+
+    `in_place` is the one argument that an out may be.
+    """
+    if call.plain and fits_at_once(outs, shapes, call.dtype, [x.bits if type(x) is KeepMask else x for x in call.arrays]):
         return
-    function, given = call.function, (*call.given, *also)
+    given = call.given
+    for name, out, shape in zip(names, outs, shapes, strict=True):
+        if out is not None:
+            _check_out(call, name, out, shape, given, in_place)
+            given.append((name, out))
+
+
+def _check_out(
+    call: Call, name: str, out: Array, shape: tuple[Any, ...], given: Sequence[tuple[str, Array]], in_place: Array | None
+) -> None:
+    function = call.function
     if isinstance(out, KeepMask):
         raise TypeError(f"{function}: {name} is a KeepMask; pass an array")
     if type(out) is not np.ndarray or call.xp is not np:
@@ -317,16 +392,6 @@ def check_out(
     for other_name, other in given:
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
-
-
-def _fits_plainly(call: Call, out: Array, shape: tuple[Any, ...], also: Sequence[tuple[str, Array]]) -> bool:
-    """Whether all is well at first sight, as nearly always; if not, the long look says what is wrong, if anything is."""
-    if type(out) is not np.ndarray or out.dtype is not call.dtype or out.shape != shape or not out.flags.writeable or 0 in out.strides:
-        return False
-    for array in (*call.arrays, *(buffer for _, buffer in also)):
-        if array is not None and np.may_share_memory(out, array.bits if type(array) is KeepMask else array):
-            return False
-    return True
 
 
 def _overlap(a: Array, b: Array | KeepMask) -> bool:

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.backends.contract import Array, Backend, Keep, Wanted
+from rectilinear.backends.contract import Array, Keep, Wanted
 from rectilinear.backends.generic import beside, known
-from rectilinear.backends.registry import active
 from rectilinear.dispatch import (
-    NATIVE,
     Call,
-    check_out,
+    check_outs,
     common_namespace,
     dtype_name,
+    fits_at_once,
+    plain_backend,
     product,
     readable,
     resolve,
@@ -58,7 +58,11 @@ _RELU_BACKWARD = ("dout", "cache")
 _GRADIENTS = ("dx", "dw", "db")
 _OUTS = tuple(f"out[{i}] ({name})" for i, name in enumerate(_GRADIENTS))
 _EVERYTHING = (True, True, True)
+_BIAS_ALONE = (False, False, True)
+_NOTHING = (False, False, False)
 _NOWHERE = (None, None, None)
+_SEQUENCE = (tuple, list)  # a union is made anew each time it is looked at
+_BOOL = (bool, np.bool_)
 
 
 # ---------------------------------------------------------------- affine
@@ -93,10 +97,10 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
     array([[1.5, 2. , 1. ],
            [3.5, 4. , 1. ]])
     """
-    backend = _at_once(x, w, b) if out is None else None
-    if backend is not None:
-        return backend.affine_forward(x, w, b, None), (x, w, b)
-    call = resolve("affine_forward", _AFFINE, (x, w, b))
+    backend = plain_backend(x, (w,), b)
+    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once((out,), (shape,), x.dtype, (x, w, b))):
+        return backend.affine_forward(x, w, b, out), (x, w, b)
+    call = resolve("affine_forward", _AFFINE, (x, w, b), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     target = _target(call, out, shape)
     operands = _samples(call, x, flat), call.operand(w), call.operand(b)
@@ -166,9 +170,10 @@ def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Array]:
     >>> out
     array([0., 0., 2.])
     """
-    call = resolve("relu_forward", _RELU, (x,))
-    if call.plain and out is None:
-        return call.backend.relu_forward(x, None), x
+    backend = plain_backend(x)
+    if backend is not None and (out is None or fits_at_once((out,), (x.shape,), x.dtype, (x,))):
+        return backend.relu_forward(x, out), x
+    call = resolve("relu_forward", _RELU, (x,), backend)
     target = _target(call, out, x.shape)
     return call.deliver(call.run("relu_forward", call.operand(x), target), None, out, target), x
 
@@ -197,14 +202,19 @@ def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = N
     >>> relu_backward(np.array([10.0, 20.0, 30.0]), np.array([-1.0, 0.0, 2.0]))
     array([ 0., 20., 30.])
     """
-    if isinstance(cache, tuple | list):
+    if isinstance(cache, _SEQUENCE):
         raise TypeError(
             f"relu_backward: cache is a {type(cache).__name__} of {len(cache)}; it takes the array x that relu_forward returned, "
             "or the second half of affine_relu_forward's cache"
         )
     if cache is None:
         raise TypeError("relu_backward: cache is None; it takes the array x that relu_forward returned")
-    call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache))
+    backend = plain_backend(dout, keep=cache)
+    if backend is not None and dout.shape == cache.shape:
+        apart_from = (_array_of(cache),) if out is dout else (dout, _array_of(cache))
+        if out is None or fits_at_once((out,), (dout.shape,), dout.dtype, apart_from):
+            return backend.relu_backward(dout, cache, out)
+    call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache), backend)
     if not same_shape(dout.shape, cache.shape):
         raise ShapeError(f"relu_backward: dout has shape {shape_text(dout.shape)} but the forward's x had {shape_text(cache.shape)}")
     target = _target(call, out, dout.shape, in_place=dout)
@@ -238,11 +248,11 @@ def affine_relu_forward(
     >>> out
     array([[0., 2.]])
     """
-    backend = _at_once(x, w, b) if out is None else None
-    if backend is not None:
-        result, keep = backend.affine_relu_forward(x, w, b, None)
+    backend = plain_backend(x, (w,), b)
+    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once((out,), (shape,), x.dtype, (x, w, b))):
+        result, keep = backend.affine_relu_forward(x, w, b, out)
         return result, ((x, w, b), keep)
-    call = resolve("affine_relu_forward", _AFFINE, (x, w, b))
+    call = resolve("affine_relu_forward", _AFFINE, (x, w, b), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     target = _target(call, out, shape)
     operands = _samples(call, x, flat), call.operand(w), call.operand(b)
@@ -284,12 +294,12 @@ def affine_relu_backward(
     >>> dx
     array([[0., 1.]])
     """
-    if not isinstance(cache, tuple | list) or len(cache) != 2:
+    if not isinstance(cache, _SEQUENCE) or len(cache) != 2:
         raise TypeError(
             f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it"
         )
     x, w, b = _affine_cache("affine_relu_backward", cache[0])
-    if cache[1] is None or isinstance(cache[1], tuple | list):
+    if cache[1] is None or isinstance(cache[1], _SEQUENCE):
         met = _met(cache[1])
         raise TypeError(
             f"affine_relu_backward: the ReLU half of cache is {met}; it takes z or a KeepMask, as affine_relu_forward returned it"
@@ -331,7 +341,7 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
     array([[-0.25,  0.25],
            [ 0.25, -0.25]])
     """
-    call = resolve("softmax_loss", _RELU, (x,))
+    call = resolve("softmax_loss", _RELU, (x,), plain_backend(x))
     if x.ndim != 2 or x.shape[1] == 0:
         raise ShapeError(f"softmax_loss: x has shape {shape_text(x.shape)}; it takes (N, C) scores of C >= 1 classes")
     y = _labels(call, x, y)
@@ -368,32 +378,21 @@ def _labels(call: Call, x: Array, y: Any) -> Array:
 # ---------------------------------------------------------------- shapes, caches, out
 
 
-def _at_once(x: Array, w: Array, b: Array | None) -> Backend | None:
-    """The backend, if this is the commonest call of all: base NumPy arrays of one native dtype, plain form, extents that fit.
-
-    It saves small layers 1.5 us of looking; anything else, errors too, takes the full way with the same result.
-    """
-    if type(x) is not np.ndarray or type(w) is not np.ndarray:
+def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
+    """Shape of the output if these are NumPy arrays of the plain form, samples flat, whose extents fit."""
+    if x.ndim != 2 or w.ndim != 2:
         return None
-    dtype, shape = x.dtype, w.shape
-    if dtype not in NATIVE or dtype is not w.dtype or x.ndim != 2 or w.ndim != 2 or x.shape[1] != shape[0]:
-        return None
-    if b is not None and not _is_plain(b, dtype, shape[1:]):
-        return None
-    backend = active()
-    return backend if backend.library == "numpy" else None
+    (n, d), (rows, m) = x.shape, w.shape
+    return (n, m) if d == rows and (b is None or b.shape == (m,)) else None
 
 
-def _is_plain(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
-    return type(x) is np.ndarray and x.dtype is dtype and x.shape == shape
+def _array_of(keep: Keep | None) -> Array | None:
+    return keep.bits if type(keep) is KeepMask else keep
 
 
 def _affine_shapes(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Shapes of x as (..., n, d) and of the output; raises where the arguments do not fit."""
-    try:
-        x_shape, w_shape = x.shape, w.shape
-    except AttributeError:
-        raise TypeError(f"{call.function}: {'x' if x is None else 'w'} is None, not an array; only b may be None") from None
+    x_shape, w_shape = x.shape, w.shape
     lead = len(w_shape) - 1
     flat = _flat_shape(call.function, x_shape, w_shape, lead)
     if b is not None:
@@ -438,10 +437,10 @@ def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...
 
 
 def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None]:
-    if isinstance(cache, tuple | list) and len(cache) == 3:
+    if isinstance(cache, _SEQUENCE) and len(cache) == 3:
         x, w, b = cache
         return x, w, b
-    hint = "; for affine_relu_forward's cache there is affine_relu_backward" if isinstance(cache, tuple | list) and len(cache) == 2 else ""
+    hint = "; for affine_relu_forward's cache there is affine_relu_backward" if isinstance(cache, _SEQUENCE) and len(cache) == 2 else ""
     raise TypeError(f"{function}: cache is {_met(cache)}; it takes (x, w, b), as affine_forward returned it{hint}")
 
 
@@ -449,19 +448,21 @@ def _met(cache: Any) -> str:
     if cache is None:
         return "None"
     name = type(cache).__name__
-    return f"a {name} of {len(cache)}" if isinstance(cache, tuple | list) else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"a {name} of {len(cache)}" if isinstance(cache, _SEQUENCE) else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _affine_backward(
     function: str, dout: Array, x: Array, w: Array, b: Array | None, keep: Any, needs: Any, out: Any
 ) -> tuple[Array | None, Array | None, Array | None]:
-    backend = _at_once(x, w, b) if out is None and needs is _EVERYTHING and b is not None else None
-    if backend is not None:
-        dtype, shape = x.dtype, (x.shape[0], w.shape[1])
-        by_bits = type(keep) is KeepMask and type(keep.bits) is np.ndarray and keep.shape == shape
-        if _is_plain(dout, dtype, shape) and (keep is None or by_bits or _is_plain(keep, dtype, shape)):
-            return backend.affine_backward(dout, x, w, keep, needs, _NOWHERE)
-    call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep))
+    backend = plain_backend(dout, (x, w), b, keep)
+    if backend is not None and dout.shape == _plain_shape(x, w, b) and (keep is None or keep.shape == dout.shape):
+        wanted = _wanted(function, needs, b)
+        outs = _gradient_outs(function, out, wanted)
+        if out is None or fits_at_once(outs, (x.shape, w.shape, w.shape[1:]), x.dtype, (dout, x, w, b, _array_of(keep))):
+            if keep is None and wanted == _BIAS_ALONE:
+                return None, None, backend.bias_backward(dout, outs[2])
+            return _NOWHERE if wanted == _NOTHING else backend.affine_backward(dout, x, w, keep, wanted, outs)
+    call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     if dout.shape != shape and not same_shape(dout.shape, shape):
         raise ShapeError(f"{function}: dout has shape {shape_text(dout.shape)} but the forward's output had {shape_text(shape)}")
@@ -472,43 +473,43 @@ def _affine_backward(
     wanted = _wanted(function, needs, b)
     shapes = (x.shape, w.shape, () if b is None else b.shape)
     outs = _gradient_outs(function, out, wanted)
-    checked: tuple[tuple[str, Array], ...] = ()
-    for i, buffer in enumerate(outs):
-        if buffer is not None:
-            name = _OUTS[i]
-            check_out(call, name, buffer, shapes[i], also=checked)
-            checked = (*checked, (name, buffer))
+    check_outs(call, _OUTS, outs, shapes)
     targets = (call.target(outs[0], flat), call.target(outs[1], shapes[1]), call.target(outs[2], shapes[2]))
-    grads: tuple[Array | None, Array | None, Array | None] = (None, None, None)
-    if wanted == (False, False, True) and keep is None:
+    grads: tuple[Array | None, Array | None, Array | None] = _NOWHERE
+    if keep is None and wanted == _BIAS_ALONE:
         grads = None, None, call.run("bias_backward", call.operand(dout), targets[2])
-    elif any(wanted):
+    elif wanted != _NOTHING:
         operands = call.operand(dout), _samples(call, x, flat), call.operand(w), call.keep_operand(keep)
         grads = call.run("affine_backward", *operands, wanted, targets)
     dx, dw, db = (call.deliver(*each) for each in zip(grads, shapes, outs, targets, strict=True))
     return dx, dw, db
 
 
-def _wanted(function: str, needs: Any, b: Array | None) -> Wanted:
-    if not isinstance(needs, tuple | list) or len(needs) != 3 or not all(isinstance(need, bool | np.bool_) for need in needs):
-        raise TypeError(f"{function}: needs is {needs!r}; it takes three bools, for dx, dw and db")
-    return bool(needs[0]), bool(needs[1]), bool(needs[2]) and b is not None
+def _wanted(function: str, needs: object, b: Array | None) -> Wanted:
+    if needs is _EVERYTHING and b is not None:
+        return _EVERYTHING
+    if isinstance(needs, _SEQUENCE) and len(needs) == 3:
+        dx, dw, db = needs
+        if isinstance(dx, _BOOL) and isinstance(dw, _BOOL) and isinstance(db, _BOOL):
+            return bool(dx), bool(dw), bool(db) and b is not None
+    raise TypeError(f"{function}: needs is {needs!r}; it takes three bools, for dx, dw and db")
 
 
 def _gradient_outs(function: str, out: Any, wanted: Wanted) -> tuple[Array | None, Array | None, Array | None]:
     if out is None:
-        return None, None, None
-    if not isinstance(out, tuple | list) or len(out) != 3:
+        return _NOWHERE
+    if not isinstance(out, _SEQUENCE) or len(out) != 3:
         raise TypeError(f"{function}: out is {_met(out)}; it takes a tuple (dx, dw, db), with None where no array is given")
-    for buffer, want, name in zip(out, wanted, _GRADIENTS, strict=True):
-        if buffer is not None and not want:
-            raise ValueError(f"{function}: out has an array for {name}, which is not computed (needs, or b is None); put None there")
     dx, dw, db = out
+    if wanted is not _EVERYTHING:
+        for buffer, want, name in zip(out, wanted, _GRADIENTS, strict=True):
+            if buffer is not None and not want:
+                raise ValueError(f"{function}: out has an array for {name}, which is not computed (needs, or b is None); put None there")
     return dx, dw, db
 
 
 def _target(call: Call, out: Array | None, shape: tuple[Any, ...], in_place: Array | None = None) -> Array | None:
     if out is None:
         return None
-    check_out(call, "out", out, shape, in_place=in_place)
+    check_outs(call, ("out",), (out,), (shape,), in_place)
     return call.target(out, shape)

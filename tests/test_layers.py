@@ -396,6 +396,31 @@ def default_float(lib: Lib) -> str:
     return "float32" if lib.name == "torch" else "float64"
 
 
+@pytest.mark.parametrize("odd", ["dout", "x", "w", "b", "z"])
+def test_every_array_has_a_say_in_the_dtype(numpy_lib: Lib, rng: np.random.Generator, odd: str) -> None:
+    shapes = {"dout": (5, 4), "x": (5, 6), "w": (6, 4), "b": (4,), "z": (5, 4)}
+    arrays = {name: rng.standard_normal(shape).astype("f8" if name == odd else "f4") for name, shape in shapes.items()}
+    wide = {name: array.astype("f8") for name, array in arrays.items()}
+    for layer in ("affine", "affine_relu"):
+        if odd in ("x", "w", "b"):
+            out = getattr(r, f"{layer}_forward")(*(arrays[name] for name in ("x", "w", "b")))[0]
+            assert out.dtype == np.float64
+            np.testing.assert_array_equal(out, getattr(r, f"{layer}_forward")(*(wide[name] for name in ("x", "w", "b")))[0])
+        if odd == "z" and layer == "affine":
+            continue
+        got, want = (_backward(layer, a) for a in (arrays, wide))
+        for have, wish in zip(got, want, strict=True):
+            assert have.dtype == np.float64
+            np.testing.assert_array_equal(have, wish)
+    if odd in ("dout", "z"):
+        assert r.relu_backward(arrays["dout"], arrays["z"]).dtype == np.float64
+
+
+def _backward(layer: str, a: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    cache = a["x"], a["w"], a["b"]
+    return r.affine_backward(a["dout"], cache) if layer == "affine" else r.affine_relu_backward(a["dout"], (cache, a["z"]))
+
+
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_halves_compute_in_float32_and_round_once(half: str, numpy_lib: Lib, rng: np.random.Generator) -> None:
     import ml_dtypes

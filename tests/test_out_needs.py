@@ -79,9 +79,14 @@ def test_out_of_any_layout(numpy_lib: Lib, case: tuple[Any, ...], how: str) -> N
     assert out is z
     np.testing.assert_array_equal(out, r.affine_relu_forward(x, w, b)[0])
     want = r.affine_relu_backward(dout, cache)
-    got = r.affine_relu_backward(dout, cache, out=(buffer(x.shape), buffer((6, 4)), buffer((4,))))
-    for have, wish in zip(got, want, strict=True):
+    given = buffer(x.shape), buffer((6, 4)), buffer((4,))
+    got = r.affine_relu_backward(dout, cache, out=given)
+    for have, to, wish in zip(got, given, want, strict=True):
+        assert have is to
         np.testing.assert_array_equal(have, wish)
+    db = buffer((4,))
+    assert r.affine_backward(dout, (x, w, b), needs=(False, False, True), out=(None, None, db))[2] is db
+    np.testing.assert_array_equal(db, r.affine_backward(dout, (x, w, b), needs=(False, False, True))[2])
     np.testing.assert_array_equal(r.relu_forward(x, out=buffer(x.shape))[0], r.relu_forward(x)[0])
     np.testing.assert_array_equal(r.relu_backward(dout, dout, out=buffer((5, 4))), r.relu_backward(dout, dout))
     labels = [0, 1, 2, 3, 0]
@@ -215,6 +220,8 @@ def test_wrong_needs_and_outs(case: tuple[Any, ...]) -> None:
     x, w, b, dout = case
     with pytest.raises(TypeError, match=r"needs is .*takes three bools"):
         r.affine_backward(dout, (x, w, b), needs=(True, True))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"needs is .*takes three bools"):
+        r.affine_backward(dout, (x, w, b), needs=(1, 0, 1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"takes a tuple \(dx, dw, db\)"):
         r.affine_backward(dout, (x, w, b), out=np.zeros((5, 4)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out has an array for dw, which is not computed"):
