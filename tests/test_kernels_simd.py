@@ -80,12 +80,25 @@ def test_the_inner_loop_lives_in_registers(unit: Simd, itemsize: int) -> None:
         assert not any(STACK.search(line) for line in loop), "\n".join(loop)
 
 
+def tile_assembly(unit: Simd, mr: int, nv: int) -> str:
+    module = ir.Module("tile")
+    emit_tile(module, Tile(unit, 4, mr, nv), "tile")
+    return assembly(module, unit)
+
+
+@pytest.mark.parametrize("unit", SIMDS)
+def test_the_inner_loop_asks_for_one_line_with_every_k(unit: Simd) -> None:
+    """Where multiply-adds outnumber loads. A tile that loads bound would have one load more."""
+    asks = re.compile(r"\s(prefetch\w*|prfm)\s")
+    mr, nv = unit.tile(4)
+    assert sum(bool(asks.search(line)) for line in inner_loop(tile_assembly(unit, mr, nv))) == 1
+    assert not asks.search(tile_assembly(unit, 1, 2 * nv))
+
+
 @pytest.mark.parametrize("unit", SIMDS)
 def test_multiplies_are_fused_and_of_full_width(unit: Simd) -> None:
     mr, nv = unit.tile(4)
-    module = ir.Module("tile")
-    emit_tile(module, Tile(unit, 4, mr, nv), "tile")
-    loop = "\n".join(inner_loop(assembly(module, unit)))
+    loop = "\n".join(inner_loop(tile_assembly(unit, mr, nv)))
     wanted = {AVX512: r"vfmadd\w+\s.*%zmm", AVX2: r"vfmadd\w+\s.*%ymm", SSE2: r"mulps\s.*%xmm", NEON: r"fmla\s+v\d+\.4s"}
     assert len(re.findall(wanted[unit], loop)) == mr * nv, loop
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, rows, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -193,13 +193,11 @@ def _write_db(zero: Any, job: int, group: int, total: int) -> None:
 
 
 @jit_inner
-def _announce(zero: Any, ahead: int, address: int, rows_left: int, row: int, columns: int, tiles: int) -> None:
+def _announce(zero: Any, ahead: int, address: int, rows_left: int, row: int, columns: int) -> None:
     """Have the coming tiles ask for the rows of the next block: else memory idles while this one is multiplied."""
     dense = row >= 0 and row <= 2 * columns * size_of(zero)
-    length = min(rows_left, BLOCK_ROWS) * row if dense else 0
     set_word(ahead, address)
-    set_word(ahead + 8, address + length)
-    set_word(ahead + 16, round_up(-(-length // tiles), 64))
+    set_word(ahead + 8, address + (min(rows_left, BLOCK_ROWS) * row if dense else 0))
 
 
 @jit_inner
@@ -222,8 +220,7 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         dw, dw_row = word(job + PARTS) + index * d * word(job + PART_ROW), word(job + PART_ROW)
         total = word(job + SUMS) + index * round_up(m * 8, 64)
 
-    ahead = words(3)
-    tall = most_rows(zero, vectors(zero))
+    ahead = words(2)
     _clear(0.0, total, m)
     panels = block_count(d, nr)
     if want_dx:
@@ -241,11 +238,11 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
         if want_dx:
-            _announce(zero, ahead, dout_rest, last - r0 - count, word(job + DY_ROW), m, block_count(count, tall) * panels)
+            _announce(zero, ahead, dout_rest, last - r0 - count, word(job + DY_ROW), m)
             _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
             accumulate = ACCUMULATE if step > 0 else 0
-            _announce(zero, ahead, x_rest, last - r0 - count, word(job + X_ROW), d, block_count(d, tall) * block_count(m, nr))
+            _announce(zero, ahead, x_rest, last - r0 - count, word(job + X_ROW), d)
             _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)

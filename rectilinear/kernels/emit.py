@@ -63,6 +63,12 @@ class Emitter:
     def load_scalar(self, address: ir.Value, kind: ir.Type | None = None) -> ir.Value:
         return self.builder.load(self.pointer(address), align=1, typ=kind or self.vector.element)
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for a line to be in L2 soon. Any address will do, and none is touched by it."""
+        kind = ir.FunctionType(ir.VoidType(), [PTR, I32, I32, I32])
+        found = self.module.globals.get("llvm.prefetch.p0") or ir.Function(self.module, kind, "llvm.prefetch.p0")
+        self.builder.call(found, [self.pointer(address), I32(0), I32(2), I32(1)])
+
     # Vectors.
 
     def splat(self, value: ir.Value, vector: ir.VectorType | None = None) -> ir.Value:

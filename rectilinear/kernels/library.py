@@ -23,7 +23,7 @@ from rectilinear.kernels.rows import (
     emit_rows,
     emit_transpose,
 )
-from rectilinear.kernels.stream import FETCH_PARAMETERS, RELU_PARAMETERS, SOFTMAX_PARAMETERS, emit_fetch, emit_relu, emit_softmax
+from rectilinear.kernels.stream import RELU_PARAMETERS, SOFTMAX_PARAMETERS, emit_relu, emit_softmax
 from rectilinear.kernels.tile import PARAMETERS, Tile, emit_tile
 
 MAX_ROWS = 16
@@ -31,7 +31,6 @@ MAX_ROWS = 16
 
 tile = emitted_table("rectilinear_tiles", len(PARAMETERS))
 relu = emitted("rectilinear_relu", len(RELU_PARAMETERS))
-fetch = emitted("rectilinear_fetch", len(FETCH_PARAMETERS))
 softmax = emitted("rectilinear_softmax", len(SOFTMAX_PARAMETERS))
 rows = emitted("rectilinear_rows", len(ROWS_PARAMETERS))
 transpose = emitted("rectilinear_transpose", len(TRANSPOSE_PARAMETERS))
@@ -105,12 +104,11 @@ def _addresses(itemsize: int) -> Any:
             kernels.append(emit_transpose(module, unit, itemsize, "transpose"))
             kernels.append(emit_relu(module, unit, itemsize, "relu"))
             kernels.append(emit_softmax(module, unit, itemsize, "softmax"))
-            kernels.append(emit_fetch(module, unit, itemsize, "fetch"))
             for kernel in kernels:
                 kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, ir.IntType(64)) for kernel in kernels])
 
-        return types.UniTuple(types.intp, len(shapes) + 5)(), codegen
+        return types.UniTuple(types.intp, len(shapes) + 4)(), codegen
 
     @jit()
     def addresses() -> Any:
@@ -135,7 +133,7 @@ def load(itemsize: int) -> None:
         table[(shape.nv.bit_length() - 1) * MAX_ROWS + shape.mr] = address
     bits = 8 * itemsize
     publish(f"rectilinear_tiles_f{bits}", table.ctypes.data, (table, addresses))
-    for kernel, address in zip(("rows", "transpose", "relu", "softmax", "fetch"), found[-5:], strict=True):
+    for kernel, address in zip(("rows", "transpose", "relu", "softmax"), found[-4:], strict=True):
         publish(f"rectilinear_{kernel}_f{bits}", address, addresses)
     publish_blocks(itemsize)
 

@@ -10,7 +10,6 @@ from typing import Any
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import (
     MAX_ROWS,
-    fetch,
     lanes,
     least_vectors,
     most_rows,
@@ -28,6 +27,8 @@ product = emitted("rectilinear_product", 18)
 pack_panel = emitted("rectilinear_pack_panel", 7)
 copy_strided = emitted("rectilinear_copy_strided", 7)
 """The functions below, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
+
+LINE_BYTES = 64
 
 TAIL_WORDS = 4096
 """Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_columns`)."""
@@ -97,17 +98,25 @@ def _rows_of_tiles(
     bits_row: int,
     columns: int,
     nv: int,
+    following: int,
     ahead: int,
 ) -> None:
-    """One panel of B against all rows of A, in tiles of nearly equal height."""
+    """One panel of B against all rows of A, in tiles of nearly equal height.
+
+    The tiles ask for what `ahead` says, else for the panel that follows (at `following`, not 0), a line of each row of k at a time.
+    """
     count = block_count(n, most_rows(zero, nv))
     index = _tile_index(nv)
+    lines = max(1, nv * lanes(zero) * size_of(zero) // LINE_BYTES)
     first = 0
     for t in range(count if n > 0 else 0):
         height = block_start(n, count, t + 1) - first
+        fetch, fetch_step = b, 0
         if ahead != 0 and word(ahead) < word(ahead + 8):
-            fetch(zero, (word(ahead), word(ahead + 16)))
-            set_word(ahead, word(ahead) + word(ahead + 16))
+            fetch, fetch_step = word(ahead), LINE_BYTES
+            set_word(ahead, fetch + k * LINE_BYTES)
+        elif following != 0 and t < lines:
+            fetch, fetch_step = following + t * LINE_BYTES, b_row
         tile(
             zero,
             index + height,
@@ -125,6 +134,8 @@ def _rows_of_tiles(
                 bits + first * bits_row,
                 bits_row,
                 columns,
+                fetch,
+                fetch_step,
             ),
         )
         first += height
@@ -166,10 +177,10 @@ def _read_past(
             put(tail + (i * nr + j) * size, zero)
     if last < k:
         early, no_bits = flags & ACCUMULATE, flags & 0  # a plain 0 would compile a second version
-        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, no_bits, no_bits, columns, nv, ahead)
+        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, no_bits, no_bits, columns, nv, 0, ahead)
         a += (k - last) * a_col
         flags |= ACCUMULATE
-    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, ahead)
+    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, 0, ahead)
 
 
 @jit_inner
@@ -197,8 +208,8 @@ def _product(
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
     B's panels lie b_panel bytes apart, the rows of one b_row. `padded` says that every panel can be read to its full
-    width (a packed B); else B is read in place. `ahead`, if not 0, holds three words: what the next product will read from memory, by
-    address and end, and how much of it to ask for with every tile.
+    width (a packed B); else B is read in place. `ahead`, if not 0, holds two words: what the next product will read from memory, by
+    address and end.
     """
     size = size_of(zero)
     nr = nv * lanes(zero)
@@ -210,7 +221,10 @@ def _product(
         bits_j = bits + (j >> 3)
         c_j = c + j * size
         if padded != 0 or columns == width * lanes(zero):
-            _rows_of_tiles(zero, n, k, a, a_row, a_col, b, b_row, c_j, c_row, bias_j, flags, bits_j, bits_row, columns, width, ahead)
+            following = b + b_panel if j + nr < m else 0
+            _rows_of_tiles(
+                zero, n, k, a, a_row, a_col, b, b_row, c_j, c_row, bias_j, flags, bits_j, bits_row, columns, width, following, ahead
+            )
         else:
             _read_past(zero, n, k, a, a_row, a_col, b, b_row, c_j, c_row, bias_j, flags, bits_j, bits_row, columns, width, ahead)
         b += b_panel

@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I32, I64, PTR, Emitter, Values, float_vector
+from rectilinear.kernels.emit import I32, I64, Emitter, Values, float_vector
 from rectilinear.kernels.simd import Simd
 
 PAST_CACHES = 1
 """Flag: use non-temporal stores."""
 
 RELU_PARAMETERS = ("count", "src", "keep", "dst", "flags")
-FETCH_PARAMETERS = ("address", "length")
 SOFTMAX_PARAMETERS = ("rows", "cols", "src", "src_row", "dst", "dst_row", "stats", "samples")
-
-LINE_BYTES = 64
 
 UNROLL = 4
 
@@ -30,11 +27,6 @@ UNROLL = 4
 def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(RELU_PARAMETERS)`` to `module`. dst may be src."""
     return _ReluEmitter(module, name, RELU_PARAMETERS, float_vector(itemsize, simd.lanes(itemsize))).run()
-
-
-def emit_fetch(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
-    """Add ``void name(FETCH_PARAMETERS)``: ask for these bytes to be in L2 soon. A prefetch of a foreign address is no access."""
-    return _FetchEmitter(module, name, FETCH_PARAMETERS, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 def emit_softmax(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
@@ -93,17 +85,6 @@ class _ReluEmitter(Emitter):
         store = self.builder.store(value, pointer, align=width if nontemporal else 1)
         if nontemporal:
             store.set_metadata("nontemporal", self.module.add_metadata([I32(1)]))
-
-
-class _FetchEmitter(Emitter):
-    def run(self) -> ir.Function:
-        builder = self.builder
-        kind = ir.FunctionType(ir.VoidType(), [PTR, I32, I32, I32])
-        prefetch = ir.Function(self.module, kind, "llvm.prefetch.p0")
-        with self.steps(I64(0), self.arg["length"], LINE_BYTES) as at:
-            builder.call(prefetch, [self.pointer(builder.add(self.arg["address"], at)), I32(0), I32(2), I32(1)])
-        builder.ret_void()
-        return self.function
 
 
 class _SoftmaxEmitter(Emitter):

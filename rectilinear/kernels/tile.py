@@ -29,8 +29,9 @@ ACCUMULATE, RELU, BITS = 1, 2, 4
 ROWS_PER_BASE = 4
 """Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
 
-PARAMETERS = ("k", "a", "a_row", "a_col", "b", "b_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
-"""All 64-bit integers; addresses and strides in bytes. `columns` counts the wanted columns, 1 to nv * lanes."""
+PARAMETERS = ("k", "a", "a_row", "a_col", "b", "b_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns", "ahead", "ahead_step")
+"""All 64-bit integers; addresses and strides in bytes. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache
+line is asked for: first the one at `ahead`, then `ahead_step` bytes further each time."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _TileEmitter(Emitter):
         builder, arg = self.builder, self.arg
         bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
         row_offsets = [builder.mul(arg["a_row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
-        state = [arg["k"], arg["b"], *bases, *start]
+        state = [arg["k"], arg["b"], arg["ahead"], *bases, *start]
 
         before = builder.block
         body, after = builder.append_basic_block("k"), builder.append_basic_block("k.end")
@@ -118,13 +119,15 @@ class _TileEmitter(Emitter):
             phi.add_incoming(value, body)
         builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
         builder.position_at_end(after)
-        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[2 + len(bases) :]]
+        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[3 + len(bases) :]]
 
     def _step(self, state: Values, row_offsets: Values) -> Values:
         """One rank-1 update of the tile; pointers moved on by one k."""
         builder, tile, arg = self.builder, self.tile, self.arg
-        first_accumulator = 2 + -(-tile.mr // ROWS_PER_BASE)
-        k, b, bases, accumulators = state[0], state[1], state[2:first_accumulator], state[first_accumulator:]
+        first_accumulator = 3 + -(-tile.mr // ROWS_PER_BASE)
+        k, b, ahead, bases, accumulators = *state[:3], state[3:first_accumulator], state[first_accumulator:]
+        if tile.mr * tile.nv > tile.mr + tile.nv:  # else loads bound the tile, and this would be one more
+            self.prefetch(ahead)
         columns = self._row(b, masked=False)
         updated = []
         for i in range(tile.mr):
@@ -133,7 +136,7 @@ class _TileEmitter(Emitter):
             for v in range(tile.nv):
                 updated.append(self.multiply_add(broadcast, columns[v], accumulators[i * tile.nv + v]))
         moved = [builder.add(base, arg["a_col"]) for base in bases]
-        return [builder.sub(k, I64(1)), builder.add(b, arg["b_row"]), *moved, *updated]
+        return [builder.sub(k, I64(1)), builder.add(b, arg["b_row"]), builder.add(ahead, arg["ahead_step"]), *moved, *updated]
 
     # Epilogue.
 
