@@ -123,6 +123,7 @@ def test_nothing_and_one(dtype: np.dtype[Any], shape: tuple[int, int, int], grou
 
 
 SHAPES = [(1, 64, 64), (16, 128, 128), (100, 300, 100), (333, 77, 111), (40, 700, 600), (3000, 20, 33), (2500, 64, 10), (700, 300, 500)]
+SHAPES += [(150, 90, 1100), (20, 1024, 90)]  # rows of dz far apart; rows of x that meet in the same sets
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,7 +138,7 @@ def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.ran
     library.load(dtype.itemsize)
     library.publish_blocks(dtype.itemsize, past=1, l2=1)  # stretches as short as they get, and no slabs
     try:
-        for d, m in ((70, 90), (33, 64)):
+        for d, m in ((70, 90), (33, 64), (17, 1100)):  # the last with dz in panels too
             x, w, dout = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
             check_step(x, w, whole(rng, (m,), dtype), dout, frames=True)
     finally:
@@ -153,7 +154,7 @@ def test_stacked(dtype: np.dtype[Any], shape: tuple[int, int, int, int], rng: np
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
-@pytest.mark.parametrize("shape", [(9, 5, 7), (2100, 8, 8), (70, 400, 500)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 7), (2100, 8, 8), (70, 400, 500), (70, 40, 1100)], ids=str)
 def test_only_what_is_wanted(shape: tuple[int, int, int], wanted: Wanted, rng: np.random.Generator) -> None:
     n, d, m = shape
     x, w, dout = whole(rng, (n, d), "f4"), whole(rng, (d, m), "f4"), whole(rng, (n, m), "f4")
@@ -173,7 +174,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "backwards": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1] if a.ndim > 1 else a[::-1].copy()[::-1],
     "rows backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
     "wide rows": lambda a: np.concatenate([a, a], axis=-1)[..., : a.shape[-1]],
-    "4 KiB rows": lambda a: np.concatenate([a, np.zeros((*a.shape[:-1], 4096 // a.itemsize - a.shape[-1]), a.dtype)], -1)[
+    "4 KiB rows": lambda a: np.concatenate([a, np.zeros((*a.shape[:-1], -a.shape[-1] % (4096 // a.itemsize)), a.dtype)], -1)[
         ..., : a.shape[-1]
     ],
     "unaligned": lambda a: _unaligned(a),
@@ -192,7 +193,7 @@ def _unaligned(a: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operand", ["x", "w", "b", "dout", "z"])
-@pytest.mark.parametrize("shape", [(30, 37, 45), (2100, 9, 12), (130, 300, 270)], ids=str)
+@pytest.mark.parametrize("shape", [(30, 37, 45), (2100, 9, 12), (130, 300, 270), (130, 20, 1100)], ids=str)
 def test_any_layout(dtype: np.dtype[Any], layout: str, operand: str, shape: tuple[int, int, int], rng: np.random.Generator) -> None:
     n, d, m = shape
     given = {"x": whole(rng, (n, d), dtype), "w": whole(rng, (d, m), dtype), "b": whole(rng, (m,), dtype)}

@@ -42,8 +42,12 @@ def host_caches() -> Caches:
 
 
 FAR_APART = 4096
-"""Bytes between rows from which on a block is copied together before use: each row is on a page of its own, and rows a power of
-two apart meet in few sets of the caches. 1024^3 went from 83 to 92 % of the peak by it, 512^3 lost by it (Zen 5)."""
+"""Bytes between rows of w from which on it is packed into panels if it is used often: each row is on a page of its own."""
+
+MEETING = 2048
+"""Rows a multiple of so many bytes apart meet in two sets of L1, where a tile's 14 rows have no room. Such an x is copied a block at a
+time before use: 1024^3 went from 83 to 92 % of the peak by it (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x
+whose rows are as long but do not meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast)."""
 
 
 def k_block(nr: int, itemsize: int, caches: Caches) -> int:
