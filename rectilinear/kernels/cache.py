@@ -58,7 +58,7 @@ def jit(**options: Any) -> Callable[[_Function], _Function]:
 
 def jit_inner(function: _Function) -> _Function:
     """Compile the decorated function into the jitted functions that call it."""
-    dispatcher: _Function = numba.njit(error_model="numpy")(function)
+    dispatcher: _Function = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     return dispatcher
 
 
