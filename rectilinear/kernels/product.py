@@ -169,6 +169,7 @@ def _read_past(
     size = size_of(zero)
     nr = nv * lanes(zero)
     last = min(k, -(-(nr - columns) * size // b_row))
+    none = flags & 0  # a plain 0 would compile a second version
     tail = words(TAIL_WORDS)
     for i in range(last):
         for j in range(columns):
@@ -176,11 +177,11 @@ def _read_past(
         for j in range(columns, nr):
             put(tail + (i * nr + j) * size, zero)
     if last < k:
-        early, no_bits = flags & ACCUMULATE, flags & 0  # a plain 0 would compile a second version
-        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, no_bits, no_bits, columns, nv, 0, ahead)
+        early = flags & ACCUMULATE
+        _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, none, none, columns, nv, none, ahead)
         a += (k - last) * a_col
         flags |= ACCUMULATE
-    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, 0, ahead)
+    _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, none, ahead)
 
 
 @jit_inner
