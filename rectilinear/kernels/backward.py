@@ -33,6 +33,7 @@ from rectilinear.kernels.memory import (
 )
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
+    AHEAD_WORDS,
     block_count,
     block_start,
     copy_strided,
@@ -194,7 +195,7 @@ def _write_db(zero: Any, job: int, group: int, total: int) -> None:
 
 @jit_inner
 def _announce(zero: Any, ahead: int, address: int, rows_left: int, row: int, columns: int) -> None:
-    """Have the coming tiles ask for the rows of the next block: else memory idles while this one is multiplied."""
+    """Have the coming tiles ask for these rows of the next block: else memory idles while this one is multiplied."""
     dense = row >= 0 and row <= 2 * columns * size_of(zero)
     set_word(ahead, address)
     set_word(ahead + 8, address + (min(rows_left, BLOCK_ROWS) * row if dense else 0))
@@ -220,7 +221,7 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         dw, dw_row = word(job + PARTS) + index * d * word(job + PART_ROW), word(job + PART_ROW)
         total = word(job + SUMS) + index * round_up(m * 8, 64)
 
-    ahead = words(2)
+    ahead = words(AHEAD_WORDS)
     _clear(0.0, total, m)
     panels = block_count(d, nr)
     if want_dx:
@@ -234,6 +235,7 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         count = min(word(job + BLOCK), last - r0)
         dout_rest = word(job + DY) + group * word(job + DY_GROUP) + (r0 + count) * word(job + DY_ROW)
         x_rest = word(job + X) + group * word(job + X_GROUP) + (r0 + count) * word(job + X_ROW)
+        dx_rest = word(job + DX) + group * word(job + DX_GROUP) + (r0 + count) * word(job + DX_ROW)
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
@@ -243,6 +245,8 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         if want_dw:
             accumulate = ACCUMULATE if step > 0 else 0
             _announce(zero, ahead, x_rest, last - r0 - count, word(job + X_ROW), d)
+            if want_dx:
+                _announce(zero, ahead + 16, dx_rest, last - r0 - count, word(job + DX_ROW), d)
             _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)

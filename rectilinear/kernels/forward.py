@@ -11,10 +11,11 @@ from typing import Any
 
 from rectilinear.kernels.blocking import MEETING
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import FAR, MC, PAST, blocks, lanes, most_rows, rows, vectors
+from rectilinear.kernels.library import FAR, L2, MC, PAST, blocks, lanes, most_rows, rows, vectors
 from rectilinear.kernels.memory import data_of, extent_of, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
+    AHEAD_WORDS,
     block_count,
     block_start,
     copy_strided,
@@ -37,8 +38,8 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-RUN, TASKS, LATE, A_BYTES = 224, 232, 240, 248
-JOB_WORDS = 32
+RUN, TASKS, LATE, A_BYTES, STREAM = 224, 232, 240, 248, 256
+JOB_WORDS = 33
 
 SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
@@ -87,6 +88,14 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     mc = word(blocks(zero) + MC)
     steps = block_count(d, kc)
     rows_count = last_row - first_row
+    ahead = words(AHEAD_WORDS)
+    if word(job + STREAM) != 0:
+        # The tiles ask for the next task's rows of x and out, most likely this thread's own: else memory idles meanwhile.
+        next_rows = min(rows_count, n - last_row)
+        set_word(ahead, x + rows_count * word(job + X_ROW))
+        set_word(ahead + 8, word(ahead) + next_rows * word(job + X_ROW))
+        set_word(ahead + 16, out + rows_count * word(job + OUT_ROW))
+        set_word(ahead + 24, word(ahead + 16) + next_rows * word(job + OUT_ROW))
     row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
     for r in range(row_steps):
         r0 = block_start(rows_count, row_steps, r)
@@ -116,25 +125,25 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                     panel_bias = bias + skipped * size if bias != 0 else 0
                     _multiply(
                         zero, job, r1 - r0, k, columns, a, a_row, a_col, b, 0, nr * size, 1,
-                        c + skipped * size, panel_bias, flags, bit + (skipped >> 3),
+                        c + skipped * size, panel_bias, flags, bit + (skipped >> 3), ahead,
                     )  # fmt: skip
             elif packed != 0:
                 b, b_row = packed + k0 * panels * nr * size + first * k * nr * size, nr * size
-                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, k * b_row, b_row, 1, c, bias, flags, bit)
+                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, k * b_row, b_row, 1, c, bias, flags, bit, ahead)
             else:
                 b, b_row = w + k0 * word(job + W_ROW), word(job + W_ROW)
-                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, nr * size, b_row, 0, c, bias, flags, bit)
+                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, nr * size, b_row, 0, c, bias, flags, bit, ahead)
 
 
 @jit_inner
 def _multiply(
     zero: Any, job: int, n: int, k: int, m: int, a: int, a_row: int, a_col: int, b: int, b_panel: int, b_row: int, padded: int,
-    c: int, bias: int, flags: int, bits: int,
+    c: int, bias: int, flags: int, bits: int, ahead: int,
 ) -> None:  # fmt: skip
     product(
         zero,
         (n, k, m, a, a_row, a_col, b, b_panel, b_row, padded, c, word(job + OUT_ROW), bias, flags, bits, word(job + BIT_ROW),
-         word(job + WIDTH), 0),
+         word(job + WIDTH), ahead),
     )  # fmt: skip
 
 
@@ -214,6 +223,10 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     if row_tasks > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
         column_tasks = max(column_tasks, min(panels, block_count(d * m * size, word(blocks(zero) + PAST) // 2)))
+    # A narrow w stays in the caches while x streams by.
+    narrow = column_tasks == 1 and d * m * size <= word(blocks(zero) + L2) // 4
+    dense = 0 < x_row <= 2 * d * size and word(job + OUT_ROW) <= 2 * m * size
+    set_word(job + STREAM, 1 if narrow and dense else 0)
     set_word(job + ROW_TASKS, row_tasks)
     set_word(job + COLUMN_TASKS, column_tasks)
     in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1)

@@ -30,6 +30,9 @@ copy_strided = emitted("rectilinear_copy_strided", 7)
 
 LINE_BYTES = 64
 
+AHEAD_WORDS = 4
+"""Two stretches of memory that tiles ask for: see `_product`."""
+
 TAIL_WORDS = 4096
 """Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_columns`)."""
 
@@ -112,6 +115,10 @@ def _rows_of_tiles(
     for t in range(count if n > 0 else 0):
         height = block_start(n, count, t + 1) - first
         fetch, fetch_step = b, 0
+        if ahead != 0 and word(ahead) >= word(ahead + 8):
+            set_word(ahead, word(ahead + 16))
+            set_word(ahead + 8, word(ahead + 24))
+            set_word(ahead + 16, word(ahead + 24))
         if ahead != 0 and word(ahead) < word(ahead + 8):
             fetch, fetch_step = word(ahead), LINE_BYTES
             set_word(ahead, fetch + k * LINE_BYTES)
@@ -209,8 +216,8 @@ def _product(
     """C (n, m) = init + A (n, k) B (k, m), panel after panel of nv vectors.
 
     B's panels lie b_panel bytes apart, the rows of one b_row. `padded` says that every panel can be read to its full
-    width (a packed B); else B is read in place. `ahead`, if not 0, holds two words: what the next product will read from memory, by
-    address and end.
+    width (a packed B); else B is read in place. `ahead`, if not 0, holds four words: what the next product will take from memory or
+    write to, two stretches by address and end, of which as much is asked for as there are steps of k.
     """
     size = size_of(zero)
     nr = nv * lanes(zero)
