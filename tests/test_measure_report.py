@@ -464,7 +464,9 @@ def test_ceilings_that_cannot_be_measured_are_missing_and_the_run_goes_on(tmp_pa
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
-    code = "import sys; from rectilinear.measure.cli import main; sys.exit(main(sys.argv[1:]))"
+    # A background job of a shell ignores SIGINT, and its children with it.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from rectilinear.measure.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["full", "--subjects", "cs231n", "--rounds", "3", "--seconds", "0.1", "--no-ceilings", "--out", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.DEVNULL

@@ -182,7 +182,9 @@ def test_workers_block_signals() -> None:
 def test_an_interrupt_in_a_long_call_leaves_the_pool_usable() -> None:
     process = start(
         """
+        import signal
         from tests.pool_demo import busy, check, check_shared
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it, and its children too
         check()
         print("ready", flush=True)
         try:
