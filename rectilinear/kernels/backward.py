@@ -18,7 +18,8 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import L2, MC, PAST, blocks, lanes, rows, vectors
+from rectilinear.kernels.dots import DOTS_COLUMNS
+from rectilinear.kernels.library import FAR, L2, MC, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -59,8 +60,8 @@ N, D, M, GROUPS = 208, 216, 224, 232
 SLABS, BLOCK, LEAD = 240, 248, 256
 PARTS, SUMS, PACKED_W, SLOTS, SLOT_BYTES = 264, 272, 280, 288, 296
 FIRST, LAST, DX_ROWS, DX_COLUMNS, DW_ROWS, DW_COLUMNS, ZP = 304, 312, 320, 328, 336, 344, 352
-PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS = 360, 368, 376, 384, 392, 400
-JOB_WORDS = 51
+PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS, FEW = 360, 368, 376, 384, 392, 400, 408
+JOB_WORDS = 52
 
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
@@ -70,6 +71,17 @@ SMALL_WORK = 1 << 20
 
 REUSE = 4
 """How many panels must use a copied block of x for the copy to pay."""
+
+FEW_ROWS = 16
+"""Rows up to which dx is computed by inner products."""
+
+DOTS_VECTORS = 8
+"""The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
+
+DOTS_STRIP = 24
+"""Columns of dx, rows of w, taken through all rows of dz before the next."""
+
+DOTS_WORDS = (FEW_ROWS + DOTS_COLUMNS - 1) * DOTS_STRIP
 
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
@@ -115,6 +127,31 @@ def _pack_w(zero: Any, job: int, group: int, panel: int, dst: int) -> None:
     j = panel * nr
     w = word(job + W) + group * word(job + W_GROUP) + j * word(job + W_ROW)
     pack_panel(zero, (m, min(nr, d - j), w, word(job + W_COL), word(job + W_ROW), dst, nr))
+
+
+@jit_inner
+def _few_rows_dx(zero: Any, job: int, group: int, count: int, panel: int, panels: int, z: int) -> None:
+    """dx of `count` rows and `panels` panels by inner products, from w as it lies."""
+    size = size_of(zero)
+    nr = vectors(zero) * lanes(zero)
+    d, m, z_row, w_row, dx_row = word(job + D), word(job + M), word(job + LEAD), word(job + W_ROW), word(job + DX_ROW)
+    together = rows_of_dots(zero)
+    first, end = panel * nr, min(d, (panel + panels) * nr)
+    space = words(DOTS_WORDS)
+    while first < end:
+        columns = min(DOTS_STRIP, end - first)
+        w = word(job + W) + group * word(job + W_GROUP) + first * w_row
+        dx = word(job + DX) + group * word(job + DX_GROUP) + first * size
+        # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
+        if round_up(count, DOTS_COLUMNS) < round_up(count, together):
+            row = DOTS_STRIP * size
+            dots(zero, (m, columns, count, w, w_row, z, z_row, space, row))
+            rows(zero, (count, columns, space, row, 0, 0, dx, dx_row, 0, WRITE))
+        else:
+            row = round_up(count, together) * size
+            dots(zero, (m, count, columns, z, z_row, w, w_row, space, row))
+            copy_strided(zero, (count, columns, space, size, row, dx, dx_row))
+        first += columns
 
 
 @jit_inner
@@ -224,7 +261,7 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
     ahead = words(AHEAD_WORDS)
     _clear(0.0, total, m)
     panels = block_count(d, nr)
-    if want_dx:
+    if want_dx and word(job + FEW) == 0:
         for panel in range(panels):
             _pack_w(zero, job, group, panel, packed_w + panel * m * nr * size)
     flags = (WRITE if want_dx or want_dw else 0) | (SUM if want_db else 0)
@@ -239,7 +276,9 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
-        if want_dx:
+        if want_dx and word(job + FEW) != 0:
+            _few_rows_dx(zero, job, group, count, 0, panels, z)
+        elif want_dx:
             _announce(zero, ahead, dout_rest, last - r0 - count, word(job + DY_ROW), m)
             _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
@@ -326,6 +365,9 @@ def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     p0, p1 = block_start(panels, word(job + DX_COLUMNS), c), block_start(panels, word(job + DX_COLUMNS), c + 1)
     z = word(job + ZP) + r0 * word(job + LEAD)
     nothing = index & 0  # a plain 0 would compile a second version
+    if word(job + FEW) != 0:
+        _few_rows_dx(zero, job, group, count, p0, p1 - p0, z)
+        return
     if word(job + DX_ROWS) > 1:
         packed = word(job + PACKED_W) + p0 * m * nr * size
         _dx_block(zero, job, group, word(job + FIRST) + r0, r1 - r0, p0, p1 - p0, z, packed, nothing)
@@ -374,6 +416,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     often = block_count(m, nr) >= REUSE
     set_word(job + COPY_X, 1 if x_row % 1024 == 0 and often and n > REUSE else 0)
     set_word(job + BLOCK, BLOCK_ROWS)
+    set_word(job + FEW, 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * lanes(zero) and word(job + W_COL) == size else 0)
     set_word(job + PART_ROW, packed_row(m * size))
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
@@ -398,7 +441,9 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         dx_columns = max(dx_columns, block_count(d * m * size_of(zero), word(blocks(zero) + PAST) // 2))
     set_word(job + DX_COLUMNS, min(block_count(d, nr), dx_columns))
-    dw_rows = _cut(d, 28, mc, wanted) if word(job + DW) != 0 else 0
+    # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
+    scattered = n <= FEW_ROWS and m * size_of(zero) >= word(blocks(zero) + FAR) and threads > 1
+    dw_rows = _cut(d, 28, mc, d if scattered else wanted) if word(job + DW) != 0 else 0
     set_word(job + DW_ROWS, dw_rows)
     set_word(job + DW_COLUMNS, _cut(block_count(m, nr), 1, 1 << 30, -(-wanted // max(dw_rows, 1))))
     set_word(job + PANELS_TO_PACK, block_count(d, nr) if dx_rows > 1 else 0)

@@ -15,6 +15,8 @@ from numba.core.registry import cpu_target
 
 from rectilinear.kernels import blocking, simd
 from rectilinear.kernels.cache import jit
+from rectilinear.kernels.dots import PARAMETERS as DOTS_PARAMETERS
+from rectilinear.kernels.dots import dots_rows, emit_dots
 from rectilinear.kernels.memory import emitted, emitted_table
 from rectilinear.kernels.native import intrinsic
 from rectilinear.kernels.rows import (
@@ -24,12 +26,18 @@ from rectilinear.kernels.rows import (
     emit_transpose,
 )
 from rectilinear.kernels.stream import RELU_PARAMETERS, SOFTMAX_PARAMETERS, emit_relu, emit_softmax
+from rectilinear.kernels.strip import PARAMETERS as STRIP_PARAMETERS
+from rectilinear.kernels.strip import STRIP_ROWS, emit_strip, strip_tiles
 from rectilinear.kernels.tile import PARAMETERS, Tile, emit_tile
 
 MAX_ROWS = 16
 """Tiles are found in the table by log2(nv) * MAX_ROWS + mr."""
 
 tile = emitted_table("rectilinear_tiles", len(PARAMETERS))
+strip = emitted_table("rectilinear_strips", len(STRIP_PARAMETERS))
+"""By the number of rows."""
+
+dots = emitted("rectilinear_dots", len(DOTS_PARAMETERS))
 relu = emitted("rectilinear_relu", len(RELU_PARAMETERS))
 softmax = emitted("rectilinear_softmax", len(SOFTMAX_PARAMETERS))
 rows = emitted("rectilinear_rows", len(ROWS_PARAMETERS))
@@ -73,6 +81,8 @@ lanes = _constant(lambda itemsize: host_simd().lanes(itemsize))
 vectors = _constant(lambda itemsize: host_simd().tile(itemsize)[1])
 least_vectors = _constant(lambda itemsize: min(tile.nv for tile in tiles(itemsize)))
 row_lanes = _constant(lambda itemsize: max(8, host_simd().lanes(itemsize)))
+rows_of_strips = _constant(lambda itemsize: strip_tiles(host_simd(), itemsize)[-1].mr)
+rows_of_dots = _constant(lambda itemsize: dots_rows(host_simd()))
 
 
 @intrinsic
@@ -93,22 +103,25 @@ def most_rows(typingctx, zero, nv):  # type: ignore[no-untyped-def]
 
 def _addresses(itemsize: int) -> Any:
     """A jitted function that returns the addresses of all emitted kernels of a dtype, and so compiles them."""
-    shapes, unit = tiles(itemsize), host_simd()
+    unit = host_simd()
+    shapes, thin = tiles(itemsize), strip_tiles(unit, itemsize)
 
     @intrinsic
     def emit(typingctx):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             module = builder.module
             kernels = [emit_tile(module, shape, f"tile.{shape.nv}.{shape.mr}") for shape in shapes]
+            kernels += [emit_strip(module, shape, f"strip.{shape.mr}") for shape in thin]
             kernels.append(emit_rows(module, unit, itemsize, "rows"))
             kernels.append(emit_transpose(module, unit, itemsize, "transpose"))
+            kernels.append(emit_dots(module, unit, itemsize, "dots"))
             kernels.append(emit_relu(module, unit, itemsize, "relu"))
             kernels.append(emit_softmax(module, unit, itemsize, "softmax"))
             for kernel in kernels:
                 kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, ir.IntType(64)) for kernel in kernels])
 
-        return types.UniTuple(types.intp, len(shapes) + 4)(), codegen
+        return types.UniTuple(types.intp, len(shapes) + len(thin) + 5)(), codegen
 
     @jit()
     def addresses() -> Any:
@@ -131,9 +144,14 @@ def load(itemsize: int) -> None:
     table = np.zeros(5 * MAX_ROWS, np.int64)
     for shape, address in zip(tiles(itemsize), found, strict=False):
         table[(shape.nv.bit_length() - 1) * MAX_ROWS + shape.mr] = address
+    by_rows = np.zeros(STRIP_ROWS + 1, np.int64)
+    thin = strip_tiles(host_simd(), itemsize)
+    for shape, address in reversed(list(zip(thin, found[len(tiles(itemsize)) :], strict=False))):
+        by_rows[: shape.mr + 1] = address
     bits = 8 * itemsize
+    publish(f"rectilinear_strips_f{bits}", by_rows.ctypes.data, (by_rows, addresses))
     publish(f"rectilinear_tiles_f{bits}", table.ctypes.data, (table, addresses))
-    for kernel, address in zip(("rows", "transpose", "relu", "softmax"), found[-4:], strict=True):
+    for kernel, address in zip(("rows", "transpose", "dots", "relu", "softmax"), found[-5:], strict=True):
         publish(f"rectilinear_{kernel}_f{bits}", address, addresses)
     publish_blocks(itemsize)
 

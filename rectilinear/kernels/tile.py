@@ -54,12 +54,12 @@ class Tile:
 
 def emit_tile(module: ir.Module, tile: Tile, name: str) -> ir.Function:
     """Add the micro-kernel ``void name(PARAMETERS)`` to `module`."""
-    return _TileEmitter(module, tile, name).run()
+    return TileEmitter(module, tile, name).run()
 
 
-class _TileEmitter(Emitter):
-    def __init__(self, module: ir.Module, tile: Tile, name: str) -> None:
-        super().__init__(module, name, PARAMETERS, float_vector(tile.itemsize, tile.lanes))
+class TileEmitter(Emitter):
+    def __init__(self, module: ir.Module, tile: Tile, name: str, parameters: tuple[str, ...] = PARAMETERS) -> None:
+        super().__init__(module, name, parameters, float_vector(tile.itemsize, tile.lanes))
         self.tile = tile
 
     def run(self) -> ir.Function:
@@ -82,7 +82,7 @@ class _TileEmitter(Emitter):
             return self._row(arg["bias"], masked) * tile.mr
 
         def c(masked: bool) -> Values:
-            return [value for i in range(tile.mr) for value in self._row(self._c_row(i), masked)]
+            return [value for i in range(tile.mr) for value in self._row(self._init_row(i), masked)]
 
         return self.choose(
             self.flag(ACCUMULATE),
@@ -95,6 +95,9 @@ class _TileEmitter(Emitter):
         width = self.tile.simd.width
         masks = self.column_masks if masked else [None] * self.tile.nv
         return [self.load(self.offset(address, v, width), masks[v]) for v in range(self.tile.nv)]
+
+    def _init_row(self, i: int) -> ir.Value:
+        return self._c_row(i)
 
     def _c_row(self, i: int) -> ir.Value:
         return self.offset(self.arg["c"], i, self.arg["c_row"])

@@ -1,0 +1,114 @@
+"""The generator of inner products of rows: C^T[j, i] = sum over k of A[i, k] B[j, k].
+
+It is how dx = dz w^T is computed for few rows: both operands are read along their rows, once, so that w streams by and
+is not transposed, which would cost as much as the product itself. Sums are kept a vector of partial sums for each element, added up at
+the end in a fixed order. They come out a few rows of C^T at a time, into a small buffer.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from rectilinear.kernels.emit import I64, Emitter, Values, float_vector
+from rectilinear.kernels.simd import Simd
+
+PARAMETERS = ("k", "rows", "columns", "a", "a_row", "b", "b_row", "c", "c_row")
+"""All 64-bit integers; addresses and strides in bytes. `rows` of A and `columns` (rows of B), 1 at least. C^T is written in whole tiles: it
+must have room for both counts rounded up."""
+
+DOTS_COLUMNS = 3
+"""Rows of B taken together."""
+
+
+def dots_rows(simd: Simd) -> int:
+    """Rows of A taken together: with three rows of B as many as the registers can hold sums for."""
+    return 8 if simd.registers >= 32 else 4
+
+
+def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
+    """Add ``void name(PARAMETERS)`` to `module`."""
+    emitter = _DotsEmitter(module, name, PARAMETERS, float_vector(itemsize, simd.lanes(itemsize)))
+    emitter.together = dots_rows(simd)
+    return emitter.run()
+
+
+class _DotsEmitter(Emitter):
+    together: int
+
+    def run(self) -> ir.Function:
+        with (
+            self.steps(I64(0), self._rounded_up("columns", DOTS_COLUMNS), DOTS_COLUMNS) as j,
+            self.steps(I64(0), self._rounded_up("rows", self.together), self.together) as i,
+        ):
+            self._tile(i, j)
+        self.builder.ret_void()
+        return self.function
+
+    def _rounded_up(self, count: str, step: int) -> ir.Value:
+        tiles = self.builder.udiv(self.builder.add(self.arg[count], I64(step - 1)), I64(step))
+        return self.builder.mul(tiles, I64(step))
+
+    def _row_addresses(self, matrix: str, count: str, first: ir.Value, taken: int) -> Values:
+        """Of `taken` rows from `first` on; the first once more for each that the matrix does not have."""
+        addresses = []
+        for t in range(taken):
+            index = self.builder.add(first, I64(t))
+            inside = self.builder.icmp_signed("<", index, self.arg[count])
+            addresses.append(self.offset(self.arg[matrix], self.builder.select(inside, index, first), self.arg[f"{matrix}_row"]))
+        return addresses
+
+    def _tile(self, i: ir.Value, j: ir.Value) -> None:
+        """`together` rows of A against DOTS_COLUMNS rows of B."""
+        builder, arg, rows = self.builder, self.arg, self.together
+        a, b = self._row_addresses("a", "rows", i, rows), self._row_addresses("b", "columns", j, DOTS_COLUMNS)
+        sums = self._sum_over_k(a, b)
+        for t in range(DOTS_COLUMNS):
+            place = self.offset(self.offset(arg["c"], builder.add(j, I64(t)), arg["c_row"]), i, self.itemsize)
+            for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
+                builder.store(vector, self.pointer(place), align=1)
+                place = builder.add(place, I64(vector.type.count * self.itemsize))
+
+    def _sum_over_k(self, a: Values, b: Values) -> Values:
+        builder, lanes = self.builder, self.vector.count
+        whole = builder.and_(self.arg["k"], I64(-lanes))
+        left = builder.sub(self.arg["k"], whole)
+        before = builder.block
+        head, body, after = (builder.append_basic_block(name) for name in ("k.head", "k", "k.end"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        at = self.phi(I64(0), before)
+        sums = [self.phi(self.zero, before) for _ in range(self.together * DOTS_COLUMNS)]
+        builder.cbranch(builder.icmp_signed("<", at, whole), body, after)
+        builder.position_at_end(body)
+        updated = self._step(a, b, at, sums, None)
+        at.add_incoming(builder.add(at, I64(lanes)), body)
+        for phi, value in zip(sums, updated, strict=True):
+            phi.add_incoming(value, body)
+        builder.branch(head)
+        builder.position_at_end(after)
+        rest = builder.icmp_signed(">", left, I64(0))
+        return self.choose(rest, lambda: self._step(a, b, whole, sums, self.lanes_below(left)), lambda: list(sums))
+
+    def _step(self, a: Values, b: Values, at: ir.Value, sums: Values, mask: ir.Value | None) -> Values:
+        """One vector of k; where masked, what lies beyond the rows' ends is not read and counts as 0."""
+        offset = self.builder.mul(at, I64(self.itemsize))
+        columns = [self.load(self.builder.add(address, offset), mask) for address in b]
+        updated: Values = list(sums)
+        for i, address in enumerate(a):
+            row = self.load(self.builder.add(address, offset), mask)
+            for t, column in enumerate(columns):
+                updated[t * self.together + i] = self.multiply_add(row, column, sums[t * self.together + i])
+        return updated
+
+    def _added_up(self, vectors: Values) -> Values:
+        """The sum of the lanes of each vector, in vectors of as many as fit: by halves, two vectors becoming one."""
+        lanes = self.vector.count
+        while lanes > 1:
+            groups = vectors[0].type.count // lanes
+            pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)]
+            taken = groups * len(pairs[0])
+            low = [group * lanes + lane for group in range(taken) for lane in range(lanes // 2)]
+            high = [index + lanes // 2 for index in low]
+            vectors = [self.builder.fadd(self.shuffle(pair[0], pair[-1], low), self.shuffle(pair[0], pair[-1], high)) for pair in pairs]
+            lanes //= 2
+        return vectors

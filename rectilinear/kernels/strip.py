@@ -1,0 +1,90 @@
+"""The generator of strips: a few rows of C along all their columns, from a few rows of B that are read as they lie.
+
+For few rows of A and a B that comes from memory: the register tile of `tile` has nothing to use again there, and going
+down a panel of B it touches a page with every k, where hardware does not look ahead. A strip is that same tile with
+the loops changed about. It takes STRIP_DEPTH values of k at once, each row of B a stream of its own, and moves along
+the columns; C is carried on in between, in memory, in the same order of sums.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from rectilinear.kernels.emit import I1, I64, Values
+from rectilinear.kernels.simd import Simd
+from rectilinear.kernels.tile import Tile, TileEmitter
+
+STRIP_DEPTH = 8
+"""Rows of B taken together."""
+
+STRIP_ROWS = 8
+"""Rows of A at most. A comes packed, so many elements of it for each k; its last row stands in all places beyond."""
+
+PARAMETERS = ("rows", "a", "b", "b_row", "init", "init_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
+"""As a tile's, but for `rows`, the wanted ones, and `init`: what ACCUMULATE starts from, which C need not be."""
+
+
+def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
+    """The tiles that run along rows, lowest first."""
+    _, nv = simd.tile(itemsize)
+    return tuple(Tile(simd, itemsize, mr, nv) for mr in (1, 4, STRIP_ROWS) if mr <= simd.rows(nv))
+
+
+def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
+    """Add ``void name(PARAMETERS)`` to `module`, for up to mr rows."""
+    return _StripEmitter(module, tile, name, PARAMETERS).run()
+
+
+class _StripEmitter(TileEmitter):
+    def run(self) -> ir.Function:
+        builder, columns, nr = self.builder, self.arg["columns"], self.tile.nr
+        whole = builder.and_(columns, I64(-nr))
+        with self.steps(I64(0), whole, nr) as j:
+            self._panel(j, I64(nr), masked=False)
+        with builder.if_then(builder.icmp_signed("<", whole, columns)):
+            self._panel(whole, builder.sub(columns, whole), masked=True)
+        builder.ret_void()
+        return self.function
+
+    def _panel(self, j: ir.Value, columns: ir.Value, *, masked: bool) -> None:
+        """The tile at column j: its arguments are those of the strip, moved on."""
+        builder, tile, strip = self.builder, self.tile, self.arg
+        at = builder.mul(j, I64(tile.itemsize))
+        moved = {name: builder.add(strip[name], at) for name in ("b", "init", "c", "bias")}
+        moved["bias"] = builder.select(builder.icmp_signed("!=", strip["bias"], I64(0)), moved["bias"], I64(0))
+        moved["bits"] = builder.add(strip["bits"], builder.lshr(j, I64(3)))
+        self.arg = strip | moved | {"columns": columns}
+        self.full = I1(not masked)
+        self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
+        sums = self._start()
+        for k in range(STRIP_DEPTH):
+            sums = self._add_products(k, sums, masked)
+        self._store(self._relu(sums))
+        self.arg = strip
+
+    def _add_products(self, k: int, sums: Values, masked: bool) -> Values:
+        # A is an operand of the multiply-adds, loaded anew for every panel: for all that LLVM knows C is stored where it lies. Hoisted
+        # out of the loop over columns it would be spilled as vectors.
+        tile, arg = self.tile, self.arg
+        columns = self._row(self.offset(arg["b"], k, arg["b_row"]), masked)
+        updated = []
+        for i in range(tile.mr):
+            broadcast = self.splat(self.load_scalar(self.offset(arg["a"], k * STRIP_ROWS + i, tile.itemsize)))
+            updated += [self.multiply_add(broadcast, columns[v], sums[i * tile.nv + v]) for v in range(tile.nv)]
+        return updated
+
+    # The tile may have more rows than are wanted: the last one is computed once more for each of those.
+
+    def _row_of(self, matrix: str, i: int) -> ir.Value:
+        last = self.builder.sub(self.arg["rows"], I64(1))
+        index = self.builder.select(self.builder.icmp_signed("<", I64(i), last), I64(i), last)
+        return self.offset(self.arg[matrix], index, self.arg[f"{matrix}_row"])
+
+    def _init_row(self, i: int) -> ir.Value:
+        return self._row_of("init", i)
+
+    def _c_row(self, i: int) -> ir.Value:
+        return self._row_of("c", i)
+
+    def _bits_row(self, i: int) -> ir.Value:
+        return self._row_of("bits", i)
