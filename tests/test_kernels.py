@@ -133,6 +133,60 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 13, 16, 17])
+def test_few_rows_by_inner_products(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
+    """dx from w as it lies: every tail along the rows of w, around tiles and strips of them."""
+    lanes = library.host_simd().lanes(dtype.itemsize)
+    for d, m in itertools.product([1, 2, 3, 7, 9, 23, 24, 25, 49], [8 * lanes - 1, 8 * lanes, 8 * lanes + 1, 9 * lanes - 1]):
+        check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), None, whole(rng, (n, m), dtype), frames=True)
+
+
+def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    """What lies beyond a row of w is not multiplied by 0 either: it may be NaN."""
+    n, d, m = 5, 30, 150
+    wide = np.full((d, m + 40), np.nan, dtype)
+    wide[:, :m] = whole(rng, (d, m), dtype)
+    check_step(whole(rng, (n, d), dtype), wide[:, :m], None, whole(rng, (n, m), dtype))
+
+
+@pytest.fixture
+def far_memory() -> Iterator[None]:
+    """Few rows by strips, however small w is."""
+    for itemsize in (4, 8):
+        library.load(itemsize)
+        library.publish_blocks(itemsize, past=2, far=1)
+    yield
+    for itemsize in (4, 8):
+        library.publish_blocks(itemsize)
+
+
+@pytest.mark.usefixtures("far_memory")
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 7, 8, 9])
+def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
+    _, nr = tile_extents(dtype)
+    for d, m in itertools.product([7, 8, 9, 16, 31], [1, 7, nr - 1, nr, nr + 1, 2 * nr, 2 * nr + 9]):
+        b = None if m == nr else whole(rng, (m,), dtype)
+        check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), b, whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 700), (4, 33, 2100), (8, 64, 1031), (3, 5, 40, 300)], ids=str)
+def test_strips_give_the_bits_of_tiles(dtype: np.dtype[Any], shape: tuple[int, ...], request: pytest.FixtureRequest) -> None:
+    *lead, n, d, m = shape
+    rng = np.random.default_rng(3)
+    x, w, b = (rng.standard_normal((*lead, *s)).astype(dtype) for s in ((n, d), (d, m), (m,)))
+
+    def results() -> list[np.ndarray]:
+        out, mask = backend.affine_relu_forward(x, w, b, None)
+        return [out.view(np.uint8), mask.bits]
+
+    by_tiles = results()
+    request.getfixturevalue("far_memory")
+    for threads in (1, 2, 3):
+        with num_threads(threads):
+            for got, right in zip(results(), by_tiles, strict=True):
+                np.testing.assert_array_equal(got, right)
+
+
 @pytest.mark.parametrize("n", [511, 512, 513, 1300])
 def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     library.load(dtype.itemsize)
@@ -251,6 +305,7 @@ import ctypes, mmap, sys
 import numpy as np
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
+from rectilinear.kernels import library
 
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
@@ -270,8 +325,13 @@ def guarded(a, at_end):
     return made
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
-for T in ("f4", "f8"):
-    for n, d, m in [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]:
+SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]
+SHAPES += [(1, 17, 130), (8, 25, 133)]
+for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
+    size = np.dtype(T).itemsize
+    library.load(size)
+    library.publish_blocks(size, **({"past": 2, "far": 1} if few_by_strips else {}))
+    for n, d, m in SHAPES:
         for at_end in (False, True):
             x, w, b, dout = (rng.integers(-3, 4, s).astype(T) for s in ((n, d), (d, m), (m,), (n, m)))
             z = x @ w + b
@@ -360,7 +420,7 @@ def test_fused_relu_at_the_edges(dtype: np.dtype[Any]) -> None:
 # ---------------------------------------------------------------- bits and threads
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 50, 60), (3, 2100, 16, 24), (2, 300, 300, 300)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 50, 60), (3, 2100, 16, 24), (2, 300, 300, 300), (9, 600, 700)], ids=str)
 def test_same_bits_for_every_number_of_threads(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
     *lead, n, d, m = shape
     x, w, b, dout = (rng.standard_normal((*lead, *s)).astype(dtype) for s in ((n, d), (d, m), (m,), (n, m)))

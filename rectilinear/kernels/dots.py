@@ -21,8 +21,8 @@ DOTS_COLUMNS = 3
 
 
 def dots_rows(simd: Simd) -> int:
-    """Rows of A taken together: with three rows of B as many as the registers can hold sums for."""
-    return 8 if simd.registers >= 32 else 4
+    """Rows of A taken together: with DOTS_COLUMNS rows of B as many as the registers can hold sums for."""
+    return max(rows for rows in (2, 4, 8) if (rows + 1) * DOTS_COLUMNS + simd.spare <= simd.registers)
 
 
 def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:

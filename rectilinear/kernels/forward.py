@@ -172,7 +172,7 @@ def _few_rows(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int, 
         flags = ACCUMULATE
     if whole < d:
         rows(zero, (n, m, space, lead, 0, 0, out, out_row, 0, WRITE))
-        nr = vectors(zero) * lanes(zero)
+        nr = word(job + WIDTH) * lanes(zero)
         flags |= word(job + FLAGS)
         nothing = n & 0
         _multiply(
