@@ -231,11 +231,13 @@ def _write_db(zero: Any, job: int, group: int, total: int) -> None:
 
 
 @jit_inner
-def _announce(zero: Any, ahead: int, address: int, rows_left: int, row: int, columns: int) -> None:
-    """Have the coming tiles ask for these rows of the next block: else memory idles while this one is multiplied."""
+def _announce(zero: Any, ahead: int, matrix: int, group: int, first: int, count: int, columns: int) -> None:
+    """Have the coming tiles ask for rows of one of the job's matrices: else memory idles while others are multiplied."""
+    row = word(matrix + 16)
+    address = word(matrix) + group * word(matrix + 8) + first * row
     dense = row >= 0 and row <= 2 * columns * size_of(zero)
     set_word(ahead, address)
-    set_word(ahead + 8, address + (min(rows_left, BLOCK_ROWS) * row if dense else 0))
+    set_word(ahead + 8, address + (min(count, BLOCK_ROWS) * row if dense else 0))
 
 
 @jit_inner
@@ -270,22 +272,26 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         # The same blocks as in `_pack_task`: they decide the order in which db is summed.
         r0 = first + step * word(job + BLOCK)
         count = min(word(job + BLOCK), last - r0)
-        dout_rest = word(job + DY) + group * word(job + DY_GROUP) + (r0 + count) * word(job + DY_ROW)
-        x_rest = word(job + X) + group * word(job + X_GROUP) + (r0 + count) * word(job + X_ROW)
-        dx_rest = word(job + DX) + group * word(job + DX_GROUP) + (r0 + count) * word(job + DX_ROW)
+        # What comes next: the rest of the slab, or where that is done and a group is one slab, the next group.
+        next_group, next_row, left = group, r0 + count, last - r0 - count
+        if left == 0 and slabs == 1 and group + 1 < word(job + GROUPS):
+            next_group, next_row, left = group + 1, 0, n
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
         if want_dx and word(job + FEW) != 0:
             _few_rows_dx(zero, job, group, count, 0, panels, z)
         elif want_dx:
-            _announce(zero, ahead, dout_rest, last - r0 - count, word(job + DY_ROW), m)
+            _announce(zero, ahead, job + DY, next_group, next_row, left, m)
+            _announce(zero, ahead + 16, job + W, next_group, 0, d if next_group != group else 0, m)
             _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
             accumulate = ACCUMULATE if step > 0 else 0
-            _announce(zero, ahead, x_rest, last - r0 - count, word(job + X_ROW), d)
+            _announce(zero, ahead, job + X, next_group, next_row, left, d)
             if want_dx:
-                _announce(zero, ahead + 16, dx_rest, last - r0 - count, word(job + DX_ROW), d)
+                _announce(zero, ahead + 16, job + DX, next_group, next_row, left, d)
+            if slabs == 1:
+                _announce(zero, ahead + 32, job + DW, next_group, 0, d if next_group != group else 0, m)
             _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)

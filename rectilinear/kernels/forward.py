@@ -39,8 +39,8 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-RUN, TASKS, LATE, A_BYTES, STREAM, FEW = 224, 232, 240, 248, 256, 264
-JOB_WORDS = 34
+RUN, TASKS, LATE, A_BYTES, STREAM, FEW, GROUPS = 224, 232, 240, 248, 256, 264, 272
+JOB_WORDS = 35
 
 SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
@@ -102,13 +102,21 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     steps = block_count(d, kc)
     rows_count = last_row - first_row
     ahead = words(AHEAD_WORDS)
+    w_row = word(job + W_ROW)
     if word(job + STREAM) != 0:
         # The tiles ask for the next task's rows of x and out, most likely this thread's own: else memory idles meanwhile.
-        next_rows = min(rows_count, n - last_row)
-        set_word(ahead, x + rows_count * word(job + X_ROW))
-        set_word(ahead + 8, word(ahead) + next_rows * word(job + X_ROW))
-        set_word(ahead + 16, out + rows_count * word(job + OUT_ROW))
-        set_word(ahead + 24, word(ahead + 16) + next_rows * word(job + OUT_ROW))
+        next_x, next_out, next_rows = x + rows_count * word(job + X_ROW), out + rows_count * word(job + OUT_ROW), min(rows_count, n - last_row)
+        if next_rows == 0 and index == row_tasks - 1 and group + 1 < word(job + GROUPS):
+            next_x = word(job + X) + (group + 1) * word(job + X_GROUP)
+            next_out = word(job + OUT) + (group + 1) * word(job + OUT_GROUP)
+            next_rows = block_start(n, row_tasks, 1)
+            next_w = word(job + W) + (group + 1) * word(job + W_GROUP)
+            set_word(ahead + 32, next_w)
+            set_word(ahead + 40, next_w + (d * w_row if 0 < w_row <= 2 * m * size else 0))
+        set_word(ahead, next_x)
+        set_word(ahead + 8, next_x + next_rows * word(job + X_ROW))
+        set_word(ahead + 16, next_out)
+        set_word(ahead + 24, next_out + next_rows * word(job + OUT_ROW))
     row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
     for r in range(row_steps):
         r0 = block_start(rows_count, row_steps, r)
@@ -308,6 +316,7 @@ def entry(zero: Any) -> Any:
         job = words(JOB_WORDS)
         _describe(zero, job, x, w, b, out, bits, flags)
         groups = extent_of(w, -3)
+        set_word(job + GROUPS, groups)
         packed = round_up(_plan(zero, job, groups, threads), 64)
         slot = 0
         if word(job + PACK_A) != 0:

@@ -30,8 +30,8 @@ copy_strided = emitted("rectilinear_copy_strided", 7)
 
 LINE_BYTES = 64
 
-AHEAD_WORDS = 4
-"""Two stretches of memory that tiles ask for: see `_product`."""
+AHEAD_WORDS = 6
+"""Three stretches of memory that tiles ask for: see `_product`."""
 
 TAIL_WORDS = 4096
 """Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_columns`)."""
@@ -116,9 +116,9 @@ def _rows_of_tiles(
         height = block_start(n, count, t + 1) - first
         fetch, fetch_step = b, 0
         if ahead != 0 and word(ahead) >= word(ahead + 8):
-            set_word(ahead, word(ahead + 16))
-            set_word(ahead + 8, word(ahead + 24))
-            set_word(ahead + 16, word(ahead + 24))
+            for i in range(0, 32, 8):
+                set_word(ahead + i, word(ahead + i + 16))
+            set_word(ahead + 32, word(ahead + 40))
         if ahead != 0 and word(ahead) < word(ahead + 8):
             fetch, fetch_step = word(ahead), LINE_BYTES
             set_word(ahead, fetch + k * LINE_BYTES)
