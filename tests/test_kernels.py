@@ -199,7 +199,9 @@ def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.ran
         library.publish_blocks(dtype.itemsize)
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 9, 11), (64, 128, 64, 64), (3, 2100, 16, 24), (2, 50, 300, 700), (3, 7, 30, 150), (2, 2, 300, 900)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 9, 11), (64, 128, 64, 64), (3, 2100, 16, 24), (2, 50, 300, 700), (3, 7, 30, 150), (2, 2, 300, 900)], ids=str
+)
 def test_stacked(dtype: np.dtype[Any], shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     g, n, d, m = shape
     check_step(

@@ -25,6 +25,7 @@ from rectilinear.kernels.memory import (
     extent_of,
     get,
     put,
+    room,
     rounded,
     set_word,
     size_of,
@@ -35,6 +36,7 @@ from rectilinear.kernels.memory import (
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
     AHEAD_WORDS,
+    announce,
     block_count,
     block_start,
     copy_strided,
@@ -137,7 +139,7 @@ def _few_rows_dx(zero: Any, job: int, group: int, count: int, panel: int, panels
     d, m, z_row, w_row, dx_row = word(job + D), word(job + M), word(job + LEAD), word(job + W_ROW), word(job + DX_ROW)
     together = rows_of_dots(zero)
     first, end = panel * nr, min(d, (panel + panels) * nr)
-    space = words(DOTS_WORDS)
+    space = room(DOTS_WORDS)
     while first < end:
         columns = min(DOTS_STRIP, end - first)
         w = word(job + W) + group * word(job + W_GROUP) + first * w_row
@@ -231,16 +233,6 @@ def _write_db(zero: Any, job: int, group: int, total: int) -> None:
 
 
 @jit_inner
-def _announce(zero: Any, ahead: int, matrix: int, group: int, first: int, count: int, columns: int) -> None:
-    """Have the coming tiles ask for rows of one of the job's matrices: else memory idles while others are multiplied."""
-    row = word(matrix + 16)
-    address = word(matrix) + group * word(matrix + 8) + first * row
-    dense = row >= 0 and row <= 2 * columns * size_of(zero)
-    set_word(ahead, address)
-    set_word(ahead + 8, address + (min(count, BLOCK_ROWS) * row if dense else 0))
-
-
-@jit_inner
 def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
     """The whole backward of one slab of one group."""
     size = size_of(zero)
@@ -274,24 +266,25 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         count = min(word(job + BLOCK), last - r0)
         # What comes next: the rest of the slab, or where that is done and a group is one slab, the next group.
         next_group, next_row, left = group, r0 + count, last - r0 - count
+        next_d = 0
         if left == 0 and slabs == 1 and group + 1 < word(job + GROUPS):
-            next_group, next_row, left = group + 1, 0, n
+            next_group, next_row, left, next_d = group + 1, 0, n, d
+        left = min(left, BLOCK_ROWS)
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
         if want_dx and word(job + FEW) != 0:
             _few_rows_dx(zero, job, group, count, 0, panels, z)
         elif want_dx:
-            _announce(zero, ahead, job + DY, next_group, next_row, left, m)
-            _announce(zero, ahead + 16, job + W, next_group, 0, d if next_group != group else 0, m)
+            announce(zero, ahead, job + DY, next_group, next_row, left, m)
+            announce(zero, ahead + 16, job + W, next_group, 0, next_d, m)
             _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
             accumulate = ACCUMULATE if step > 0 else 0
-            _announce(zero, ahead, job + X, next_group, next_row, left, d)
+            announce(zero, ahead, job + X, next_group, next_row, left, d)
             if want_dx:
-                _announce(zero, ahead + 16, job + DX, next_group, next_row, left, d)
-            if slabs == 1:
-                _announce(zero, ahead + 32, job + DW, next_group, 0, d if next_group != group else 0, m)
+                announce(zero, ahead + 16, job + DX, next_group, next_row, left, d)
+            announce(zero, ahead + 32, job + DW, next_group, 0, next_d, m)
             _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)

@@ -12,10 +12,11 @@ from typing import Any
 from rectilinear.kernels.blocking import MEETING
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import FAR, L2, MC, PAST, blocks, lanes, most_rows, rows, rows_of_strips, strip, vectors
-from rectilinear.kernels.memory import data_of, extent_of, get, put, set_word, size_of, stride_of, word, words
+from rectilinear.kernels.memory import data_of, extent_of, get, put, room, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
     AHEAD_WORDS,
+    announce,
     block_count,
     block_start,
     copy_strided,
@@ -83,7 +84,9 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     column = first * nr
 
     x = word(job + X) + group * word(job + X_GROUP) + first_row * word(job + X_ROW)
-    w = word(job + W) + group * word(job + W_GROUP) + column * size
+    w_row = word(job + W_ROW)
+    w = word(job + W) + group * word(job + W_GROUP) + column * word(job + W_COL)
+    late = word(job + LATE) != 0
     packed = word(job + PACKED)
     if packed != 0:
         packed += group * word(job + PACKED_GROUP)
@@ -102,21 +105,13 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     steps = block_count(d, kc)
     rows_count = last_row - first_row
     ahead = words(AHEAD_WORDS)
-    w_row = word(job + W_ROW)
     if word(job + STREAM) != 0:
-        # The tiles ask for the next task's rows of x and out, most likely this thread's own: else memory idles meanwhile.
-        next_x, next_out, next_rows = x + rows_count * word(job + X_ROW), out + rows_count * word(job + OUT_ROW), min(rows_count, n - last_row)
-        if next_rows == 0 and index == row_tasks - 1 and group + 1 < word(job + GROUPS):
-            next_x = word(job + X) + (group + 1) * word(job + X_GROUP)
-            next_out = word(job + OUT) + (group + 1) * word(job + OUT_GROUP)
-            next_rows = block_start(n, row_tasks, 1)
-            next_w = word(job + W) + (group + 1) * word(job + W_GROUP)
-            set_word(ahead + 32, next_w)
-            set_word(ahead + 40, next_w + (d * w_row if 0 < w_row <= 2 * m * size else 0))
-        set_word(ahead, next_x)
-        set_word(ahead + 8, next_x + next_rows * word(job + X_ROW))
-        set_word(ahead + 16, next_out)
-        set_word(ahead + 24, next_out + next_rows * word(job + OUT_ROW))
+        # The tiles ask for what the next task takes, most likely this thread's own: else memory idles meanwhile.
+        next_group, next_row = (group, last_row) if last_row < n else (group + 1, 0)
+        count = min(rows_count, n - next_row) if next_group < word(job + GROUPS) else 0
+        announce(zero, ahead, job + X, next_group, next_row, count, d)
+        announce(zero, ahead + 16, job + OUT, next_group, next_row, count, m)
+        announce(zero, ahead + 32, job + W, next_group, 0, d if count > 0 and next_group > group else 0, m)
     row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
     for r in range(row_steps):
         r0 = block_start(rows_count, row_steps, r)
@@ -136,24 +131,20 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                     copy_strided(zero, (r1 - r0, k, a, a_row, a_col, slots, lead))
                 a, a_row, a_col = slots, lead, size
             c, bit = out + r0 * word(job + OUT_ROW), bits + r0 * word(job + BIT_ROW)
-            if word(job + LATE) != 0:
-                b = slots + word(job + A_BYTES)
-                for p in range(first, block_count(last, nr)):
-                    skipped = (p - first) * nr
-                    columns = min(nr, last - p * nr)
-                    source = word(job + W) + group * word(job + W_GROUP) + k0 * word(job + W_ROW) + p * nr * word(job + W_COL)
-                    pack_panel(zero, (k, columns, source, word(job + W_ROW), word(job + W_COL), b, nr))
-                    panel_bias = bias + skipped * size if bias != 0 else 0
-                    _multiply(
-                        zero, job, r1 - r0, k, columns, a, a_row, a_col, b, 0, nr * size, 1,
-                        c + skipped * size, panel_bias, flags, bit + (skipped >> 3), ahead,
-                    )  # fmt: skip
-            elif packed != 0:
-                b, b_row = packed + k0 * panels * nr * size + first * k * nr * size, nr * size
-                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, k * b_row, b_row, 1, c, bias, flags, bit, ahead)
-            else:
-                b, b_row = w + k0 * word(job + W_ROW), word(job + W_ROW)
-                _multiply(zero, job, r1 - r0, k, last - column, a, a_row, a_col, b, nr * size, b_row, 0, c, bias, flags, bit, ahead)
+            b, b_panel, b_row, padded, together = w + k0 * w_row, nr * size, w_row, 0, last - column
+            if packed != 0:
+                b, b_panel, b_row, padded = packed + k0 * panels * nr * size + first * k * nr * size, k * nr * size, nr * size, 1
+            elif late:
+                b, b_row, padded, together = slots + word(job + A_BYTES), nr * size, 1, nr
+            for done in range(0, last - column, max(together, 1)):
+                columns = min(together, last - column - done)
+                if late:
+                    pack_panel(zero, (k, columns, w + k0 * w_row + done * word(job + W_COL), w_row, word(job + W_COL), b, nr))
+                panel_bias = bias + done * size if bias != 0 else bias
+                _multiply(
+                    zero, job, r1 - r0, k, columns, a, a_row, a_col, b, b_panel, b_row, padded,
+                    c + done * size, panel_bias, flags, bit + (done >> 3), ahead,
+                )  # fmt: skip
 
 
 @jit_inner
@@ -165,7 +156,7 @@ def _few_rows(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int, 
     )  # fmt: skip
     # Sums stay in memory of this task's own: where another one's columns begin, both would write to the same cache lines all along.
     lead = packed_row(m * size)
-    a = words(STRIP_WORDS)
+    a = room(STRIP_WORDS)
     whole = d // STRIP_DEPTH * STRIP_DEPTH
     flags = 0
     for k in range(0, whole, STRIP_DEPTH):
@@ -283,8 +274,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
         row_tasks, column_tasks = 1, min(column_tasks, max(1, threads // max(groups, 1)), max(1, m * size // STRIP_BYTES))
     # A narrow w stays in the caches while x streams by.
     narrow = column_tasks == 1 and d * m * size <= word(blocks(zero) + L2) // 4
-    dense = 0 < x_row <= 2 * d * size and word(job + OUT_ROW) <= 2 * m * size
-    set_word(job + STREAM, 1 if narrow and dense else 0)
+    set_word(job + STREAM, 1 if narrow else 0)
     set_word(job + ROW_TASKS, row_tasks)
     set_word(job + COLUMN_TASKS, column_tasks)
     in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1)

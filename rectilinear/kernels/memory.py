@@ -82,6 +82,21 @@ def words(typingctx, count):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def room(typingctx, count):  # type: ignore[no-untyped-def]
+    """As `words`, of any content: nothing is written, which matters for more than a few (32 KiB of zeros are all of L1)."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    extent = count.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with builder.goto_entry_block():  # `alloca_once` would zero it, asked to or not
+            space = builder.alloca(ir.ArrayType(_WORD, extent))
+        return builder.ptrtoint(space, _WORD)
+
+    return types.intp(count), codegen
+
+
+@intrinsic
 def word(typingctx, address):  # type: ignore[no-untyped-def]
     """The 64-bit integer at `address`."""
 

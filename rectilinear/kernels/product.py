@@ -18,7 +18,7 @@ from rectilinear.kernels.library import (
     tile,
     transpose,
 )
-from rectilinear.kernels.memory import emitted, get, put, set_word, size_of, word, words
+from rectilinear.kernels.memory import emitted, get, put, room, set_word, size_of, word
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
 from rectilinear.kernels.tile import ACCUMULATE
@@ -64,6 +64,18 @@ def run_length(tasks: int, threads: int) -> int:
 def block_start(extent: int, count: int, index: int) -> int:
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)
+
+
+@jit_inner
+def announce(zero: Any, stretch: int, matrix: int, group: int, first: int, count: int, columns: int) -> None:
+    """Write the stretch of rows that tiles are to ask for; `matrix` points to its address, and the bytes between groups and between rows.
+
+    Nothing, where rows lie so far apart that most of what is between them would be something else.
+    """
+    row = word(matrix + 16)
+    start = word(matrix) + group * word(matrix + 8) + first * row
+    set_word(stretch, start)
+    set_word(stretch + 8, start + (count * row if 0 < row <= 2 * columns * size_of(zero) else 0))
 
 
 @jit_inner
@@ -177,12 +189,8 @@ def _read_past(
     nr = nv * lanes(zero)
     last = min(k, -(-(nr - columns) * size // b_row))
     none = flags & 0  # a plain 0 would compile a second version
-    tail = words(TAIL_WORDS)
-    for i in range(last):
-        for j in range(columns):
-            put(tail + (i * nr + j) * size, get(zero, b + (k - last + i) * b_row + j * size))
-        for j in range(columns, nr):
-            put(tail + (i * nr + j) * size, zero)
+    tail = room(TAIL_WORDS)
+    rows(zero, (last, columns, b + (k - last) * b_row, b_row, 0, 0, tail, nr * size, 0, WRITE | PAD))
     if last < k:
         early = flags & ACCUMULATE
         _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, none, none, columns, nv, none, ahead)
