@@ -101,7 +101,7 @@ def test_inner_products_live_in_registers(unit: Simd, itemsize: int) -> None:
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("unit", SIMDS)
 def test_strips_live_in_registers(unit: Simd, itemsize: int) -> None:
-    """What is multiplied is loaded where it is needed; hoisted out of the loop over columns, elements of A would lie on the stack as vectors."""
+    """Elements of A are loaded where they are multiplied: hoisted out of the loop over columns they would lie on the stack as vectors."""
     for tile in strip_tiles(unit, itemsize):
         module = ir.Module("strip")
         emit_strip(module, tile, "strip")
