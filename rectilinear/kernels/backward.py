@@ -19,7 +19,7 @@ from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.dots import DOTS_COLUMNS
-from rectilinear.kernels.library import FAR, L2, MC, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
+from rectilinear.kernels.library import FAR, L2, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
 from rectilinear.kernels.memory import (
     data_of,
     extent_of,
@@ -40,10 +40,12 @@ from rectilinear.kernels.product import (
     block_count,
     block_start,
     copy_strided,
+    depth_for,
     pack_panel,
     packed_row,
     product,
     round_up,
+    rows_at_once,
     run_length,
 )
 from rectilinear.kernels.rows import KEEP_Z, PAD, SUM, WRITE
@@ -62,8 +64,8 @@ N, D, M, GROUPS = 208, 216, 224, 232
 SLABS, BLOCK, LEAD = 240, 248, 256
 PARTS, SUMS, PACKED_W, SLOTS, SLOT_BYTES = 264, 272, 280, 288, 296
 FIRST, LAST, DX_ROWS, DX_COLUMNS, DW_ROWS, DW_COLUMNS, ZP = 304, 312, 320, 328, 336, 344, 352
-PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS, FEW = 360, 368, 376, 384, 392, 400, 408
-JOB_WORDS = 52
+PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS, FEW, DX_DEPTH = 360, 368, 376, 384, 392, 400, 408, 416
+JOB_WORDS = 53
 
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
@@ -166,7 +168,7 @@ def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: in
     dx_row = word(job + DX_ROW)
     dx = word(job + DX) + group * word(job + DX_GROUP) + first * dx_row + panel * nr * size
     columns = min(d - panel * nr, panels * nr)
-    steps = block_count(m, word(blocks(zero)))
+    steps = block_count(m, word(job + DX_DEPTH))
     for step in range(steps):
         k0 = block_start(m, steps, step)
         k = block_start(m, steps, step + 1) - k0
@@ -416,6 +418,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     set_word(job + COPY_X, 1 if x_row % 1024 == 0 and often and n > REUSE else 0)
     set_word(job + BLOCK, BLOCK_ROWS)
     set_word(job + FEW, 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * lanes(zero) and word(job + W_COL) == size else 0)
+    set_word(job + DX_DEPTH, depth_for(zero, n))
     set_word(job + PART_ROW, packed_row(m * size))
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
@@ -432,8 +435,7 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
     most = max(4 * BLOCK_ROWS, word(blocks(zero) + PAST) // word(job + LEAD) // BLOCK_ROWS * BLOCK_ROWS)
     stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
     wanted = 8 * threads if threads > 1 else 1
-    mc = word(blocks(zero) + MC)
-    dx_rows = block_count(min(n, stretch), mc) if word(job + DX) != 0 else 0
+    dx_rows = block_count(min(n, stretch), rows_at_once(zero, min(m, word(job + DX_DEPTH)))) if word(job + DX) != 0 else 0
     set_word(job + DX_ROWS, dx_rows)
     dx_columns = -(-wanted // max(dx_rows, 1))
     if dx_rows > 1:
@@ -442,7 +444,7 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
     set_word(job + DX_COLUMNS, min(block_count(d, nr), dx_columns))
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and m * size_of(zero) >= word(blocks(zero) + FAR) and threads > 1
-    dw_rows = _cut(d, 28, mc, d if scattered else wanted) if word(job + DW) != 0 else 0
+    dw_rows = _cut(d, 28, rows_at_once(zero, min(n, stretch)), d if scattered else wanted) if word(job + DW) != 0 else 0
     set_word(job + DW_ROWS, dw_rows)
     set_word(job + DW_COLUMNS, _cut(block_count(m, nr), 1, 1 << 30, -(-wanted // max(dw_rows, 1))))
     set_word(job + PANELS_TO_PACK, block_count(d, nr) if dx_rows > 1 else 0)

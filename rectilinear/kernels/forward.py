@@ -11,7 +11,7 @@ from typing import Any
 
 from rectilinear.kernels.blocking import MEETING
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.library import FAR, L2, MC, PAST, blocks, lanes, most_rows, rows, rows_of_strips, strip, vectors
+from rectilinear.kernels.library import FAR, L2, PAST, blocks, lanes, most_rows, rows, rows_of_strips, strip, vectors
 from rectilinear.kernels.memory import data_of, extent_of, get, put, room, set_word, size_of, stride_of, word, words
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.product import (
@@ -20,10 +20,12 @@ from rectilinear.kernels.product import (
     block_count,
     block_start,
     copy_strided,
+    depth_for,
     pack_panel,
     packed_row,
     product,
     round_up,
+    rows_at_once,
     run_length,
 )
 from rectilinear.kernels.rows import WRITE
@@ -40,8 +42,8 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-RUN, TASKS, LATE, A_BYTES, STREAM, FEW, GROUPS = 224, 232, 240, 248, 256, 264, 272
-JOB_WORDS = 35
+RUN, TASKS, LATE, A_BYTES, STREAM, FEW, GROUPS, DEPTH = 224, 232, 240, 248, 256, 264, 272, 280
+JOB_WORDS = 36
 
 SMALL_WORK = 1 << 20
 """Multiply-adds of a job that one thread finishes before a second one would have started."""
@@ -100,9 +102,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
     if word(job + FEW) != 0:
         _few_rows(zero, job, last - column, x, w, out, bias, bits, slots)
         return
-    kc = word(blocks(zero))
-    mc = word(blocks(zero) + MC)
-    steps = block_count(d, kc)
+    steps = block_count(d, word(job + DEPTH))
     rows_count = last_row - first_row
     ahead = words(AHEAD_WORDS)
     if word(job + STREAM) != 0:
@@ -112,7 +112,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
         announce(zero, ahead, job + X, next_group, next_row, count, d)
         announce(zero, ahead + 16, job + OUT, next_group, next_row, count, m)
         announce(zero, ahead + 32, job + W, next_group, 0, d if count > 0 and next_group > group else 0, m)
-    row_steps = block_count(rows_count, mc) if word(job + PACK_A) != 0 else 1
+    row_steps = block_count(rows_count, rows_at_once(zero, min(d, word(job + DEPTH)))) if word(job + PACK_A) != 0 else 1
     for r in range(row_steps):
         r0 = block_start(rows_count, row_steps, r)
         r1 = block_start(rows_count, row_steps, r + 1)
@@ -200,8 +200,7 @@ def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
     d, m = word(job + D), word(job + M)
     panels = block_count(m, nr)
     group, panel = index // panels, index % panels
-    kc = word(blocks(zero))
-    steps = block_count(d, kc)
+    steps = block_count(d, word(job + DEPTH))
     w = word(job + W) + group * word(job + W_GROUP) + panel * nr * word(job + W_COL)
     dst = word(job + PACKED) + group * word(job + PACKED_GROUP)
     for step in range(steps):
@@ -250,12 +249,15 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     set_word(job + WIDTH, nv)
     nr = nv * lanes(zero)
     panels = block_count(m, nr)
-    mc = word(blocks(zero) + MC)
     far = word(blocks(zero) + FAR)
     x_row, w_row = word(job + X_ROW), word(job + W_ROW)
     # Copying pays where what is copied is used often enough: x by several panels, w by several blocks of rows.
     set_word(job + PACK_A, 1 if x_row != 0 and x_row % MEETING == 0 and panels >= X_REUSE and n >= X_REUSE else 0)
-    row_tasks = block_count(n, max(mc, 1))
+    in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1) and (w_row < far or n < W_REUSE * most_rows(zero, nv))
+    # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
+    depth = max(1, word(blocks(zero)) // 2) if in_place and w_row >= far else depth_for(zero, n)
+    set_word(job + DEPTH, depth)
+    row_tasks = block_count(n, rows_at_once(zero, min(d, depth)))
     column_tasks = 1
     wanted = TURNS * threads
     if groups * max(n, SMALL_ROWS) * d * m <= SMALL_WORK or threads == 1:
@@ -277,10 +279,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     set_word(job + STREAM, 1 if narrow else 0)
     set_word(job + ROW_TASKS, row_tasks)
     set_word(job + COLUMN_TASKS, column_tasks)
-    in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1)
-    if in_place and (w_row < far or n < W_REUSE * most_rows(zero, nv)):
-        return 0
-    return panels * nr * d * size
+    return 0 if in_place else panels * nr * d * size
 
 
 def entry(zero: Any) -> Any:
@@ -310,15 +309,15 @@ def entry(zero: Any) -> Any:
         packed = round_up(_plan(zero, job, groups, threads), 64)
         slot = 0
         if word(job + PACK_A) != 0:
-            kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
-            slot = round_up(mc * packed_row(kc * size_of(zero)), 64)
+            k = min(word(job + D), word(job + DEPTH))
+            slot = rows_at_once(zero, k) * packed_row(k * size_of(zero))
         if word(job + FEW) != 0:
             slot = STRIP_ROWS * packed_row(word(job + M) * size_of(zero))
         set_word(job + A_BYTES, slot)
         if groups * packed > PACK_AT_ONCE:
             packed = 0
             set_word(job + LATE, 1)
-            slot += word(blocks(zero)) * word(job + WIDTH) * lanes(zero) * size_of(zero)
+            slot += word(job + DEPTH) * word(job + WIDTH) * lanes(zero) * size_of(zero)
         needed = groups * packed + threads * slot
         if needed > scratch_bytes:
             return needed

@@ -10,6 +10,8 @@ from typing import Any
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import (
     MAX_ROWS,
+    MC,
+    blocks,
     lanes,
     least_vectors,
     most_rows,
@@ -58,6 +60,20 @@ def block_count(extent: int, block: int) -> int:
 def run_length(tasks: int, threads: int) -> int:
     """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
     return max(1, tasks // (16 * threads))
+
+
+@jit_inner
+def depth_for(zero: Any, n: int) -> int:
+    """The block of K for an A of n rows: half of kc where twice mc rows are all there are, so that B is read once."""
+    kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
+    return max(1, kc // 2) if n <= 2 * mc else kc
+
+
+@jit_inner
+def rows_at_once(zero: Any, depth: int) -> int:
+    """Rows of A that L2 holds along so much of K: mc where that is kc, up to twice as many where it is less."""
+    kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
+    return max(1, mc * kc // max(min(depth, kc), kc // 2))
 
 
 @jit_inner
