@@ -10,7 +10,7 @@ from numba import types
 
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store
-from rectilinear.kernels.threads import parallel_for
+from rectilinear.kernels.threads import helpers_at_hand, parallel_for
 
 SLAB = 1000
 
@@ -131,3 +131,12 @@ def check_in_pool(nthreads: int) -> int:
     """For process pools."""
     check(nthreads)
     return nthreads
+
+
+@jit()
+def times_at_hand(asked: int) -> int:
+    """How many of so many questions in a row were told that helpers are at hand."""
+    told = 0
+    for _ in range(asked):
+        told += helpers_at_hand()
+    return told

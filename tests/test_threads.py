@@ -69,6 +69,26 @@ def test_work_is_shared_and_a_slot_is_in_one_hand() -> None:
         time.sleep(0.05)  # for the workers to fall asleep
 
 
+def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() -> None:
+    run(
+        """
+        import time
+        from tests.pool_demo import busy, times_at_hand
+        assert times_at_hand(1) == 0, "nobody has been hired"
+        assert times_at_hand(100) > 50, "asked again at once"
+        busy(0.001, 4, 2)
+        time.sleep(0.05)
+        assert times_at_hand(1) == 0, "asleep, and asked for the first time in a while"
+        awake = 0
+        for _ in range(20):
+            time.sleep(0.01)
+            busy(0.0001, 2, 2)
+            awake += times_at_hand(1)
+        assert awake > 0, "a worker looks for more when its job is done"
+        """
+    )
+
+
 @linux
 def test_a_worker_leaves_the_callers_processor() -> None:
     run(

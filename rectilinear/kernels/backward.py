@@ -47,6 +47,7 @@ from rectilinear.kernels.product import (
     round_up,
     rows_at_once,
     run_length,
+    threads_for,
 )
 from rectilinear.kernels.rows import KEEP_Z, PAD, SUM, WRITE
 from rectilinear.kernels.threads import parallel_for
@@ -69,9 +70,6 @@ JOB_WORDS = 53
 
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
-
-SMALL_WORK = 1 << 20
-"""Multiply-adds of a product that one thread finishes before a second one would have started."""
 
 REUSE = 4
 """How many panels must use a copied block of x for the copy to pay."""
@@ -423,8 +421,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
     set_word(job + SLABS, slabs)
-    small = groups * n * d * m <= SMALL_WORK
-    return narrow and (slabs > 1 or groups >= threads or small)
+    return narrow and (slabs > 1 or groups >= threads)
 
 
 @jit_inner
@@ -575,6 +572,7 @@ def entry(zero: Any) -> Any:
     ) -> int:
         job = words(JOB_WORDS)
         _describe(job, dy, keep, kind, x, w, dx, dw, db)
+        threads = threads_for(word(job + GROUPS) * word(job + N) * word(job + D) * word(job + M), threads)
         if _plan(zero, job, threads):
             return by_slabs(job, scratch, scratch_bytes, threads)
         return by_blocks(job, scratch, scratch_bytes, threads)

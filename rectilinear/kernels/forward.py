@@ -27,6 +27,7 @@ from rectilinear.kernels.product import (
     round_up,
     rows_at_once,
     run_length,
+    threads_for,
 )
 from rectilinear.kernels.rows import WRITE
 from rectilinear.kernels.strip import STRIP_DEPTH, STRIP_ROWS
@@ -44,9 +45,6 @@ ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
 RUN, TASKS, LATE, A_BYTES, STREAM, FEW, GROUPS, DEPTH = 224, 232, 240, 248, 256, 264, 272, 280
 JOB_WORDS = 36
-
-SMALL_WORK = 1 << 20
-"""Multiply-adds of a job that one thread finishes before a second one would have started."""
 
 SMALL_ROWS = 8
 """Reading w takes as long for fewer rows: two threads, (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4)."""
@@ -260,7 +258,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     row_tasks = block_count(n, rows_at_once(zero, min(d, depth)))
     column_tasks = 1
     wanted = TURNS * threads
-    if groups * max(n, SMALL_ROWS) * d * m <= SMALL_WORK or threads == 1:
+    if threads == 1:
         row_tasks, column_tasks = 1, 1
     elif groups * row_tasks < wanted:
         copied = word(job + PACK_A) != 0
@@ -306,6 +304,7 @@ def entry(zero: Any) -> Any:
         _describe(zero, job, x, w, b, out, bits, flags)
         groups = extent_of(w, -3)
         set_word(job + GROUPS, groups)
+        threads = threads_for(groups * max(word(job + N), SMALL_ROWS) * word(job + D) * word(job + M), threads)
         packed = round_up(_plan(zero, job, groups, threads), 64)
         slot = 0
         if word(job + PACK_A) != 0:

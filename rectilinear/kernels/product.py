@@ -23,12 +23,19 @@ from rectilinear.kernels.library import (
 from rectilinear.kernels.memory import emitted, get, put, room, set_word, size_of, word
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
+from rectilinear.kernels.threads import helpers_at_hand
 from rectilinear.kernels.tile import ACCUMULATE
 
 product = emitted("rectilinear_product", 18)
 pack_panel = emitted("rectilinear_pack_panel", 7)
 copy_strided = emitted("rectilinear_copy_strided", 7)
 """The functions below, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
+
+SMALL_WORK = 1 << 20
+"""Multiply-adds that one thread finishes before a helper would have woken up."""
+
+TINY_WORK = 1 << 17
+"""Multiply-adds that one thread finishes before a helper that is awake would have done its part."""
 
 LINE_BYTES = 64
 
@@ -54,6 +61,14 @@ def packed_row(length: int) -> int:
 def block_count(extent: int, block: int) -> int:
     """Blocks of nearly equal length, none longer than `block`; one empty block where there is nothing."""
     return max(1, -(-extent // block))
+
+
+@jit_inner
+def threads_for(work: int, threads: int) -> int:
+    """How many of `threads` to use for so many multiply-adds."""
+    if work <= TINY_WORK or (work <= SMALL_WORK and threads > 1 and helpers_at_hand() == 0):
+        return 1
+    return threads
 
 
 @jit_inner

@@ -57,7 +57,7 @@ _EXIT_PATIENCE_US = 2_000_000
 # Byte offsets into the pool's memory. Words that different threads write lie on different pairs of cache lines (the
 # adjacent-line prefetcher of x86 couples pairs). Mutexes, conditions, signal sets and floating-point environments
 # take at most 128 bytes on Linux and macOS.
-_OWNER, _BUSY, _WORKERS = 0, 8, 16
+_OWNER, _BUSY, _WORKERS, _LAST_ASKED = 0, 8, 16, 24
 _GATE = 128
 _FUNCTION, _ARG, _NTASKS, _CALLER_CPU, _FLOAT_ENV = 256, 264, 272, 280, 320
 _NEXT = 512
@@ -162,7 +162,8 @@ def _sleep_until_work(pool: int) -> None:
     _lock(pool + _MUTEX)
     # Counted before GATE is read, as the caller opens GATE before it reads the count: one of them sees the other.
     fetch_add(pool + _SLEEPERS, 1)
-    while load(pool + _GATE) == 0 and load(pool + _STOP) == 0:
+    if load(pool + _GATE) == 0 and load(pool + _STOP) == 0:
+        # Once, whatever it was woken for: when it comes too late for a short job, it is there for the next one.
         _cond_wait(pool + _WORK_CONDITION, pool + _MUTEX)
     fetch_add(pool + _SLEEPERS, -1)
     _unlock(pool + _MUTEX)
@@ -311,6 +312,20 @@ def _run_without_pool(function: int, arg: int, ntasks: int, nthreads: int) -> in
 
 
 @jit_inner
+def _at_hand() -> int:
+    """helpers_at_hand."""
+    pool = symbol_address("rectilinear_pool")
+    now = monotonic_ns()
+    since = now - exchange(pool + _LAST_ASKED, now)
+    return 1 if since < SPIN_NS or load(pool + _WORKERS) > load(pool + _SLEEPERS) else 0
+
+
+@jit_inner
+def _nobody_at_hand() -> int:
+    return 0
+
+
+@jit_inner
 def _stop(patience_us: int) -> int:
     """End the workers for good; calls that come later run on one thread. Returns how many workers were seen to end.
 
@@ -338,13 +353,13 @@ def _stop(patience_us: int) -> int:
 
 
 @jit()
-def _entry_points() -> tuple[int, int]:
-    return c_address(_run), c_address(_stop)
+def _entry_points() -> tuple[int, int, int]:
+    return c_address(_run), c_address(_at_hand), c_address(_stop)
 
 
 @jit()
-def _entry_point_without_pool() -> int:
-    return c_address(_run_without_pool)
+def _entry_points_without_pool() -> tuple[int, int]:
+    return c_address(_run_without_pool), c_address(_nobody_at_hand)
 
 
 parallel_for = types.ExternalFunction("rectilinear_parallel_for", types.intp(*(types.intp,) * 4))
@@ -353,6 +368,12 @@ parallel_for = types.ExternalFunction("rectilinear_parallel_for", types.intp(*(t
 `function` is the `c_address` of a jitted ``task(index, arg, slot)``, or ``task(index, arg)``, that returns nothing and
 raises nothing. `slot` is below `nthreads` and belongs to one thread for the length of the call: a place for scratch
 memory, never for what the result depends on. May be called from any thread, also from a task.
+"""
+
+helpers_at_hand = types.ExternalFunction("rectilinear_helpers_at_hand", types.intp())
+"""helpers_at_hand() -> 1 if a helper is awake, or will stay so since this is asked again and again within SPIN_NS; else 0.
+
+For jobs that are shorter than waking a helper takes: in a row of such jobs only the first has to wake one.
 """
 
 
@@ -367,13 +388,16 @@ def _can_have_pool() -> bool:
 def _start() -> Any:
     """Publish `parallel_for` under the name that compiled kernels look for; returns the pool's memory, to be kept."""
     if not _can_have_pool():
-        llvm.add_symbol("rectilinear_parallel_for", _entry_point_without_pool())
+        run, at_hand = _entry_points_without_pool()
+        llvm.add_symbol("rectilinear_parallel_for", run)
+        llvm.add_symbol("rectilinear_helpers_at_hand", at_hand)
         return None
     memory = ctypes.create_string_buffer(_POOL_BYTES + 128)
     pool = -(-ctypes.addressof(memory) // 128) * 128
     llvm.add_symbol("rectilinear_pool", pool)
-    run, stop = _entry_points()
+    run, at_hand, stop = _entry_points()
     llvm.add_symbol("rectilinear_parallel_for", run)
+    llvm.add_symbol("rectilinear_helpers_at_hand", at_hand)
     atexit.register(ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_ssize_t)(stop), _EXIT_PATIENCE_US)
     # The pool notices by its process id that it was forked; the hook is for a child that got its parent's id, as in
     # a new pid namespace.
