@@ -133,7 +133,7 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 13, 16, 17])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 9, 13, 16, 17])
 def test_few_rows_by_inner_products(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     """dx from w as it lies: every tail along the rows of w, around tiles and strips of them."""
     lanes = library.host_simd().lanes(dtype.itemsize)
@@ -161,7 +161,7 @@ def far_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("far_memory")
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 7, 8, 9])
 def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     _, nr = tile_extents(dtype)
     for d, m in itertools.product([7, 8, 9, 16, 31], [1, 7, nr - 1, nr, nr + 1, 2 * nr, 2 * nr + 9]):

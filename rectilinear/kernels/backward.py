@@ -2,7 +2,7 @@
 
 dz exists a block of rows at a time, in a pack buffer: masking, packing and the column sums of db are one pass over dout, and
 both products read that buffer, dx as rows of A, dw as rows of B. The transposed operands cost nothing (x, whose
-elements are broadcast from wherever they lie) or one transposition while packing (w).
+elements are broadcast from wherever they lie) or one transposition while packing (w). Few rows do without that: their dx is inner products.
 
 Two ways through, chosen by shape:
 

@@ -13,7 +13,7 @@ from rectilinear.kernels.emit import I64, Emitter, Values, float_vector
 from rectilinear.kernels.simd import Simd
 
 PARAMETERS = ("k", "rows", "columns", "a", "a_row", "b", "b_row", "c", "c_row")
-"""All 64-bit integers; addresses and strides in bytes. `rows` of A and `columns` (rows of B), 1 at least. C^T is written in whole tiles: it
+"""All 64-bit integers; addresses and strides in bytes. `rows` of A and `columns`, rows of B. C^T is written in whole tiles: it
 must have room for both counts rounded up."""
 
 DOTS_COLUMNS = 3
@@ -27,13 +27,13 @@ def dots_rows(simd: Simd) -> int:
 
 def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(PARAMETERS)`` to `module`."""
-    emitter = _DotsEmitter(module, name, PARAMETERS, float_vector(itemsize, simd.lanes(itemsize)))
-    emitter.together = dots_rows(simd)
-    return emitter.run()
+    return _DotsEmitter(module, simd, itemsize, name).run()
 
 
 class _DotsEmitter(Emitter):
-    together: int
+    def __init__(self, module: ir.Module, simd: Simd, itemsize: int, name: str) -> None:
+        super().__init__(module, name, PARAMETERS, float_vector(itemsize, simd.lanes(itemsize)))
+        self.together = dots_rows(simd)
 
     def run(self) -> ir.Function:
         with (

@@ -268,7 +268,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     if row_tasks > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
         column_tasks = max(column_tasks, min(panels, block_count(d * m * size, word(blocks(zero) + PAST) // 2)))
-    few = word(job + W_COL) == size and n <= rows_of_strips(zero) and d >= STRIP_DEPTH
+    few = word(job + W_COL) == size and 1 <= n <= rows_of_strips(zero) and d >= STRIP_DEPTH
     if few and m * size >= far and w_row >= far and d * m * size >= word(blocks(zero) + PAST) // 2:
         set_word(job + FEW, 1)
         row_tasks, column_tasks = 1, min(column_tasks, max(1, threads // max(groups, 1)), max(1, m * size // STRIP_BYTES))

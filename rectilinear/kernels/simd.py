@@ -1,7 +1,7 @@
 """What the vector unit of a target can do, as far as the kernel generators need to know.
 
 One `Simd` describes one instruction set: lanes come from its register width, the register tile from how many
-registers it has. The generators in `tile` and `lanes` take it as a parameter, so that a further
+registers it has. The generators take it as a parameter, so that a further
 instruction set is a further row in `_LEVELS` and never a second copy of a kernel.
 """
 

@@ -21,7 +21,7 @@ STRIP_ROWS = 8
 """Rows of A at most. A comes packed, so many elements of it for each k; its last row stands in all places beyond."""
 
 PARAMETERS = ("rows", "a", "b", "b_row", "init", "init_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
-"""As a tile's, but for `rows`, the wanted ones, and `init`: what ACCUMULATE starts from, which C need not be."""
+"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: what ACCUMULATE starts from, which C need not be."""
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
