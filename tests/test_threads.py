@@ -73,7 +73,7 @@ def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() ->
     run(
         """
         import time
-        from tests.pool_demo import busy, times_at_hand
+        from tests.pool_demo import at_hand_after_work, busy, times_at_hand
         assert times_at_hand(1) == 0, "nobody has been hired"
         assert times_at_hand(100) > 50, "asked again at once"
         busy(0.001, 4, 2)
@@ -82,8 +82,7 @@ def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() ->
         awake = 0
         for _ in range(20):
             time.sleep(0.01)
-            busy(0.0001, 2, 2)
-            awake += times_at_hand(1)
+            awake += at_hand_after_work(0.002)
         assert awake > 0, "a worker looks for more when its job is done"
         """
     )
