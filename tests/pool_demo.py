@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 
 from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store
-from rectilinear.kernels.threads import helpers_at_hand, parallel_for
+from rectilinear.kernels.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store, symbol_address
+from rectilinear.kernels.threads import _SLEEPERS, helpers_at_hand, parallel_for
 
 SLAB = 1000
 
@@ -153,3 +153,18 @@ def at_hand_after_work(seconds: float) -> int:
     words = np.zeros(2 + 2 * 64, np.intp)
     words[0] = int(seconds * 1e9)
     return _at_hand_after(words, 2, 2)
+
+
+@jit()
+def _awake_after_too_short_a_job(words: Any, for_ns: int) -> int:
+    parallel_for(c_address(_busy), words.ctypes.data, 2, 2)
+    end = monotonic_ns() + for_ns
+    while monotonic_ns() < end:
+        if load(symbol_address("rectilinear_pool") + _SLEEPERS) == 0:
+            return 1
+    return 0
+
+
+def awake_after_too_short_a_job(for_s: float) -> int:
+    """Whether the one helper, asleep before, was seen awake after a job that was over before it could have come."""
+    return _awake_after_too_short_a_job(np.zeros(2 + 2 * 64, np.intp), int(for_s * 1e9))

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -64,10 +66,19 @@ def inner_loop(text: str) -> list[str]:
             blocks[list(blocks)[-1]].append(line)
 
     def rank(name: str) -> tuple[int, bool]:
-        multiplies = sum(bool(MULTIPLY.search(line)) for line in blocks[name])
-        return multiplies, any(re.search(rf"\s{re.escape(name)}$", line) for line in blocks[name])
+        return multiplies(blocks[name]), any(re.search(rf"\s{re.escape(name)}$", line) for line in blocks[name])
 
     return blocks[max(blocks, key=rank)]
+
+
+def inner_loop_of(unit: Simd, emit: Callable[..., ir.Function], *what: Any) -> list[str]:
+    module = ir.Module("kernel")
+    emit(module, *what, "kernel")
+    return inner_loop(assembly(module, unit))
+
+
+def multiplies(loop: list[str]) -> int:
+    return sum(bool(MULTIPLY.search(line)) for line in loop)
 
 
 def full_and_wide(unit: Simd, itemsize: int) -> list[Tile]:
@@ -79,22 +90,18 @@ def full_and_wide(unit: Simd, itemsize: int) -> list[Tile]:
 @pytest.mark.parametrize("unit", SIMDS)
 def test_the_inner_loop_lives_in_registers(unit: Simd, itemsize: int) -> None:
     for tile in full_and_wide(unit, itemsize):
-        module = ir.Module("tile")
-        emit_tile(module, tile, "tile")
-        loop = inner_loop(assembly(module, unit))
-        multiplies = [line for line in loop if MULTIPLY.search(line)]
-        assert multiplies
-        assert len(multiplies) % (tile.mr * tile.nv) == 0, "\n".join(loop)  # small loops come unrolled
+        loop = inner_loop_of(unit, emit_tile, tile)
+        assert multiplies(loop) > 0
+        assert multiplies(loop) % (tile.mr * tile.nv) == 0, "\n".join(loop)  # small loops come unrolled
         assert not any(STACK.search(line) for line in loop), "\n".join(loop)
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("unit", SIMDS)
 def test_inner_products_live_in_registers(unit: Simd, itemsize: int) -> None:
-    module = ir.Module("dots")
-    emit_dots(module, unit, itemsize, "dots")
-    loop = inner_loop(assembly(module, unit))
-    assert len([line for line in loop if MULTIPLY.search(line)]) % (dots_rows(unit) * DOTS_COLUMNS) == 0, "\n".join(loop)
+    loop = inner_loop_of(unit, emit_dots, unit, itemsize)
+    assert multiplies(loop) > 0
+    assert multiplies(loop) % (dots_rows(unit) * DOTS_COLUMNS) == 0, "\n".join(loop)
     assert not any(VECTOR_ON_STACK.search(line) for line in loop), "\n".join(loop)
 
 
@@ -103,10 +110,8 @@ def test_inner_products_live_in_registers(unit: Simd, itemsize: int) -> None:
 def test_strips_live_in_registers(unit: Simd, itemsize: int) -> None:
     """Elements of A are loaded where they are multiplied: hoisted out of the loop over columns they would lie on the stack as vectors."""
     for tile in strip_tiles(unit, itemsize):
-        module = ir.Module("strip")
-        emit_strip(module, tile, "strip")
-        loop = inner_loop(assembly(module, unit))
-        assert len([line for line in loop if MULTIPLY.search(line)]) == STRIP_DEPTH * tile.mr * tile.nv, "\n".join(loop)
+        loop = inner_loop_of(unit, emit_strip, tile)
+        assert multiplies(loop) == STRIP_DEPTH * tile.mr * tile.nv, "\n".join(loop)
         assert not any(VECTOR_ON_STACK.search(line) for line in loop), "\n".join(loop)
 
 

@@ -88,6 +88,21 @@ def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() ->
     )
 
 
+def test_a_helper_that_comes_too_late_stays_for_the_next_job() -> None:
+    run(
+        """
+        import time
+        from tests.pool_demo import awake_after_too_short_a_job, busy
+        busy(0.001, 4, 2)
+        seen = 0
+        for _ in range(20):
+            time.sleep(0.01)
+            seen += awake_after_too_short_a_job(0.005)
+        assert seen > 10, f"seen awake after {seen} of 20 jobs"
+        """
+    )
+
+
 @linux
 def test_a_worker_leaves_the_callers_processor() -> None:
     run(

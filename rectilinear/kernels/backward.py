@@ -65,7 +65,7 @@ N, D, M, GROUPS = 208, 216, 224, 232
 SLABS, BLOCK, LEAD = 240, 248, 256
 PARTS, SUMS, PACKED_W, SLOTS, SLOT_BYTES = 264, 272, 280, 288, 296
 FIRST, LAST, DX_ROWS, DX_COLUMNS, DW_ROWS, DW_COLUMNS, ZP = 304, 312, 320, 328, 336, 344, 352
-PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS, FEW, DX_DEPTH = 360, 368, 376, 384, 392, 400, 408, 416
+PART_ROW, COPY_X, GROUP, PANELS_TO_PACK, RUN, TASKS, BY_DOTS, DX_DEPTH = 360, 368, 376, 384, 392, 400, 408, 416
 JOB_WORDS = 53
 
 BLOCK_ROWS = 128
@@ -75,15 +75,16 @@ REUSE = 4
 """How many panels must use a copied block of x for the copy to pay."""
 
 FEW_ROWS = 16
-"""Rows up to which dx is computed by inner products."""
+"""Rows up to which dx is computed by inner products, and dw is mostly a matter of writing it."""
 
 DOTS_VECTORS = 8
 """The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
 
-DOTS_STRIP = 24
+DOTS_BLOCK = 24
 """Columns of dx, rows of w, taken through all rows of dz before the next."""
 
-DOTS_WORDS = (FEW_ROWS + DOTS_COLUMNS - 1) * DOTS_STRIP
+# Their results, rounded up to whole tiles whichever operand is taken as which.
+DOTS_WORDS = (FEW_ROWS + DOTS_COLUMNS - 1) * DOTS_BLOCK
 
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
@@ -132,7 +133,7 @@ def _pack_w(zero: Any, job: int, group: int, panel: int, dst: int) -> None:
 
 
 @jit_inner
-def _few_rows_dx(zero: Any, job: int, group: int, count: int, panel: int, panels: int, z: int) -> None:
+def _dx_by_dots(zero: Any, job: int, group: int, count: int, panel: int, panels: int, z: int) -> None:
     """dx of `count` rows and `panels` panels by inner products, from w as it lies."""
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
@@ -141,12 +142,12 @@ def _few_rows_dx(zero: Any, job: int, group: int, count: int, panel: int, panels
     first, end = panel * nr, min(d, (panel + panels) * nr)
     space = room(DOTS_WORDS)
     while first < end:
-        columns = min(DOTS_STRIP, end - first)
+        columns = min(DOTS_BLOCK, end - first)
         w = word(job + W) + group * word(job + W_GROUP) + first * w_row
         dx = word(job + DX) + group * word(job + DX_GROUP) + first * size
         # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
         if round_up(count, DOTS_COLUMNS) < round_up(count, together):
-            row = DOTS_STRIP * size
+            row = DOTS_BLOCK * size
             dots(zero, (m, columns, count, w, w_row, z, z_row, space, row))
             rows(zero, (count, columns, space, row, 0, 0, dx, dx_row, 0, WRITE))
         else:
@@ -255,7 +256,7 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
     ahead = words(AHEAD_WORDS)
     _clear(0.0, total, m)
     panels = block_count(d, nr)
-    if want_dx and word(job + FEW) == 0:
+    if want_dx and word(job + BY_DOTS) == 0:
         for panel in range(panels):
             _pack_w(zero, job, group, panel, packed_w + panel * m * nr * size)
     flags = (WRITE if want_dx or want_dw else 0) | (SUM if want_db else 0)
@@ -273,8 +274,8 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
         _clear(zero, sums, m)
         _masked_block(zero, job, group, r0, count, z, sums, flags)
         _add_sums(zero, sums, total, m)
-        if want_dx and word(job + FEW) != 0:
-            _few_rows_dx(zero, job, group, count, 0, panels, z)
+        if want_dx and word(job + BY_DOTS) != 0:
+            _dx_by_dots(zero, job, group, count, 0, panels, z)
         elif want_dx:
             announce(zero, ahead, job + DY, next_group, next_row, left, m)
             announce(zero, ahead + 16, job + W, next_group, 0, next_d, m)
@@ -364,8 +365,8 @@ def _dx_task(zero: Any, index: int, job: int, slot: int) -> None:
     p0, p1 = block_start(panels, word(job + DX_COLUMNS), c), block_start(panels, word(job + DX_COLUMNS), c + 1)
     z = word(job + ZP) + r0 * word(job + LEAD)
     nothing = index & 0  # a plain 0 would compile a second version
-    if word(job + FEW) != 0:
-        _few_rows_dx(zero, job, group, count, p0, p1 - p0, z)
+    if word(job + BY_DOTS) != 0:
+        _dx_by_dots(zero, job, group, count, p0, p1 - p0, z)
         return
     if word(job + DX_ROWS) > 1:
         packed = word(job + PACKED_W) + p0 * m * nr * size
@@ -415,7 +416,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     often = block_count(m, nr) >= REUSE
     set_word(job + COPY_X, 1 if x_row % 1024 == 0 and often and n > REUSE else 0)
     set_word(job + BLOCK, BLOCK_ROWS)
-    set_word(job + FEW, 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * lanes(zero) and word(job + W_COL) == size else 0)
+    set_word(job + BY_DOTS, 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * lanes(zero) and word(job + W_COL) == size else 0)
     set_word(job + DX_DEPTH, depth_for(zero, n))
     set_word(job + PART_ROW, packed_row(m * size))
     narrow = d * m * size <= l2 // 4

@@ -43,7 +43,7 @@ BIT, BIT_GROUP, BIT_ROW = 104, 112, 120
 N, D, M, FLAGS = 128, 136, 144, 152
 ROW_TASKS, COLUMN_TASKS, WIDTH = 160, 168, 176
 PACKED, PACKED_GROUP, PACK_A, SLOTS, SLOT_BYTES = 184, 192, 200, 208, 216
-RUN, TASKS, LATE, A_BYTES, STREAM, FEW, GROUPS, DEPTH = 224, 232, 240, 248, 256, 264, 272, 280
+RUN, TASKS, LATE, A_BYTES, STREAM, BY_STRIPS, GROUPS, DEPTH = 224, 232, 240, 248, 256, 264, 272, 280
 JOB_WORDS = 36
 
 SMALL_ROWS = 8
@@ -97,8 +97,8 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
         bias += group * word(job + BIAS_GROUP) + column * size
 
     slots = word(job + SLOTS) + slot * word(job + SLOT_BYTES)
-    if word(job + FEW) != 0:
-        _few_rows(zero, job, last - column, x, w, out, bias, bits, slots)
+    if word(job + BY_STRIPS) != 0:
+        _by_strips(zero, job, last - column, x, w, out, bias, bits, slots)
         return
     steps = block_count(d, word(job + DEPTH))
     rows_count = last_row - first_row
@@ -146,7 +146,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
 
 
 @jit_inner
-def _few_rows(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int, bits: int, space: int) -> None:
+def _by_strips(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int, bits: int, space: int) -> None:
     """m columns of all rows of out, by strips: for a w that comes from memory, past which a tile would go down a page with every k."""
     size = size_of(zero)
     n, d, x_row, x_col, w_row, out_row = (
@@ -171,7 +171,7 @@ def _few_rows(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int, 
         rows(zero, (n, m, space, lead, 0, 0, out, out_row, 0, WRITE))
         nr = word(job + WIDTH) * lanes(zero)
         flags |= word(job + FLAGS)
-        nothing = n & 0
+        nothing = n & 0  # a plain 0 would compile a second version
         _multiply(
             zero, job, n, d - whole, m, x + whole * x_col, x_row, x_col, w + whole * w_row, nr * size, w_row, nothing,
             out, bias, flags, bits, nothing,
@@ -270,7 +270,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
         column_tasks = max(column_tasks, min(panels, block_count(d * m * size, word(blocks(zero) + PAST) // 2)))
     few = word(job + W_COL) == size and 1 <= n <= rows_of_strips(zero) and d >= STRIP_DEPTH
     if few and m * size >= far and w_row >= far and d * m * size >= word(blocks(zero) + PAST) // 2:
-        set_word(job + FEW, 1)
+        set_word(job + BY_STRIPS, 1)
         row_tasks, column_tasks = 1, min(column_tasks, max(1, threads // max(groups, 1)), max(1, m * size // STRIP_BYTES))
     # A narrow w stays in the caches while x streams by.
     narrow = column_tasks == 1 and d * m * size <= word(blocks(zero) + L2) // 4
@@ -310,7 +310,7 @@ def entry(zero: Any) -> Any:
         if word(job + PACK_A) != 0:
             k = min(word(job + D), word(job + DEPTH))
             slot = rows_at_once(zero, k) * packed_row(k * size_of(zero))
-        if word(job + FEW) != 0:
+        if word(job + BY_STRIPS) != 0:
             slot = STRIP_ROWS * packed_row(word(job + M) * size_of(zero))
         set_word(job + A_BYTES, slot)
         if groups * packed > PACK_AT_ONCE:

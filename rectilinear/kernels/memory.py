@@ -67,33 +67,29 @@ def size_of(typingctx, zero):  # type: ignore[no-untyped-def]
     return types.intp(zero), codegen
 
 
-@intrinsic
-def words(typingctx, count):  # type: ignore[no-untyped-def]
-    """The address of `count` (a literal) zeroed words that live as long as the calling function."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    extent = count.literal_value
+def _on_stack(zeroed: bool) -> Any:
+    """A jittable function of a literal count: the address of so many words that live as long as the calling function."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        space = cgutils.alloca_once(builder, ir.ArrayType(_WORD, extent), zfill=True)
-        return builder.ptrtoint(space, _WORD)
+    def typed(typingctx, count):  # type: ignore[no-untyped-def]
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        kind = ir.ArrayType(_WORD, count.literal_value)
 
-    return types.intp(count), codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            with builder.goto_entry_block():  # not by `alloca_once`, which zeroes, asked to or not
+                space = builder.alloca(kind)
+            if zeroed:
+                builder.store(kind(None), space)
+            return builder.ptrtoint(space, _WORD)
+
+        return types.intp(count), codegen
+
+    return intrinsic(typed)
 
 
-@intrinsic
-def room(typingctx, count):  # type: ignore[no-untyped-def]
-    """As `words`, of any content: nothing is written, which matters for more than a few (32 KiB of zeros are all of L1)."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    extent = count.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        with builder.goto_entry_block():  # `alloca_once` would zero it, asked to or not
-            space = builder.alloca(ir.ArrayType(_WORD, extent))
-        return builder.ptrtoint(space, _WORD)
-
-    return types.intp(count), codegen
+words = _on_stack(zeroed=True)
+room = _on_stack(zeroed=False)
+"""For more than a few words: 32 KiB of zeros are all of L1."""
 
 
 @intrinsic
