@@ -37,7 +37,7 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
 def small_blocks() -> Iterator[None]:
     """Block boundaries where small extents meet them."""
     for itemsize in (4, 8):
-        library.load(itemsize)
+        library.load[itemsize]
         library.publish_blocks(itemsize, kc=KC, mc=24)
     yield
     for itemsize in (4, 8):
@@ -153,7 +153,7 @@ def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np
 def far_memory() -> Iterator[None]:
     """Few rows by strips, however small w is."""
     for itemsize in (4, 8):
-        library.load(itemsize)
+        library.load[itemsize]
         library.publish_blocks(itemsize, past=2, far=1)
     yield
     for itemsize in (4, 8):
@@ -189,7 +189,7 @@ def test_strips_give_the_bits_of_tiles(dtype: np.dtype[Any], shape: tuple[int, .
 
 @pytest.mark.parametrize("n", [511, 512, 513, 1300])
 def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
-    library.load(dtype.itemsize)
+    library.load[dtype.itemsize]
     library.publish_blocks(dtype.itemsize, past=1, l2=1)  # stretches as short as they get, and no slabs
     try:
         for d, m in ((70, 90), (33, 64), (17, 1100)):  # the last with dz in panels too
@@ -331,7 +331,7 @@ SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 
 SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33)]
 for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
     size = np.dtype(T).itemsize
-    library.load(size)
+    library.load[size]
     library.publish_blocks(size, **({"past": 2, "far": 1} if few_by_strips else {}))
     for n, d, m in SHAPES:
         for at_end in (False, True):
@@ -391,7 +391,7 @@ def test_relu_keeps_every_bit_of_what_it_keeps(dtype: np.dtype[Any], count: int)
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_relu_of_a_run_longer_than_the_caches(dtype: np.dtype[Any], offset: int, rng: np.random.Generator) -> None:
-    library.load(dtype.itemsize)
+    library.load[dtype.itemsize]
     library.publish_blocks(dtype.itemsize, past=1000)
     try:
         x = np.resize(edges(dtype), 200_000 + offset)[offset:]

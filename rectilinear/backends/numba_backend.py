@@ -62,12 +62,12 @@ class NumbaBackend:
         return result if out is None or out is result else _delivered(result, out), KeepMask(bits, shape)
 
     def _forward(self, x: Array, w: Array, b: Array | None, out: int, bits: int, relu: int) -> None:
-        kernel = _passes().affine_forward(x.itemsize)
+        kernel = _passes().affine_forward[x.itemsize]
         # Small calls need no scratch memory, and save fetching it.
         answer = kernel(id(x), id(w), 0 if b is None else id(b), out, bits, relu, 0, 0, get_num_threads())
         if answer:
-            b = None if b is None else np.ascontiguousarray(b)  # what the kernel asks for by an answer below 0
-            with_scratch(kernel, id(x), id(w), 0 if b is None else id(b), out, bits, relu)
+            b = None if b is None else np.ascontiguousarray(b)  # one answer is SCATTERED, which asks for it
+            _finished(with_scratch(kernel, id(x), id(w), 0 if b is None else id(b), out, bits, relu))
 
     def affine_backward(
         self,
@@ -93,8 +93,8 @@ class NumbaBackend:
             dw = empty(w.shape, dtype) if to_dw is None else _in_place(to_dw)
         if want_db:
             db = empty((*w.shape[:-2], w.shape[-1]), dtype) if to_db is None else _in_place(to_db)
-        with_scratch(
-            _passes().affine_backward(x.itemsize),
+        answer = with_scratch(
+            _passes().affine_backward[x.itemsize],
             id(dout),
             0 if mask is None else id(mask),
             kind,
@@ -104,6 +104,8 @@ class NumbaBackend:
             0 if dw is None else id(dw),
             0 if db is None else id(db),
         )
+        if answer:
+            _finished(answer)
         return (
             dx if dx is to_dx or to_dx is None else _delivered(dx, to_dx),
             dw if dw is to_dw or to_dw is None else _delivered(dw, to_dw),
@@ -112,7 +114,7 @@ class NumbaBackend:
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
         result = np.empty(dout.shape[:-2] + dout.shape[-1:], dout.dtype) if out is None else out
-        with_scratch(_passes().bias_reduction(dout.itemsize), id(dout), id(result))
+        _finished(with_scratch(_passes().bias_reduction[dout.itemsize], id(dout), id(result)))
         return result
 
     # ReLU.
@@ -126,10 +128,10 @@ class NumbaBackend:
         dout_rows = dout if _in_rows(dout) else np.ascontiguousarray(dout)
         result = empty(dout.shape, dout.dtype) if out is None else _in_place(out)
         bits = keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
-        _, over_bits, _ = _passes().relu(dout.itemsize)
+        _, over_bits, _ = _passes().relu[dout.itemsize]
         for index in np.ndindex(dout.shape[:-2]):
             source, mask, target = dout_rows[index], bits[index], result[index]
-            over_bits(id(source), id(mask), id(target), get_num_threads())
+            _finished(over_bits(id(source), id(mask), id(target), get_num_threads()))
         return _delivered(result, out)
 
     def _relu(self, x: Array, keep: Array, out: Array | None) -> Array:
@@ -137,15 +139,15 @@ class NumbaBackend:
         in_c, in_f = flags.c_contiguous and kept.c_contiguous, flags.f_contiguous and kept.f_contiguous
         if out is None:
             out = empty(x.shape, x.dtype) if in_c or not in_f else empty(x.shape[::-1], x.dtype).T
-        over_run, _, over_rows = _passes().relu(x.itemsize)
+        over_run, _, over_rows = _passes().relu[x.itemsize]
         flags = out.flags
         if (in_c and flags.c_contiguous) or (in_f and flags.f_contiguous):
-            over_run(x.size, id(x), id(keep), id(out), get_num_threads())
+            _finished(over_run(id(x), id(keep), id(out), get_num_threads()))
             return out
         two = (np.atleast_2d(x), np.atleast_2d(keep), np.atleast_2d(out))
         for index in np.ndindex(two[0].shape[:-2]):
             source, mask, target = (array[index] for array in two)
-            over_rows(id(source), id(mask), id(target), get_num_threads())
+            _finished(over_rows(id(source), id(mask), id(target), get_num_threads()))
         return out
 
     # Softmax.
@@ -155,7 +157,7 @@ class NumbaBackend:
         loss = np.full((), np.nan)
         if x.shape[0] > 0:
             labels = np.ascontiguousarray(y, np.int64)
-            with_scratch(_passes().softmax_loss(x.itemsize), id(x), id(labels), id(dx), id(loss))
+            _finished(with_scratch(_passes().softmax_loss[x.itemsize], id(x), id(labels), id(dx), id(loss)))
         return x.dtype.type(loss), _delivered(dx, out)
 
     # Arrays.
@@ -180,6 +182,12 @@ def _passes() -> Any:
 
 
 _loaded_passes: Any = None
+
+
+def _finished(answer: int) -> None:
+    """Look at what a pass answered."""
+    if answer:  # kernels.memory.CHANGED
+        raise RuntimeError("an argument's shape was changed by another thread in the middle of the call; nothing was computed")
 
 
 def _in_rows(array: Array) -> bool:

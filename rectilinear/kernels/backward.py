@@ -21,9 +21,11 @@ from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.dots import DOTS_COLUMNS
 from rectilinear.kernels.library import FAR, L2, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
 from rectilinear.kernels.memory import (
+    CHANGED,
     data_of,
     extent_of,
     get,
+    has_extents,
     put,
     room,
     rounded,
@@ -33,9 +35,10 @@ from rectilinear.kernels.memory import (
     word,
     words,
 )
-from rectilinear.kernels.native import c_address
+from rectilinear.kernels.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.product import (
     AHEAD_WORDS,
+    TINY_WORK,
     announce,
     block_count,
     block_start,
@@ -49,7 +52,7 @@ from rectilinear.kernels.product import (
     run_length,
     threads_for,
 )
-from rectilinear.kernels.rows import KEEP_Z, PAD, SUM, WRITE
+from rectilinear.kernels.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE
 from rectilinear.kernels.threads import parallel_for
 from rectilinear.kernels.tile import ACCUMULATE
 
@@ -450,35 +453,51 @@ def _plan_blocks(zero: Any, job: int, threads: int) -> int:
 
 
 @jit_inner
-def _describe(job: int, dy: int, keep: int, kind: int, x: int, w: int, dx: int, dw: int, db: int) -> None:
+def _describe(zero: Any, job: int, dy: int, keep: int, kind: int, x: int, w: int, dx: int, dw: int, db: int) -> int:
+    """Write the operands into the job; 0, or CHANGED."""
+    size = size_of(zero)
+    groups, n, d, m = extent_of(w, -3), extent_of(dy, -2), extent_of(w, -2), extent_of(w, -1)
+    if not (has_extents(dy, groups, n, m) and has_extents(x, groups, n, d) and has_extents(w, groups, d, m)):
+        return CHANGED
     for offset, array in ((DY, dy), (X, x), (W, w)):
         set_word(job + offset, data_of(array))
-        set_word(job + offset + 8, stride_of(array, -3))
-        set_word(job + offset + 16, stride_of(array, -2))
-        set_word(job + offset + 24, stride_of(array, -1))
+        set_word(job + offset + 8, stride_of(array, -3, size))
+        set_word(job + offset + 16, stride_of(array, -2, size))
+        set_word(job + offset + 24, stride_of(array, -1, size))
     if kind != 0:
+        columns, keep_size = (extent_of(keep, -1), 1) if kind == KEEP_BITS else (m, size)
+        if not has_extents(keep, groups, n, columns) or (kind == KEEP_BITS and columns < (m + 7) >> 3):
+            return CHANGED
         set_word(job + KEEP, data_of(keep))
-        set_word(job + KEEP_GROUP, stride_of(keep, -3))
-        set_word(job + KEEP_ROW, stride_of(keep, -2))
-        set_word(job + KEEP_COL, stride_of(keep, -1))
+        set_word(job + KEEP_GROUP, stride_of(keep, -3, keep_size))
+        set_word(job + KEEP_ROW, stride_of(keep, -2, keep_size))
+        set_word(job + KEEP_COL, stride_of(keep, -1, keep_size))
         set_word(job + KEEP_KIND, kind)
-    for offset, array in ((DX, dx), (DW, dw)):
+    for offset, array, rows_of_result, columns_of_result in ((DX, dx, n, d), (DW, dw, d, m)):
         if array != 0:
+            if not has_extents(array, groups, rows_of_result, columns_of_result):
+                return CHANGED
             set_word(job + offset, data_of(array))
-            set_word(job + offset + 8, stride_of(array, -3))
-            set_word(job + offset + 16, stride_of(array, -2))
+            set_word(job + offset + 8, stride_of(array, -3, size))
+            set_word(job + offset + 16, stride_of(array, -2, size))
     if db != 0:
+        if not has_extents(db, 1, groups, m):
+            return CHANGED
         set_word(job + DB, data_of(db))
-        set_word(job + DB_GROUP, stride_of(db, -2))
-        set_word(job + DB_COL, stride_of(db, -1))
-    set_word(job + N, extent_of(dy, -2))
-    set_word(job + D, extent_of(w, -2))
-    set_word(job + M, extent_of(w, -1))
-    set_word(job + GROUPS, extent_of(w, -3))
+        set_word(job + DB_GROUP, stride_of(db, -2, size))
+        set_word(job + DB_COL, stride_of(db, -1, size))
+    set_word(job + N, n)
+    set_word(job + D, d)
+    set_word(job + M, m)
+    set_word(job + GROUPS, groups)
+    return 0
 
 
 def entry(zero: Any) -> Any:
-    """The backward pass for zero's dtype, as a jitted function of the ids of arrays (0 for one that is not there)."""
+    """The backward pass for zero's dtype, as a jitted function of the ids of arrays (0 for one that is not there).
+
+    It returns 0, or how many bytes of scratch it needs and has not got, or CHANGED.
+    """
 
     @jit_inner
     def slab_task(index: int, job: int, slot: int) -> None:
@@ -567,15 +586,21 @@ def entry(zero: Any) -> Any:
                 _write_db(zero, job, group, totals)
         return 0
 
-    @jit()
+    @jit(nogil=False)
     def backward(
         dy: int, keep: int, kind: int, x: int, w: int, dx: int, dw: int, db: int, scratch: int, scratch_bytes: int, threads: int
     ) -> int:
         job = words(JOB_WORDS)
-        _describe(job, dy, keep, kind, x, w, dx, dw, db)
-        threads = threads_for(word(job + GROUPS) * word(job + N) * word(job + D) * word(job + M), threads)
+        if _describe(zero, job, dy, keep, kind, x, w, dx, dw, db) != 0:
+            return CHANGED
+        work = word(job + GROUPS) * word(job + N) * word(job + D) * word(job + M)
+        threads = threads_for(work, threads)
+        others = let_go_of_gil(work > TINY_WORK)
         if _plan(zero, job, threads):
-            return by_slabs(job, scratch, scratch_bytes, threads)
-        return by_blocks(job, scratch, scratch_bytes, threads)
+            needed = by_slabs(job, scratch, scratch_bytes, threads)
+        else:
+            needed = by_blocks(job, scratch, scratch_bytes, threads)
+        take_gil_back(others)
+        return needed
 
     return backward

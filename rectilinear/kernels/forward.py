@@ -12,10 +12,24 @@ from typing import Any
 from rectilinear.kernels.blocking import MEETING
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import FAR, L2, PAST, blocks, lanes, most_rows, rows, rows_of_strips, strip, vectors
-from rectilinear.kernels.memory import data_of, extent_of, get, put, room, set_word, size_of, stride_of, word, words
-from rectilinear.kernels.native import c_address
+from rectilinear.kernels.memory import (
+    CHANGED,
+    data_of,
+    extent_of,
+    get,
+    has_extents,
+    put,
+    room,
+    set_word,
+    size_of,
+    stride_of,
+    word,
+    words,
+)
+from rectilinear.kernels.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.product import (
     AHEAD_WORDS,
+    TINY_WORK,
     announce,
     block_count,
     block_start,
@@ -57,6 +71,9 @@ TURNS = 8
 
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w beyond which each task packs a panel at a time for itself: a narrow w is padded to whole vectors."""
+
+SCATTERED = -1
+"""What the pass answers to a bias whose elements do not lie side by side."""
 
 STRIP_WORDS = STRIP_DEPTH * STRIP_ROWS
 """Room for the elements of x that a strip takes."""
@@ -209,31 +226,43 @@ def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
 
 
 @jit_inner
-def _describe(zero: Any, job: int, x: int, w: int, b: int, out: int, bits: int, flags: int) -> None:
-    """Write the operands into the job."""
+def _describe(zero: Any, job: int, x: int, w: int, b: int, out: int, bits: int, flags: int) -> int:
+    """Write the operands into the job; 0, or what there is to say against them."""
+    size = size_of(zero)
+    groups, n, d, m = extent_of(w, -3), extent_of(x, -2), extent_of(x, -1), extent_of(w, -1)
+    if not (has_extents(x, groups, n, d) and has_extents(w, groups, d, m) and has_extents(out, groups, n, m)):
+        return CHANGED
     set_word(job + X, data_of(x))
-    set_word(job + X_GROUP, stride_of(x, -3))
-    set_word(job + X_ROW, stride_of(x, -2))
-    set_word(job + X_COL, stride_of(x, -1))
+    set_word(job + X_GROUP, stride_of(x, -3, size))
+    set_word(job + X_ROW, stride_of(x, -2, size))
+    set_word(job + X_COL, stride_of(x, -1, size))
     set_word(job + W, data_of(w))
-    set_word(job + W_GROUP, stride_of(w, -3))
-    set_word(job + W_ROW, stride_of(w, -2))
-    set_word(job + W_COL, stride_of(w, -1))
+    set_word(job + W_GROUP, stride_of(w, -3, size))
+    set_word(job + W_ROW, stride_of(w, -2, size))
+    set_word(job + W_COL, stride_of(w, -1, size))
     set_word(job + OUT, data_of(out))
-    set_word(job + OUT_GROUP, stride_of(out, -3))
-    set_word(job + OUT_ROW, stride_of(out, -2))
-    set_word(job + N, extent_of(x, -2))
-    set_word(job + D, extent_of(x, -1))
-    set_word(job + M, extent_of(w, -1))
+    set_word(job + OUT_GROUP, stride_of(out, -3, size))
+    set_word(job + OUT_ROW, stride_of(out, -2, size))
+    set_word(job + N, n)
+    set_word(job + D, d)
+    set_word(job + M, m)
+    set_word(job + GROUPS, groups)
     if bits != 0:
+        if not has_extents(bits, groups, n, (m + 7) >> 3):
+            return CHANGED
         set_word(job + BIT, data_of(bits))
-        set_word(job + BIT_GROUP, stride_of(bits, -3))
-        set_word(job + BIT_ROW, stride_of(bits, -2))
+        set_word(job + BIT_GROUP, stride_of(bits, -3, 1))
+        set_word(job + BIT_ROW, stride_of(bits, -2, 1))
         flags |= BITS
     set_word(job + FLAGS, flags)
     if b != 0:
+        if not has_extents(b, 1, groups, m):
+            return CHANGED
+        if stride_of(b, -1, size) != size and groups > 0:
+            return SCATTERED
         set_word(job + BIAS, data_of(b))
-        set_word(job + BIAS_GROUP, stride_of(b, -2))
+        set_word(job + BIAS_GROUP, stride_of(b, -2, size))
+    return 0
 
 
 @jit_inner
@@ -251,7 +280,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     x_row, w_row = word(job + X_ROW), word(job + W_ROW)
     # Copying pays where what is copied is used often enough: x by several panels, w by several blocks of rows.
     set_word(job + PACK_A, 1 if x_row != 0 and x_row % MEETING == 0 and panels >= X_REUSE and n >= X_REUSE else 0)
-    in_place = word(job + W_COL) == size and (w_row >= m * size or d == 1) and (w_row < far or n < W_REUSE * most_rows(zero, nv))
+    in_place = word(job + W_COL) == size and w_row >= m * size and (w_row < far or n < W_REUSE * most_rows(zero, nv))
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
     depth = max(1, word(blocks(zero)) // 2) if in_place and w_row >= far else depth_for(zero, n)
     set_word(job + DEPTH, depth)
@@ -283,7 +312,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
 def entry(zero: Any) -> Any:
     """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads).
 
-    It returns 0, or how many bytes of scratch it needs and has not got, or -1 for a bias whose elements do not lie side by side.
+    It returns 0, or how many bytes of scratch it needs and has not got, or below 0 SCATTERED or CHANGED.
     """
 
     @jit_inner
@@ -296,15 +325,15 @@ def entry(zero: Any) -> Any:
     def pack(index: int, job: int, slot: int) -> None:
         _pack_task(zero, index, job, slot)
 
-    @jit()
+    @jit(nogil=False)
     def forward(x: int, w: int, b: int, out: int, bits: int, flags: int, scratch: int, scratch_bytes: int, threads: int) -> int:
-        if b != 0 and stride_of(b, -1) != size_of(zero) and extent_of(b, -1) > 1 and extent_of(b, -2) > 0:
-            return -1
         job = words(JOB_WORDS)
-        _describe(zero, job, x, w, b, out, bits, flags)
-        groups = extent_of(w, -3)
-        set_word(job + GROUPS, groups)
-        threads = threads_for(groups * max(word(job + N), SMALL_ROWS) * word(job + D) * word(job + M), threads)
+        objection = _describe(zero, job, x, w, b, out, bits, flags)
+        if objection != 0:
+            return objection
+        groups = word(job + GROUPS)
+        work = groups * max(word(job + N), SMALL_ROWS) * word(job + D) * word(job + M)
+        threads = threads_for(work, threads)
         packed = round_up(_plan(zero, job, groups, threads), 64)
         slot = 0
         if word(job + PACK_A) != 0:
@@ -320,6 +349,7 @@ def entry(zero: Any) -> Any:
         needed = groups * packed + threads * slot
         if needed > scratch_bytes:
             return needed
+        others = let_go_of_gil(work > TINY_WORK)
         if packed > 0:
             set_word(job + PACKED, scratch)
             set_word(job + PACKED_GROUP, packed)
@@ -331,6 +361,7 @@ def entry(zero: Any) -> Any:
         set_word(job + RUN, run)
         set_word(job + TASKS, tasks)
         parallel_for(c_address(task), job, -(-tasks // run), threads)
+        take_gil_back(others)
         return 0
 
     return forward

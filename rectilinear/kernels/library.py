@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -44,7 +46,37 @@ rows = emitted("rectilinear_rows", len(ROWS_PARAMETERS))
 transpose = emitted("rectilinear_transpose", len(TRANSPOSE_PARAMETERS))
 
 _published: dict[str, Any] = {}
-"""Keeps alive what published names point to."""
+"""Keeps alive what published names point to, for as long as the process: linked code holds the addresses."""
+
+_making = threading.RLock()
+
+
+class Once(dict[int, Any]):
+    """What `make` makes for each key, made when first asked for and then kept: ``Once(make)[key]``.
+
+    Unlike `functools.cache`, which lets every thread that asks meanwhile make its own: then two would publish one name, and code linked
+    against the first would be left with an address that is freed when the second replaces it.
+    """
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: int) -> Any:
+        with _making:
+            if key not in self:
+                self[key] = self._make(key)
+        return self[key]
+
+
+def _renew_lock() -> None:
+    # Held by another thread at the moment of a fork, it would stay locked in the child for ever.
+    global _making
+    _making = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache
@@ -131,14 +163,15 @@ def _addresses(itemsize: int) -> Any:
 
 
 def publish(name: str, address: int, owner: Any) -> None:
-    """Let jitted code find `address` by `name`; `owner` is what must stay alive for it."""
-    _published[name] = owner
-    llvm.add_symbol(name, address)
+    """Let jitted code find `address` by `name`; `owner` is what must stay alive for it. A name is published once and stays as it is."""
+    if name not in _published:
+        _published[name] = owner
+        llvm.add_symbol(name, address)
 
 
-@cache
+@Once
 def load(itemsize: int) -> None:
-    """Compile the emitted kernels of a dtype and publish them. Before the first use of a kernel that calls them."""
+    """Compile the emitted kernels of a dtype and publish them. Before the first use of a kernel that calls them: ``load[itemsize]``."""
     addresses = _addresses(itemsize)
     found = addresses()
     table = np.zeros(5 * MAX_ROWS, np.int64)
@@ -169,11 +202,9 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
     mc = blocking.row_block(kc, itemsize, caches)
     values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART} | overrides
-    name = f"rectilinear_blocks_f{8 * itemsize}"
-    if name not in _published:
-        words = np.zeros(len(BLOCK_WORDS), np.int64)
-        publish(name, words.ctypes.data, words)
-    _published[name][:] = [values[word] for word in BLOCK_WORDS]
+    name, words = f"rectilinear_blocks_f{8 * itemsize}", np.array([values[word] for word in BLOCK_WORDS], np.int64)
+    publish(name, words.ctypes.data, words)
+    _published[name][:] = words
 
 
 @intrinsic

@@ -150,6 +150,9 @@ def emitted_table(symbol: str, arguments: int) -> Any:
 
 
 # The fields of an ndarray, given its id(). Axes are counted from the end: -1 the columns, -2 the rows, -3 the groups.
+#
+# Another thread may assign to `shape` or resize an array as soon as it has the GIL, and NumPy then frees what shape and strides were
+# read from. So a pass reads all of this first, while it holds the GIL, sees that the extents fit one another, and lets go after that.
 
 
 @jit_inner
@@ -165,7 +168,34 @@ def extent_of(array: int, axis: int) -> int:
 
 
 @jit_inner
-def stride_of(array: int, axis: int) -> int:
-    """Bytes from one index to the next along an axis; 0 for one that the array does not have."""
-    ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
-    return word(word(array + ARRAY_FIELDS + 24) + 8 * (ndim + axis)) if ndim + axis >= 0 else 0
+def stride_of(array: int, axis: int, itemsize: int) -> int:
+    """Bytes from one index to the next along an axis, as far as that means anything.
+
+    The stride of an axis of length 0 or 1 may be negative, 0 or huge (NumPy itself gives a lone row a stride of 0), and no kernel is to
+    conclude from it where memory ends. It is read as what it is in C order: a lone column has unit stride, a lone row the length of its
+    columns, a lone group 0.
+    """
+    if extent_of(array, axis) > 1:
+        ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
+        return word(word(array + ARRAY_FIELDS + 24) + 8 * (ndim + axis))
+    if axis == -1:
+        return itemsize
+    return extent_of(array, -1) * itemsize if axis == -2 else 0
+
+
+@jit_inner
+def count_of(array: int) -> int:
+    """Number of elements."""
+    count = 1
+    for axis in range(word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF):
+        count *= word(word(array + ARRAY_FIELDS + 16) + 8 * axis)
+    return count
+
+
+@jit_inner
+def has_extents(array: int, groups: int, rows: int, columns: int) -> bool:
+    return extent_of(array, -3) == groups and extent_of(array, -2) == rows and extent_of(array, -1) == columns
+
+
+CHANGED = -2
+"""What a pass answers where the extents of its arguments do not fit one another: somebody has changed one since they were checked."""

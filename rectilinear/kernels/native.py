@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
+from rectilinear.kernels.cache import jit_inner
+
 intrinsic: Callable[[Callable[..., Any]], Callable[..., int]] = extending.intrinsic
 """numba's decorator, with the type that callers in jitted code see."""
 
@@ -197,3 +199,19 @@ def external(name: str, arguments: int) -> Callable[..., int]:
     """
     function: Callable[..., int] = types.ExternalFunction(name, types.int32(*(types.intp,) * arguments))
     return function
+
+
+_save_thread: Callable[[], int] = types.ExternalFunction("PyEval_SaveThread", types.intp())
+_restore_thread: Callable[[int], None] = types.ExternalFunction("PyEval_RestoreThread", types.void(types.intp))
+
+
+@jit_inner
+def let_go_of_gil(really: bool) -> int:
+    """Let other Python threads run from here on, if `really`; for `take_gil_back`. Jobs of a microsecond are done sooner without."""
+    return _save_thread() if really else 0
+
+
+@jit_inner
+def take_gil_back(state: int) -> None:
+    if state != 0:
+        _restore_thread(state)

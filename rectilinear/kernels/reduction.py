@@ -10,8 +10,21 @@ from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import PAST, blocks, row_lanes, rows
-from rectilinear.kernels.memory import data_of, extent_of, get, put, rounded, set_word, size_of, stride_of, word, words
-from rectilinear.kernels.native import c_address
+from rectilinear.kernels.memory import (
+    CHANGED,
+    data_of,
+    extent_of,
+    get,
+    has_extents,
+    put,
+    rounded,
+    set_word,
+    size_of,
+    stride_of,
+    word,
+    words,
+)
+from rectilinear.kernels.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.product import block_count, block_start, copy_strided, round_up
 from rectilinear.kernels.rows import AHEAD, SUM
 from rectilinear.kernels.threads import parallel_for
@@ -32,6 +45,9 @@ SLAB_ELEMENTS = 1 << 16
 """The least work of a slab; below it the sums to be added up would cost as much as the rows."""
 
 MOST_SLABS = 64
+
+QUICK_ELEMENTS = 1 << 14
+"""So many are summed in a microsecond or two: letting go of the GIL would cost as much as others would gain."""
 
 FOLD_COLUMNS = 512
 """Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
@@ -116,25 +132,31 @@ def _plan(zero: Any, job: int) -> None:
 
 
 def entry(zero: Any) -> Any:
-    """The bias reduction for zero's dtype, as a jitted function of the ids of dout and out, scratch, and threads."""
+    """The bias reduction for zero's dtype, as a jitted function of the ids of dout and out, scratch, and threads.
+
+    It returns 0, or how many bytes of scratch it needs and has not got, or CHANGED.
+    """
 
     @jit_inner
     def task(index: int, job: int, slot: int) -> None:
         _task(zero, index, job, slot)
 
-    @jit()
+    @jit(nogil=False)
     def reduce(src: int, out: int, scratch: int, scratch_bytes: int, threads: int) -> int:
-        job = words(JOB_WORDS)
+        job, size = words(JOB_WORDS), size_of(zero)
+        groups, n, m = extent_of(src, -3), extent_of(src, -2), extent_of(src, -1)
+        if not has_extents(out, 1, groups, m):
+            return CHANGED
         set_word(job + SRC, data_of(src))
-        set_word(job + SRC_GROUP, stride_of(src, -3))
-        set_word(job + SRC_ROW, stride_of(src, -2))
-        set_word(job + SRC_COL, stride_of(src, -1))
+        set_word(job + SRC_GROUP, stride_of(src, -3, size))
+        set_word(job + SRC_ROW, stride_of(src, -2, size))
+        set_word(job + SRC_COL, stride_of(src, -1, size))
         set_word(job + OUT, data_of(out))
-        set_word(job + OUT_GROUP, stride_of(out, -2))
-        set_word(job + OUT_COL, stride_of(out, -1))
-        set_word(job + N, extent_of(src, -2))
-        set_word(job + M, extent_of(src, -1))
-        set_word(job + GROUPS, extent_of(src, -3))
+        set_word(job + OUT_GROUP, stride_of(out, -2, size))
+        set_word(job + OUT_COL, stride_of(out, -1, size))
+        set_word(job + N, n)
+        set_word(job + M, m)
+        set_word(job + GROUPS, groups)
         if word(job + M) == 0:
             return 0
         _plan(zero, job)
@@ -145,8 +167,10 @@ def entry(zero: Any) -> Any:
             return totals + threads * word(job + SLOT_BYTES)
         set_word(job + TOTALS, scratch)
         set_word(job + SLOTS, scratch + totals)
+        others = let_go_of_gil(groups * n * m > QUICK_ELEMENTS)
         parallel_for(c_address(task), job, tasks, threads)
         _finish(zero, job)
+        take_gil_back(others)
         return 0
 
     return reduce

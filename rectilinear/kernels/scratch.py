@@ -16,8 +16,8 @@ _idle: list[tuple[np.ndarray, int, int]] = []
 """Buffers that no call is using: array, aligned address, usable bytes. As many as calls ever ran at once."""
 
 
-def with_scratch(kernel: Callable[..., int], *arguments: int) -> None:
-    """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns 0, or how many bytes it needs and has not got."""
+def with_scratch(kernel: Callable[..., int], *arguments: int) -> int:
+    """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns how many bytes it needs and has not got, else its answer."""
     threads = get_num_threads()
     # pop and append are atomic: no two calls get the same buffer.
     try:
@@ -28,6 +28,7 @@ def with_scratch(kernel: Callable[..., int], *arguments: int) -> None:
         buffer = _buffer(needed)
     if buffer[2] <= KEPT_BYTES:
         _idle.append(buffer)
+    return needed
 
 
 def _buffer(size: int) -> tuple[np.ndarray, int, int]:

@@ -7,8 +7,22 @@ from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import softmax
-from rectilinear.kernels.memory import data_of, extent_of, get, put, rounded, set_word, size_of, stride_of, word, words
-from rectilinear.kernels.native import c_address
+from rectilinear.kernels.memory import (
+    CHANGED,
+    count_of,
+    data_of,
+    extent_of,
+    get,
+    has_extents,
+    put,
+    rounded,
+    set_word,
+    size_of,
+    stride_of,
+    word,
+    words,
+)
+from rectilinear.kernels.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.product import block_count, block_start, copy_strided, round_up
 from rectilinear.kernels.threads import parallel_for
 
@@ -57,28 +71,33 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
 
 
 def entry(zero: Any) -> Any:
-    """The loss for zero's dtype, as a jitted function of the ids of x, int64 labels, dx and a float64 loss; scratch; threads."""
+    """The loss for zero's dtype, as a jitted function of the ids of x, int64 labels, dx and a float64 loss; scratch; threads.
+
+    It returns 0, or how many bytes of scratch it needs and has not got, or CHANGED.
+    """
 
     @jit_inner
     def task(index: int, job: int, slot: int) -> None:
         _task(zero, index, job, slot)
 
-    @jit()
+    @jit(nogil=False)
     def loss_and_gradient(x: int, labels: int, dx: int, loss: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         job = words(JOB_WORDS)
-        n, c = extent_of(x, -2), extent_of(x, -1)
+        size, n, c = size_of(zero), extent_of(x, -2), extent_of(x, -1)
+        if not has_extents(dx, 1, n, c) or count_of(labels) != n:
+            return CHANGED
         blocks = block_count(n, BLOCK_ROWS)
-        slot = round_up(3 * BLOCK_ROWS * size_of(zero), 64)
+        slot = round_up(3 * BLOCK_ROWS * size, 64)
         if n * c < SMALL_ELEMENTS:
             threads = 1
         needed = threads * slot + blocks * 8
         if needed > scratch_bytes:
             return needed
         set_word(job + SRC, data_of(x))
-        set_word(job + SRC_ROW, stride_of(x, -2))
-        set_word(job + SRC_COL, stride_of(x, -1))
+        set_word(job + SRC_ROW, stride_of(x, -2, size))
+        set_word(job + SRC_COL, stride_of(x, -1, size))
         set_word(job + DST, data_of(dx))
-        set_word(job + DST_ROW, stride_of(dx, -2))
+        set_word(job + DST_ROW, stride_of(dx, -2, size))
         set_word(job + LABELS, data_of(labels))
         set_word(job + N, n)
         set_word(job + C, c)
@@ -86,11 +105,14 @@ def entry(zero: Any) -> Any:
         set_word(job + SLOTS, scratch)
         set_word(job + SLOT_BYTES, slot)
         set_word(job + LOSSES, scratch + threads * slot)
+        into = data_of(loss)
+        others = let_go_of_gil(True)
         parallel_for(c_address(task), job, blocks, threads)
         total = 0.0
         for block in range(blocks):
             total += get(0.0, word(job + LOSSES) + block * 8)
-        put(data_of(loss), total)
+        put(into, total)
+        take_gil_back(others)
         return 0
 
     return loss_and_gradient
