@@ -17,7 +17,7 @@ _idle: list[tuple[np.ndarray, int, int]] = []
 
 
 def with_scratch(kernel: Callable[..., int], *arguments: int) -> int:
-    """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns how many bytes it needs and has not got, else its answer."""
+    """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``; its answer, unless that is how many bytes it needs and has not got."""
     threads = get_num_threads()
     # pop and append are atomic: no two calls get the same buffer.
     try:
