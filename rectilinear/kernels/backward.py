@@ -10,7 +10,7 @@ Two ways through, chosen by shape:
   its own; these are added in the order of the slabs.
 - Blocks, for the rest: dz is packed a stretch of rows at a time, then tasks compute blocks of dx and of dw.
 
-With one slab both give the same bits, so there the number of threads may choose.
+The two add up in different orders, so shape and host choose, and never the number of threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.dots import DOTS_COLUMNS
-from rectilinear.kernels.library import FAR, L2, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
+from rectilinear.kernels.library import CORES, FAR, L2, PAST, blocks, dots, lanes, rows, rows_of_dots, vectors
 from rectilinear.kernels.memory import (
     CHANGED,
     data_of,
@@ -44,6 +44,7 @@ from rectilinear.kernels.product import (
     block_start,
     copy_strided,
     depth_for,
+    depth_start,
     pack_panel,
     packed_row,
     product,
@@ -54,7 +55,7 @@ from rectilinear.kernels.product import (
 )
 from rectilinear.kernels.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE
 from rectilinear.kernels.threads import parallel_for
-from rectilinear.kernels.tile import ACCUMULATE
+from rectilinear.kernels.tile import ADD
 
 # The words of a job.
 DY, DY_GROUP, DY_ROW, DY_COL = 0, 8, 16, 24
@@ -82,6 +83,9 @@ FEW_ROWS = 16
 
 DOTS_VECTORS = 8
 """The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
+
+DOTS_DEPTH = 2048
+"""Elements of a row whose products are summed before they are added to the others': at least eight chains, of STRETCH at most."""
 
 DOTS_BLOCK = 24
 """Columns of dx, rows of w, taken through all rows of dz before the next."""
@@ -151,11 +155,13 @@ def _dx_by_dots(zero: Any, job: int, group: int, count: int, panel: int, panels:
         # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
         if round_up(count, DOTS_COLUMNS) < round_up(count, together):
             row = DOTS_BLOCK * size
-            dots(zero, (m, columns, count, w, w_row, z, z_row, space, row))
+            for k in range(0, m, DOTS_DEPTH):
+                dots(zero, (min(DOTS_DEPTH, m - k), columns, count, w + k * size, w_row, z + k * size, z_row, space, row, k))
             rows(zero, (count, columns, space, row, 0, 0, dx, dx_row, 0, WRITE))
         else:
             row = round_up(count, together) * size
-            dots(zero, (m, count, columns, z, z_row, w, w_row, space, row))
+            for k in range(0, m, DOTS_DEPTH):
+                dots(zero, (min(DOTS_DEPTH, m - k), count, columns, z + k * size, z_row, w + k * size, w_row, space, row, k))
             copy_strided(zero, (count, columns, space, size, row, dx, dx_row))
         first += columns
 
@@ -172,11 +178,11 @@ def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: in
     columns = min(d - panel * nr, panels * nr)
     steps = block_count(m, word(job + DX_DEPTH))
     for step in range(steps):
-        k0 = block_start(m, steps, step)
-        k = block_start(m, steps, step + 1) - k0
+        k0 = depth_start(m, steps, word(job + DX_DEPTH), step)
+        k = depth_start(m, steps, word(job + DX_DEPTH), step + 1) - k0
         product(zero, (count, k, columns, z + k0 * size, word(job + LEAD), size,
             packed + k0 * nr * size, m * nr * size, nr * size, 1,
-            dx, dx_row, 0, ACCUMULATE if step > 0 else 0, 0, 0, nv, ahead))  # fmt: skip
+            dx, dx_row, 0, ADD if step > 0 else 0, 0, 0, nv, ahead))  # fmt: skip
 
 
 @jit_inner
@@ -284,12 +290,12 @@ def _slab_task(zero: Any, index: int, job: int, slot: int) -> None:
             announce(zero, ahead + 16, job + W, next_group, 0, next_d, m)
             _dx_block(zero, job, group, r0, count, 0, panels, z, packed_w, ahead)
         if want_dw:
-            accumulate = ACCUMULATE if step > 0 else 0
+            add = ADD if step > 0 else 0
             announce(zero, ahead, job + X, next_group, next_row, left, d)
             if want_dx:
                 announce(zero, ahead + 16, job + DX, next_group, next_row, left, d)
             announce(zero, ahead + 32, job + DW, next_group, 0, next_d, m)
-            _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, accumulate, space, ahead)
+            _dw_block(zero, job, group, r0, count, 0, d, 0, block_count(m, nr), z, dw, dw_row, add, space, ahead)
     if want_db and slabs == 1:
         _write_db(zero, job, group, total)
 
@@ -395,8 +401,9 @@ def _dw_task(zero: Any, index: int, job: int, slot: int) -> None:
     nothing = index & 0
     steps = block_count(last - first, word(blocks(zero)))
     for step in range(steps):
-        k0, k1 = block_start(last - first, steps, step), block_start(last - first, steps, step + 1)
-        flags = ACCUMULATE if first + k0 > 0 else 0
+        k0 = depth_start(last - first, steps, word(blocks(zero)), step)
+        k1 = depth_start(last - first, steps, word(blocks(zero)), step + 1)
+        flags = ADD if first + k0 > 0 else 0
         z = word(job + ZP) + k0 * word(job + LEAD)
         _dw_block(zero, job, group, first + k0, k1 - k0, r0, r1 - r0, p0, p1 - p0, z, dw, word(job + DW_ROW), flags, space, nothing)
 
@@ -409,7 +416,7 @@ def _cut(extent: int, least: int, most: int, wanted: int) -> int:
 
 
 @jit_inner
-def _plan(zero: Any, job: int, threads: int) -> bool:
+def _plan(zero: Any, job: int) -> bool:
     size = size_of(zero)
     nr = vectors(zero) * lanes(zero)
     n, d, m, groups = word(job + N), word(job + D), word(job + M), word(job + GROUPS)
@@ -425,7 +432,7 @@ def _plan(zero: Any, job: int, threads: int) -> bool:
     narrow = d * m * size <= l2 // 4
     slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
     set_word(job + SLABS, slabs)
-    return narrow and (slabs > 1 or groups >= threads)
+    return narrow and (slabs > 1 or groups >= word(blocks(zero) + CORES))
 
 
 @jit_inner
@@ -596,7 +603,7 @@ def entry(zero: Any) -> Any:
         work = word(job + GROUPS) * word(job + N) * word(job + D) * word(job + M)
         threads = threads_for(work, threads)
         others = let_go_of_gil(work > TINY_WORK)
-        if _plan(zero, job, threads):
+        if _plan(zero, job):
             needed = by_slabs(job, scratch, scratch_bytes, threads)
         else:
             needed = by_blocks(job, scratch, scratch_bytes, threads)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from rectilinear.kernels.tile import STRETCH
+
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -51,12 +53,12 @@ whose rows are as long but do not meet costs more than it gives ((128, 784, 256)
 
 
 def k_block(nr: int, itemsize: int, caches: Caches) -> int:
-    """kc: a panel of B, kc by nr, takes an eighth of L2.
+    """kc: a panel of B, kc by nr, takes an eighth of L2, in whole stretches.
 
     Longer than what L1 holds: panels stream from L2 at a fraction of what it delivers, and every further block of K is one more pass
     over C (512 against 256: 1024^3 and up 3 % faster, 512^3 5 %, Zen 5; 1024 against 512: 1024^3 1 to 4 %, 2048^3 2 to 4 %, Zen 4).
     """
-    return min(1024, max(64, caches.l2 // 8 // (nr * itemsize) // 8 * 8))
+    return min(1024, max(STRETCH, caches.l2 // 8 // (nr * itemsize) // STRETCH * STRETCH))
 
 
 def row_block(kc: int, itemsize: int, caches: Caches) -> int:

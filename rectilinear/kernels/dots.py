@@ -12,9 +12,9 @@ from llvmlite import ir
 from rectilinear.kernels.emit import I64, Emitter, Values, float_vector
 from rectilinear.kernels.simd import Simd
 
-PARAMETERS = ("k", "rows", "columns", "a", "a_row", "b", "b_row", "c", "c_row")
+PARAMETERS = ("k", "rows", "columns", "a", "a_row", "b", "b_row", "c", "c_row", "adds")
 """All 64-bit integers; addresses and strides in bytes. `rows` of A and `columns`, rows of B. C^T is written in whole tiles: it
-must have room for both counts rounded up."""
+must have room for both counts rounded up. Where `adds` is not 0, to what it holds is added."""
 
 DOTS_COLUMNS = 3
 """Rows of B taken together."""
@@ -62,11 +62,16 @@ class _DotsEmitter(Emitter):
         builder, arg, rows = self.builder, self.arg, self.together
         a, b = self._row_addresses("a", "rows", i, rows), self._row_addresses("b", "columns", j, DOTS_COLUMNS)
         sums = self._sum_over_k(a, b)
+        adds = builder.icmp_signed("!=", arg["adds"], I64(0))
         for t in range(DOTS_COLUMNS):
             place = self.offset(self.offset(arg["c"], builder.add(j, I64(t)), arg["c_row"]), i, self.itemsize)
             for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
-                builder.store(vector, self.pointer(place), align=1)
+                total = self.choose(adds, lambda place=place, new=vector: [self._added(place, new)], lambda new=vector: [new])
+                builder.store(total[0], self.pointer(place), align=1)
                 place = builder.add(place, I64(vector.type.count * self.itemsize))
+
+    def _added(self, place: ir.Value, new: ir.Value) -> ir.Value:
+        return self.builder.fadd(self.builder.load(self.pointer(place), align=1, typ=new.type), new)
 
     def _sum_over_k(self, a: Values, b: Values) -> Values:
         builder, lanes = self.builder, self.vector.count

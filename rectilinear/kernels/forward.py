@@ -1,8 +1,8 @@
 """The affine forward pass: out = x w + b, with ReLU and the keep-mask bits at the store.
 
 One call is one job: the operands' addresses, extents and strides written into a row of words, and tasks that each
-compute a block of rows by a block of columns of one group. Every element of out is one chain of multiply-adds over d in
-ascending order, begun with the bias, however the work is cut: the same bits for every block size and thread count.
+compute a block of rows by a block of columns of one group. Every element of out is a sum of chains of at most STRETCH multiply-adds
+in ascending order of d, the first begun with the bias; where they begin depends on shapes, strides and the host, never on threads.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from rectilinear.kernels.product import (
     block_start,
     copy_strided,
     depth_for,
+    depth_start,
+    half_depth,
     pack_panel,
     packed_row,
     product,
@@ -44,9 +46,9 @@ from rectilinear.kernels.product import (
     threads_for,
 )
 from rectilinear.kernels.rows import WRITE
-from rectilinear.kernels.strip import STRIP_DEPTH, STRIP_ROWS
+from rectilinear.kernels.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS
 from rectilinear.kernels.threads import parallel_for
-from rectilinear.kernels.tile import ACCUMULATE, BITS
+from rectilinear.kernels.tile import ADD, BITS, STRETCH
 
 # The words of a job.
 X, X_GROUP, X_ROW, X_COL = 0, 8, 16, 24
@@ -132,9 +134,9 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
         r0 = block_start(rows_count, row_steps, r)
         r1 = block_start(rows_count, row_steps, r + 1)
         for step in range(steps):
-            k0 = block_start(d, steps, step)
-            k = block_start(d, steps, step + 1) - k0
-            flags = ACCUMULATE if step > 0 else 0
+            k0 = depth_start(d, steps, word(job + DEPTH), step)
+            k = depth_start(d, steps, word(job + DEPTH), step + 1) - k0
+            flags = ADD if step > 0 else 0
             if step == steps - 1:
                 flags |= word(job + FLAGS)
             a, a_row, a_col = x + r0 * word(job + X_ROW) + k0 * word(job + X_COL), word(job + X_ROW), word(job + X_COL)
@@ -173,25 +175,24 @@ def _by_strips(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int,
     lead = packed_row(m * size)
     a = room(STRIP_WORDS)
     whole = d // STRIP_DEPTH * STRIP_DEPTH
-    flags = 0
     for k in range(0, whole, STRIP_DEPTH):
         for j in range(STRIP_DEPTH):
             for i in range(STRIP_ROWS):
                 put(a + (j * STRIP_ROWS + i) * size, get(zero, x + min(i, n - 1) * x_row + (k + j) * x_col))
+        flags = CONTINUE if k % STRETCH != 0 else 0
         c, c_row = space, lead
-        if k + STRIP_DEPTH == d:
-            flags |= word(job + FLAGS)
+        if (k + STRIP_DEPTH) % STRETCH == 0 or k + STRIP_DEPTH == whole:
+            flags |= ADD if k >= STRETCH else 0
+            flags |= word(job + FLAGS) if k + STRIP_DEPTH == d else 0
             c, c_row = out, out_row
-        strip(zero, n, (n, a, w + k * w_row, w_row, space, lead, c, c_row, bias, flags, bits, word(job + BIT_ROW), m))
-        flags = ACCUMULATE
+        first = bias if k == 0 else bias & 0  # a plain 0 would compile a second version
+        strip(zero, n, (n, a, w + k * w_row, w_row, space, lead, c, c_row, first, flags, bits, word(job + BIT_ROW), m))
     if whole < d:
-        rows(zero, (n, m, space, lead, 0, 0, out, out_row, 0, WRITE))
         nr = word(job + WIDTH) * lanes(zero)
-        flags |= word(job + FLAGS)
-        nothing = n & 0  # a plain 0 would compile a second version
+        nothing = n & 0
         _multiply(
             zero, job, n, d - whole, m, x + whole * x_col, x_row, x_col, w + whole * w_row, nr * size, w_row, nothing,
-            out, bias, flags, bits, nothing,
+            out, nothing, ADD | word(job + FLAGS), bits, nothing,
         )  # fmt: skip
 
 
@@ -219,8 +220,8 @@ def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
     w = word(job + W) + group * word(job + W_GROUP) + panel * nr * word(job + W_COL)
     dst = word(job + PACKED) + group * word(job + PACKED_GROUP)
     for step in range(steps):
-        k0 = block_start(d, steps, step)
-        k = block_start(d, steps, step + 1) - k0
+        k0 = depth_start(d, steps, word(job + DEPTH), step)
+        k = depth_start(d, steps, word(job + DEPTH), step + 1) - k0
         place = dst + k0 * panels * nr * size + panel * k * nr * size
         pack_panel(zero, (k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr))
 
@@ -282,7 +283,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     set_word(job + PACK_A, 1 if x_row != 0 and x_row % MEETING == 0 and panels >= X_REUSE and n >= X_REUSE else 0)
     in_place = word(job + W_COL) == size and w_row >= m * size and (w_row < far or n < W_REUSE * most_rows(zero, nv))
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    depth = max(1, word(blocks(zero)) // 2) if in_place and w_row >= far else depth_for(zero, n)
+    depth = half_depth(word(blocks(zero))) if in_place and w_row >= far else depth_for(zero, n)
     set_word(job + DEPTH, depth)
     row_tasks = block_count(n, rows_at_once(zero, min(d, depth)))
     column_tasks = 1

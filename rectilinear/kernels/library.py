@@ -189,9 +189,10 @@ def load(itemsize: int) -> None:
     publish_blocks(itemsize)
 
 
-BLOCK_WORDS = ("kc", "mc", "l2", "past", "far")
-KC, MC, L2, PAST, FAR = range(0, 40, 8)
-"""Where they lie. Bytes: of L2, of a result too long to be worth keeping in the caches, between rows that lie far apart."""
+BLOCK_WORDS = ("kc", "mc", "l2", "past", "far", "cores")
+KC, MC, L2, PAST, FAR, CORES = range(0, 48, 8)
+"""Where they lie. Bytes: of L2, of a result too long to be worth keeping in the caches, between rows that lie far apart. Cores of the
+host, whichever of them this process may use."""
 
 
 def publish_blocks(itemsize: int, **overrides: int) -> None:
@@ -201,7 +202,7 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     nr = unit.lanes(itemsize) * unit.tile(itemsize)[1]
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
     mc = blocking.row_block(kc, itemsize, caches)
-    values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART} | overrides
+    values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART, "cores": os.cpu_count() or 1} | overrides
     name, words = f"rectilinear_blocks_f{8 * itemsize}", np.array([values[word] for word in BLOCK_WORDS], np.int64)
     publish(name, words.ctypes.data, words)
     _published[name][:] = words

@@ -24,7 +24,7 @@ from rectilinear.kernels.memory import emitted, get, put, room, set_word, size_o
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
 from rectilinear.kernels.threads import helpers_at_hand
-from rectilinear.kernels.tile import ACCUMULATE
+from rectilinear.kernels.tile import ADD, STRETCH
 
 product = emitted("rectilinear_product", 18)
 pack_panel = emitted("rectilinear_pack_panel", 7)
@@ -81,7 +81,21 @@ def run_length(tasks: int, threads: int) -> int:
 def depth_for(zero: Any, n: int) -> int:
     """The block of K for an A of n rows: half of kc where twice mc rows are all there are, so that B is read once."""
     kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
-    return max(1, kc // 2) if n <= 2 * mc else kc
+    return half_depth(kc) if n <= 2 * mc else kc
+
+
+@jit_inner
+def half_depth(kc: int) -> int:
+    """Half of a block of K, in whole stretches if it is longer than one."""
+    half = max(1, kc // 2)
+    return half // STRETCH * STRETCH if half > STRETCH else half
+
+
+@jit_inner
+def depth_start(extent: int, count: int, depth: int, index: int) -> int:
+    """Where block `index` of K begins when `extent` is cut into `count` blocks of `depth` at most: whole stretches, the last excepted."""
+    unit = STRETCH if depth % STRETCH == 0 else 1
+    return min(extent, block_start(block_count(extent, unit), count, index) * unit)
 
 
 @jit_inner
@@ -223,10 +237,10 @@ def _read_past(
     tail = room(TAIL_WORDS)
     rows(zero, (last, columns, b + (k - last) * b_row, b_row, 0, 0, tail, nr * size, 0, WRITE | PAD))
     if last < k:
-        early = flags & ACCUMULATE
+        early = flags & ADD
         _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, none, none, columns, nv, none, ahead)
         a += (k - last) * a_col
-        flags |= ACCUMULATE
+        flags |= ADD
     _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, none, ahead)
 
 

@@ -3,7 +3,7 @@
 For few rows of A and a B that comes from memory: the register tile of `tile` has nothing to use again there, and going
 down a panel of B it touches a page with every k, where hardware does not look ahead. A strip is that same tile with
 the loops changed about. It takes STRIP_DEPTH values of k at once, each row of B a stream of its own, and moves along
-the columns; C is carried on in between, in memory, in the same order of sums.
+the columns; a stretch's sums are carried on in between, in memory, and added to C at its end, in the same order as a tile's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from rectilinear.kernels.emit import I1, I64, Values
 from rectilinear.kernels.simd import Simd
-from rectilinear.kernels.tile import Tile, TileEmitter
+from rectilinear.kernels.tile import ADD, Tile, TileEmitter
 
 STRIP_DEPTH = 8
 """Rows of B taken together."""
@@ -20,8 +20,11 @@ STRIP_DEPTH = 8
 STRIP_ROWS = 8
 """Rows of A at most. A comes packed, so many elements of it for each k; its last row stands in all places beyond."""
 
+CONTINUE = 8
+"""One more flag: start from what `init` holds."""
+
 PARAMETERS = ("rows", "a", "b", "b_row", "init", "init_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
-"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: what ACCUMULATE starts from, which C need not be."""
+"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: the sums of a stretch that has begun."""
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
@@ -56,11 +59,18 @@ class _StripEmitter(TileEmitter):
         self.arg = strip | moved | {"columns": columns}
         self.full = I1(not masked)
         self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
-        sums = self._start()
+        adds = self.flag(ADD)
+        sums = self.choose(self.flag(CONTINUE), self._stretch_so_far, lambda: self._start(adds))
         for k in range(STRIP_DEPTH):
             sums = self._add_products(k, sums, masked)
-        self._store(self._relu(sums))
+        self._store(self._relu(self._added(adds, sums), I1(1)))
         self.arg = strip
+
+    def _stretch_so_far(self) -> Values:
+        def init(masked: bool) -> Values:
+            return [value for i in range(self.tile.mr) for value in self._row(self._row_of("init", i), masked)]
+
+        return self._full_or_masked(init)
 
     def _add_products(self, k: int, sums: Values, masked: bool) -> Values:
         # A is an operand of the multiply-adds, loaded anew for every panel: for all that LLVM knows C is stored where it lies. Hoisted
@@ -79,9 +89,6 @@ class _StripEmitter(TileEmitter):
         last = self.builder.sub(self.arg["rows"], I64(1))
         index = self.builder.select(self.builder.icmp_signed("<", I64(i), last), I64(i), last)
         return self.offset(self.arg[matrix], index, self.arg[f"{matrix}_row"])
-
-    def _init_row(self, i: int) -> ir.Value:
-        return self._row_of("init", i)
 
     def _c_row(self, i: int) -> ir.Value:
         return self._row_of("c", i)
