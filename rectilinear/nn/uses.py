@@ -1,0 +1,83 @@
+"""Which cache belongs to which use of a layer.
+
+A layer that a net holds twice is used twice in one forward. So the caches of a forward lie on a tape, which belongs to what `forward`
+was called on; its `backward` takes them from the end, and adds up the gradients of a layer over its uses. A forward inside of another
+one (a chain in a chain) writes to the tape of the outer one, which layers find in a context variable: like that, a module of one's own
+needs to know nothing of tapes, and two nets that share layers do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rectilinear.nn.module import Layer, Module
+
+
+class Tape:
+    """The caches of one forward, in order, each with the layer that it is of."""
+
+    def __init__(self, owner: Module) -> None:
+        self.owner = owner
+        self.uses: list[tuple[Layer, Any]] = []
+
+
+class Walk:
+    """One backward along a tape: what is left of it, and the gradients as they were before, for when it fails.
+
+    A module that calls forward only now, in its backward (to save memory), has a tape that is walked inside of `around`.
+    """
+
+    def __init__(self, tape: Tape, accumulate: bool, around: Walk | None = None) -> None:
+        self.tape = tape
+        self.left = list(tape.uses)  # the tape itself stays as it is, for a second backward
+        self.accumulate = around.accumulate if around else accumulate
+        self.before: dict[int, tuple[Layer, dict[str, Any]]] = around.before if around else {}
+
+    def is_on_tape(self, layer: Layer) -> bool:
+        return any(each is layer for each, _ in self.tape.uses)
+
+    def take(self, layer: Layer) -> Any:
+        """The cache of the latest use of `layer` that has not been taken."""
+        for place in reversed(range(len(self.left))):
+            if self.left[place][0] is layer:
+                return self.left.pop(place)[1]
+        raise RuntimeError(f"{type(layer).__name__}.backward: called more often in this backward than forward was in its forward")
+
+    def earlier_grads(self, layer: Layer) -> dict[str, Any]:
+        """What the gradients of this use are to be added to."""
+        if id(layer) in self.before:
+            return layer.grads
+        self.before[id(layer)] = layer, layer.grads
+        return layer.grads if self.accumulate else {}
+
+
+TAPE: ContextVar[Tape | None] = ContextVar("tape", default=None)
+WALK: ContextVar[Walk | None] = ContextVar("walk", default=None)
+
+
+@contextmanager
+def recording(tape: Tape) -> Iterator[None]:
+    """Forwards in here are part of one forward, whose tape this is."""
+    token = TAPE.set(tape)
+    try:
+        yield
+    finally:
+        TAPE.reset(token)
+
+
+@contextmanager
+def walking(walk: Walk) -> Iterator[None]:
+    """Backwards in here are part of one backward. Where it fails, all gradients are what they were."""
+    token = WALK.set(walk)
+    try:
+        yield
+    except BaseException:
+        for layer, grads in walk.before.values():
+            layer.grads = grads
+        raise
+    finally:
+        WALK.reset(token)
