@@ -7,15 +7,16 @@ in place, where nothing can.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj, is_dask_array, is_torch_array, is_writeable_array, to_device
 from array_api_compat import device as device_of
 
+from rectilinear import dispatch
 from rectilinear.arrays import asarray, to_numpy
-from rectilinear.dispatch import common_namespace, dtype_name, library_name, memory_of
+from rectilinear.dispatch import common_namespace, library_name, memory_of
 from rectilinear.errors import DTypeError, ShapeError
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # ---------------------------------------------------------------- parameters and their names
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One name of a parameter, and where it is kept under that name."""
 
     key: str
@@ -50,8 +50,7 @@ class Slot:
         return self.layer.params[self.name]
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One array to be trained. More than one slot where layers are tied, or where a layer is used twice."""
 
     slots: list[Slot]
@@ -165,7 +164,7 @@ def overwritten(x: Array, value: Array) -> bool:
     """Copy value into x, where x can be written to and is of value's kind; whether that is so."""
     if not _is_kin(x, value) or not _is_writable(x):
         return False
-    (x.detach() if is_torch_array(x) else x)[...] = value
+    outside_autograd(x)[...] = value
     return True
 
 
@@ -190,6 +189,10 @@ def _is_writable(x: Array) -> bool:
 
 
 # ---------------------------------------------------------------- bringing arrays to parameters
+
+
+def outside_autograd(x: Array) -> Array:
+    return x.detach() if type(x) is not np.ndarray and is_torch_array(x) else x
 
 
 def copied(x: Array) -> np.ndarray:
@@ -265,6 +268,18 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _listing(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {', '.join(names)}"] if names else []
+
+
+def dtype_name(dtype: Any) -> str:
+    """`dispatch.dtype_name`, remembered: NumPy works it out anew each time, in 5 us, as long as a small parameter takes to move."""
+    kind: Any = type(dtype)
+    return _named(kind, dtype)
+
+
+@cache
+def _named(kind: Any, dtype: Any) -> str:
+    """kind comes first in the key, for array_api_strict warns when its dtypes are compared with NumPy's."""
+    return dispatch.dtype_name(dtype)
 
 
 def is_real(dtype: Any) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from typing import Any, overload
 
 from rectilinear.nn.module import Layer, Module
 from rectilinear.nn.parameters import Array
-from rectilinear.nn.uses import TAPE, WALK, Tape, Walk, recording, walking
+from rectilinear.nn.uses import TAPE, WALK, Tape, Walk
 
 
 class Sequential(Module):
@@ -70,19 +69,22 @@ class Sequential(Module):
             yield from layer.leaves(f"{prefix}{place}.")
 
     def forward(self, x: Array, *, training: bool = True) -> Array:
-        tape = self._begin(training)
-        with recording(tape) if tape is not None and tape.owner is self else nullcontext():
-            for layer in self.layers:
-                x = layer.forward(x) if training else layer.forward(x, training=False)
-        self._tape = tape
-        return x
-
-    def _begin(self, training: bool) -> Tape | None:
-        """The tape of this forward: that of the forward around it, or a new one; None where nothing is kept."""
         if self._tape is not None and self._tape.owner is self:
             self._tape.uses.clear()  # now: what it holds would lie beside what the new forward makes
         self._tape, self._evaluated = None, not training
-        return (TAPE.get() or Tape(self)) if training else None
+        if not training:
+            for layer in self.layers:
+                x = layer.forward(x, training=False)
+            return x
+        tape = TAPE.get() or Tape(self)
+        token = TAPE.set(tape)
+        try:
+            for layer in self.layers:
+                x = layer.forward(x)
+        finally:
+            TAPE.reset(token)
+        self._tape = tape
+        return x
 
     def backward(self, dout: Array, *, need_dx: bool = False, accumulate: bool = False) -> Array | None:
         around = WALK.get()
@@ -90,8 +92,15 @@ class Sequential(Module):
             return self._walk(dout, need_dx)
         if self._tape is None:
             raise self._no_forward()
-        with walking(Walk(self._tape, accumulate, around)):
+        walk = Walk(self._tape, accumulate, around)
+        token = WALK.set(walk)
+        try:
             return self._walk(dout, need_dx)
+        except BaseException:
+            walk.undo()
+            raise
+        finally:
+            WALK.reset(token)
 
     def _walk(self, dout: Array, need_dx: bool) -> Array | None:
         dx: Array | None = dout

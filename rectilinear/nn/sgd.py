@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, is_torch_array
+from array_api_compat import array_namespace
 
-from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import (
@@ -17,9 +16,11 @@ from rectilinear.nn.parameters import (
     Parameter,
     bring,
     copied,
+    dtype_name,
     fitted,
     is_floating,
     is_real,
+    outside_autograd,
     overwritten,
     parameters,
     put,
@@ -156,15 +157,18 @@ class SGD:
             )
         if isinstance(w, np.ndarray) and not w.flags.writeable:
             raise ValueError(f"SGD.step: {parameter.key} is read-only; put a writable array into the layer's params, such as a copy of it")
-        decay = self.weight_decay if any(slot.name == "w" for slot in parameter.slots) else 0.0
-        velocity = self._velocity_of(parameter) if self.momentum else None
-        value, velocity = moved(_outside(w), self._gradient(parameter), velocity, self._rates._replace(weight_decay=decay))
-        return value, velocity if self.momentum else None
+        rates = self._rates
+        if rates.weight_decay and not any(slot.name == "w" for slot in parameter.slots):
+            rates = rates._replace(weight_decay=0.0)
+        velocity = self._velocity_of(parameter) if rates.momentum else None
+        value, velocity = moved(outside_autograd(w), self._gradient(parameter), velocity, rates)
+        return value, velocity if rates.momentum else None
 
     def _gradient(self, parameter: Parameter) -> Array:
         """The sum over what is tied, each layer once, however often it is used."""
         total = None
-        for slot in {(id(slot.layer), slot.name): slot for slot in parameter.slots}.values():
+        slots = parameter.slots
+        for slot in slots if len(slots) == 1 else {(id(slot.layer), slot.name): slot for slot in slots}.values():
             grad = slot.layer.grads.get(slot.name)
             if grad is None:
                 raise RuntimeError(f"SGD.step: {slot.key} has no gradient; call the model's backward first")
@@ -180,7 +184,9 @@ class SGD:
 
     def _fitting(self, key: str, what: str, x: Array, like: Array) -> Array:
         """x where its parameter is, and in its dtype, but 16 bits widened to the float32 that they are computed in."""
-        x = _outside(bring("SGD.step", f"the {what} of {key}", x, like))
+        if type(x) is np.ndarray and type(like) is np.ndarray and x.dtype is like.dtype and x.shape == like.shape:
+            return _widened(x)
+        x = outside_autograd(bring("SGD.step", f"the {what} of {key}", x, like))
         if tuple(x.shape) != tuple(like.shape):
             raise ShapeError(f"SGD.step: the {what} of {key} has shape {tuple(x.shape)}, wanted {tuple(like.shape)}")
         if not is_real(x.dtype):
@@ -240,8 +246,11 @@ def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Ar
     """
     exact = _widened(w)
     if rates.weight_decay:
-        dw = dw + rates.weight_decay * exact
-    move = -rates.lr * dw
+        move = rates.weight_decay * exact
+        move += dw
+        move *= -rates.lr
+    else:
+        move = -rates.lr * dw
     if v is not None:
         move += rates.momentum * v
     value = exact + move
@@ -256,8 +265,3 @@ def _widened(x: Array) -> Array:
         return x
     xp = array_namespace(x)
     return xp.astype(x, xp.float32)
-
-
-def _outside(x: Array) -> Array:
-    """x outside autograd."""
-    return x.detach() if is_torch_array(x) else x

@@ -8,8 +8,6 @@ needs to know nothing of tapes, and two nets that share layers do not disturb ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +30,13 @@ class Walk:
     """
 
     def __init__(self, tape: Tape, accumulate: bool, around: Walk | None = None) -> None:
-        self.tape = tape
         self.left = list(tape.uses)  # the tape itself stays as it is, for a second backward
-        self.accumulate = around.accumulate if around else accumulate
+        self.layers = {id(layer) for layer, _ in tape.uses}
+        self.accumulate: bool = around.accumulate if around else accumulate
         self.before: dict[int, tuple[Layer, dict[str, Any]]] = around.before if around else {}
 
     def is_on_tape(self, layer: Layer) -> bool:
-        return any(each is layer for each, _ in self.tape.uses)
+        return id(layer) in self.layers
 
     def take(self, layer: Layer) -> Any:
         """The cache of the latest use of `layer` that has not been taken."""
@@ -54,30 +52,13 @@ class Walk:
         self.before[id(layer)] = layer, layer.grads
         return layer.grads if self.accumulate else {}
 
+    def undo(self) -> None:
+        for layer, grads in self.before.values():
+            layer.grads = grads
+
 
 TAPE: ContextVar[Tape | None] = ContextVar("tape", default=None)
+"""Of the forward under way."""
+
 WALK: ContextVar[Walk | None] = ContextVar("walk", default=None)
-
-
-@contextmanager
-def recording(tape: Tape) -> Iterator[None]:
-    """Forwards in here are part of one forward, whose tape this is."""
-    token = TAPE.set(tape)
-    try:
-        yield
-    finally:
-        TAPE.reset(token)
-
-
-@contextmanager
-def walking(walk: Walk) -> Iterator[None]:
-    """Backwards in here are part of one backward. Where it fails, all gradients are what they were."""
-    token = WALK.set(walk)
-    try:
-        yield
-    except BaseException:
-        for layer, grads in walk.before.values():
-            layer.grads = grads
-        raise
-    finally:
-        WALK.reset(token)
+"""The backward under way."""
