@@ -126,18 +126,17 @@ class Layer(Module):
     def _keep(self, cache: Any, training: bool) -> None:
         self._evaluated = not training
         self._cache = (cache,) if training else None
-        tape = TAPE.get()
+        tape = TAPE.get() or WALK.get()
         if training and tape is not None:
             tape.uses.append((self, cache))
 
     def _cached(self) -> Any:
         """The cache of the use of this layer that the backward under way has come to, else of the latest one."""
         walk = WALK.get()
-        if walk is not None and walk.is_on_tape(self):
-            return walk.take(self)
-        if self._cache is None:
+        cache = (walk.take(self) if walk is not None else None) or self._cache
+        if cache is None:
             raise self._no_forward()
-        return self._cache[0]
+        return cache[0]
 
     def _collect(self, grads: dict[str, Array], accumulate: bool) -> None:
         """Make these the gradients, or add them where they are to be added."""

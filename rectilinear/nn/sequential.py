@@ -76,7 +76,7 @@ class Sequential(Module):
             for layer in self.layers:
                 x = layer.forward(x, training=False)
             return x
-        tape = TAPE.get() or Tape(self)
+        tape = TAPE.get() or WALK.get() or Tape(self)
         token = TAPE.set(tape)
         try:
             for layer in self.layers:
@@ -87,12 +87,11 @@ class Sequential(Module):
         return x
 
     def backward(self, dout: Array, *, need_dx: bool = False, accumulate: bool = False) -> Array | None:
-        around = WALK.get()
-        if around is not None and any(around.is_on_tape(leaf) for _, leaf in self.leaves()):
+        if WALK.get() is not None:  # part of the backward of what is around it
             return self._walk(dout, need_dx)
         if self._tape is None:
             raise self._no_forward()
-        walk = Walk(self._tape, accumulate, around)
+        walk = Walk(self._tape, accumulate)
         token = WALK.set(walk)
         try:
             return self._walk(dout, need_dx)
@@ -101,6 +100,7 @@ class Sequential(Module):
             raise
         finally:
             WALK.reset(token)
+            walk.uses.clear()
 
     def _walk(self, dout: Array, need_dx: bool) -> Array | None:
         dx: Array | None = dout

@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 class Tape:
     """The caches of one forward, in order, each with the layer that it is of."""
 
-    def __init__(self, owner: Module) -> None:
+    def __init__(self, owner: Module | None) -> None:
         self.owner = owner
         self.uses: list[tuple[Layer, Any]] = []
 
 
-class Walk:
+class Walk(Tape):
     """One backward along a tape: what is left of it, and the gradients as they were before, for when it fails.
 
-    A module that calls forward only now, in its backward (to save memory), has a tape that is walked inside of `around`.
+    A module may go forward only now (to save memory): what that keeps is put on top, and is the next to be taken.
     """
 
-    def __init__(self, tape: Tape, accumulate: bool, around: Walk | None = None) -> None:
-        self.left = list(tape.uses)  # the tape itself stays as it is, for a second backward
-        self.layers = {id(layer) for layer, _ in tape.uses}
-        self.accumulate: bool = around.accumulate if around else accumulate
-        self.before: dict[int, tuple[Layer, dict[str, Any]]] = around.before if around else {}
+    def __init__(self, tape: Tape, accumulate: bool) -> None:
+        super().__init__(None)
+        self.tape = tape  # stays as it is, for a second backward
+        self.uses = list(tape.uses)
+        self.accumulate = accumulate
+        self.before: dict[int, tuple[Layer, dict[str, Any]]] = {}
 
-    def is_on_tape(self, layer: Layer) -> bool:
-        return id(layer) in self.layers
-
-    def take(self, layer: Layer) -> Any:
-        """The cache of the latest use of `layer` that has not been taken."""
-        for place in reversed(range(len(self.left))):
-            if self.left[place][0] is layer:
-                return self.left.pop(place)[1]
-        raise RuntimeError(f"{type(layer).__name__}.backward: called more often in this backward than forward was in its forward")
+    def take(self, layer: Layer) -> tuple[Any] | None:
+        """The cache of the latest use of `layer` that has not been taken, in a tuple. None if this forward did not come by the layer."""
+        for place in reversed(range(len(self.uses))):
+            if self.uses[place][0] is layer:
+                return (self.uses.pop(place)[1],)
+        if any(each is layer for each, _ in self.tape.uses):
+            raise RuntimeError(f"{type(layer).__name__}.backward: called more often in this backward than forward was in its forward")
+        return None
 
     def earlier_grads(self, layer: Layer) -> dict[str, Any]:
         """What the gradients of this use are to be added to."""
