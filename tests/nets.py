@@ -19,6 +19,8 @@ OTHER_LIBRARIES = [
 
 def namespace(name: str | None):
     """A library's namespace; None for the chosen backend's."""
+    if name == "jax.numpy":  # which has float64 only when told
+        importlib.import_module("jax").config.update("jax_enable_x64", True)
     return name and importlib.import_module(name)
 
 

@@ -277,20 +277,20 @@ def test_parameters_of_any_layout_and_dtype_compute_the_same(dtype, rng):
 
 
 @pytest.mark.libraries
-def test_bfloat16_of_other_libraries(rng):
-    """No other library takes NumPy's bfloat16, so an input on its way there has to get round it."""
-    for name in ("torch", "jax.numpy"):
-        xp = namespace(name)
-        layer = Affine(3, 2, rng=rng, xp=xp)
-        layer.params = {key: xp.asarray(value, dtype=xp.bfloat16) for key, value in layer.params.items()}
-        out = layer.forward(np.ones((4, 3)))
-        layer.backward(np.ones((4, 2)))
-        SGD(layer, lr=0.5).step()
-        assert {str(a.dtype).rpartition(".")[2] for a in (out, *layer.grads.values(), *layer.params.values())} == {"bfloat16"}
-        np.testing.assert_array_equal(rectilinear.to_numpy(layer.params["b"]).astype("f4"), [-2, -2])
-        state = layer.state_dict()
-        layer.load_state_dict(state)
-        assert {str(value.dtype) for value in layer.state_dict().values()} == {"bfloat16"}
+@pytest.mark.parametrize("name", ["torch", "jax.numpy"])
+def test_bfloat16_of_other_libraries(name, rng):
+    """No other library takes NumPy's bfloat16, so what comes to it has to get round it."""
+    xp = namespace(name)
+    layer = Affine(3, 2, rng=rng, xp=xp)
+    layer.params = {key: xp.asarray(value, dtype=xp.bfloat16) for key, value in layer.params.items()}
+    out = layer.forward(np.ones((4, 3)))
+    layer.backward(np.ones((4, 2)))
+    SGD(layer, lr=0.5).step()
+    assert {str(a.dtype).rpartition(".")[2] for a in (out, *layer.grads.values(), *layer.params.values())} == {"bfloat16"}
+    np.testing.assert_array_equal(rectilinear.to_numpy(layer.params["b"]).astype("f4"), [-2, -2])
+    state = layer.state_dict()
+    layer.load_state_dict(state)
+    assert {str(value.dtype) for value in layer.state_dict().values()} == {"bfloat16"}
 
 
 def test_a_parameter_that_is_no_array_is_named(rng):
