@@ -130,6 +130,19 @@ def test_parameters_of_any_layout_and_dtype_are_moved(dtype, rng):
         np.testing.assert_allclose(values.astype(compute), exact, rtol=1e-5 if values.itemsize > 2 else 2e-2, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_parameters_without_axes_are_moved_in_place(dtype, rng):
+    layer = Affine(2, 2, rng=rng)
+    scale = layer.params["scale"] = np.array(2, dtype)
+    layer.grads = {"w": np.ones((2, 2)), "b": np.ones(2), "scale": np.float64(1)}
+    optimizer = SGD(layer, lr=0.5, momentum=0.5)
+    optimizer.step()
+    optimizer.step()
+    assert layer.params["scale"] is scale
+    assert scale == 2 - 0.5 - 0.75
+    assert optimizer.velocity["scale"].dtype == dtype
+
+
 def test_gradients_of_another_dtype_or_library(xp, rng):
     layer = Affine(2, 2, rng=rng, xp=xp)
     strict = pytest.importorskip("array_api_strict")

@@ -204,6 +204,7 @@ def spoiled(state: dict[str, np.ndarray]) -> dict[str, tuple[dict[str, object], 
     return {
         "shape": (state | {last: np.zeros((*shape, 2))}, ShapeError, f"{last} has shape"),
         "missing": ({key: value for key, value in state.items() if key != last}, ValueError, f"missing: {last}"),
+        "no name": (state | {9: np.zeros(2)}, ValueError, "not in this model: 9"),
         "unknown": (state | {"9.w": np.zeros(2)}, ValueError, "not in this model: 9.w"),
         "complex": (state | {last: np.zeros(shape, complex)}, DTypeError, f"{last} has dtype complex128"),
         "text": (state | {last: np.full(shape, "a")}, DTypeError, f"{last} has dtype <U1"),
@@ -213,7 +214,7 @@ def spoiled(state: dict[str, np.ndarray]) -> dict[str, tuple[dict[str, object], 
     }
 
 
-@pytest.mark.parametrize("what", ["shape", "missing", "unknown", "complex", "text", "objects", "overflow", "masked"])
+@pytest.mark.parametrize("what", ["shape", "missing", "unknown", "no name", "complex", "text", "objects", "overflow", "masked"])
 def test_a_load_that_fails_changes_nothing(what, xp, rng):
     net = net_of(rng, xp)
     state, error, said = spoiled({name: values + 1 for name, values in net.state_dict().items()})[what]

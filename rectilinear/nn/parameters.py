@@ -72,7 +72,7 @@ def parameters(model: Module) -> list[Parameter]:
     for prefix, layer, name, array in held:
         if not apart and not is_array_api_obj(array):
             raise TypeError(f"{type(layer).__name__}: params[{name!r}] is of type {type(array).__name__}, not an array")
-        where = id(array) if apart else _place(array)
+        where = id(array) if apart else _identity(array)
         first = found.get(where)
         if first is None:
             found[where] = Parameter([Slot(prefix + name, layer, name, None)])
@@ -81,7 +81,7 @@ def parameters(model: Module) -> list[Parameter]:
     return list(found.values())
 
 
-def _place(x: Array) -> object:
+def _identity(x: Array) -> object:
     """What is equal for two arrays that are the same memory, be it with their axes in another order."""
     memory = memory_of(x)
     if memory is None or not memory.size or not _apart(memory):
@@ -142,7 +142,7 @@ def retie(model: Module, found: Sequence[tuple[str, str, Axes]]) -> None:
         slots = {prefix + name: (layer, name) for prefix, layer in model.leaves() for name in layer.params}
         for first_key, key, axes in found:
             (first, first_name), (layer, name) = slots[first_key], slots[key]
-            if _place(first.params[first_name]) != _place(layer.params[name]):
+            if _identity(first.params[first_name]) != _identity(layer.params[name]):
                 layer.params[name] = turned_back(first.params[first_name], axes)
 
 
@@ -209,6 +209,7 @@ def bring(owner: str, name: str, x: Array, like: Array, *, cast: bool = True) ->
     if type(x) is np.ndarray and type(like) is np.ndarray and (x.dtype is like.dtype or not cast):
         return x
     common_namespace(owner, [(name, x)])  # refuses what is no array, and says how to make one
+    x = np.asarray(x) if isinstance(x, np.generic) else x
     wanted = dtype_name(like.dtype)
     xp, cast = array_namespace(like), cast and wanted in _FLOATS and is_real(x.dtype)
     if array_namespace(x) is not xp:
@@ -237,7 +238,7 @@ def fitted(caller: str, wanted: Sequence[Parameter], state: Mapping[str, Array],
         for key, slot in slots.items()
         if key in given and given[key].shape != tuple(slot.array.shape)
     ]
-    unknown = [key for key in given if key not in slots]
+    unknown = [str(key) for key in given if key not in slots]
     problems = [*_listing("missing", missing), *_listing("not in this model", unknown), *misshapen]
     if problems:
         message = f"{caller}: {'; '.join(problems)}. Load into a model of the layers that the state is from."

@@ -254,6 +254,8 @@ def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Ar
     if v is not None:
         move += rates.momentum * v
     value = exact + move
+    if isinstance(w, np.ndarray) and not w.ndim:
+        value, move = np.asarray(value), np.asarray(move)  # NumPy makes scalars of 0-d arrays
     if exact is w:
         return value, move
     xp = array_namespace(w)
