@@ -347,6 +347,15 @@ def test_activations_do_not_pile_up():
     assert layer.alive() == 0
 
 
+def test_activations_made_in_a_backward_are_gone_after_it(rng):
+    layer = Watched()
+    net = Sequential(Recomputed(Sequential(layer, layer, Affine(3, 3, rng=rng))))
+    net.forward(np.ones((2, 3)))
+    assert layer.alive() == 0
+    net.backward(np.ones((2, 3)))
+    assert layer.alive() == 1  # of the latest use
+
+
 def test_activations_of_the_forward_before_are_gone_before_the_next_one_makes_its_own():
     class Counting(Watched):
         def forward(self, x, *, training=True):
@@ -354,7 +363,7 @@ def test_activations_of_the_forward_before_are_gone_before_the_next_one_makes_it
             return super().forward(x, training=training)
 
     layer = Counting()
-    net = Sequential([layer] * 4)
+    net = Sequential(layer, layer, layer, Sequential(layer))
     for _ in range(3):
         net.forward(np.ones((2, 3)))
     assert layer.most == 3  # before the fourth use; the last cache of the pass before gives way to the first of this one

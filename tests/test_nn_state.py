@@ -420,7 +420,7 @@ def test_one_layer_twice_is_loaded_once(rng):
         net.load_state_dict(state | {"1.b": state["1.b"] + 1})
 
 
-def test_neighbours_in_one_buffer_are_not_tied(rng):
+def test_neighbours_in_one_buffer_are_neither_tied_nor_refused(rng):
     """Parameters that are views of one flat vector, side by side or interleaved."""
     flat = rng.standard_normal(36)
     net = square_net(rng)
@@ -431,6 +431,23 @@ def test_neighbours_in_one_buffer_are_not_tied(rng):
     for name, values in state.items():
         np.testing.assert_array_equal(net.params[name], values)
     np.testing.assert_array_equal(flat[:9], state["0.w"].ravel())
+
+
+@pytest.mark.parametrize("view", [lambda w: w[::-1], lambda w: w[:2], lambda w: w[1:, :2], lambda w: w.reshape(-1)[1:4], lambda w: w[0]])
+def test_parameters_that_share_memory_in_part_are_refused(view, rng):
+    """Which one was written last would decide. Copies of such a net are fine."""
+    net = square_net(rng)
+    net[1].params["b"] = view(net[0].params["w"])
+    net[0].grads, net[1].grads = ({name: np.ones_like(value) for name, value in layer.params.items()} for layer in net)
+    same = unchanged(net)
+    said = r"^(0\.w shares memory with 1\.b|1\.b shares memory with 0\.w), but is neither the same array nor its transpose; give it"
+    for change in (lambda: net.load_state_dict(net.state_dict()), SGD(net, lr=0.1).step):
+        with pytest.raises(ValueError, match=said):
+            change()
+        assert same()
+    made = copy.deepcopy(net)
+    for name, values in net.state_dict().items():
+        np.testing.assert_array_equal(made.params[name], values)
 
 
 # ---------------------------------------------------------------- pickles and copies

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj, is_dask_array, is_torch_array, is_writeable_array, to_device
 from array_api_compat import device as device_of
+from numpy.lib.array_utils import byte_bounds
 
 from rectilinear import dispatch
 from rectilinear.arrays import asarray, to_numpy
@@ -65,20 +66,58 @@ class Parameter(NamedTuple):
 
 
 def parameters(model: Module) -> list[Parameter]:
-    """The parameters of a model, tied ones once: those that are one object, or the same memory, transposed or not."""
+    """The parameters of a model, tied ones once: those that are one object, or the same memory, transposed or not.
+
+    Raises
+    ------
+    ValueError
+        Parameters share memory in another way: which of them were written last would decide what they hold.
+    """
+    found, views = _grouped(model)
+    if views:
+        _refuse_overlap(found)
+    return found
+
+
+def _grouped(model: Module) -> tuple[list[Parameter], bool]:
+    """The parameters, and whether there are views or other libraries' arrays among them."""
     found: dict[object, Parameter] = {}
     held = [(prefix, layer, name, array) for prefix, layer in model.leaves() for name, array in layer.params.items()]
-    apart = all(type(array) is np.ndarray and array.flags.owndata for *_, array in held)  # nearly always, and quick to see
+    views = not all(type(array) is np.ndarray and array.flags.owndata for *_, array in held)  # nearly never, and quick to see
     for prefix, layer, name, array in held:
-        if not apart and not is_array_api_obj(array):
+        if views and not is_array_api_obj(array):
             raise TypeError(f"{type(layer).__name__}: params[{name!r}] is of type {type(array).__name__}, not an array")
-        where = id(array) if apart else _identity(array)
+        where = _identity(array) if views else id(array)
         first = found.get(where)
         if first is None:
             found[where] = Parameter([Slot(prefix + name, layer, name, None)])
         else:
             first.slots.append(Slot(prefix + name, layer, name, _axes(array, first.array)))
-    return list(found.values())
+    return list(found.values()), views
+
+
+def _refuse_overlap(found: Sequence[Parameter]) -> None:
+    memories = [(parameter.key, memory_of(parameter.array)) for parameter in found]
+    spans = sorted((*byte_bounds(memory), place) for place, (_, memory) in enumerate(memories) if memory is not None and memory.size)
+    open_spans: list[tuple[int, int]] = []  # (end, place) of those that reach beyond where the next one begins
+    for start, end, place in spans:
+        open_spans = [span for span in open_spans if span[0] > start]
+        key, memory = memories[place]
+        for _, other in open_spans:
+            other_key, other_memory = memories[other]
+            if _share(memory, other_memory):
+                raise ValueError(
+                    f"{key} shares memory with {other_key}, but is neither the same array nor its transpose; "
+                    "give it an array of its own, such as a copy"
+                )
+        open_spans.append((end, place))
+
+
+def _share(a: Any, b: Any) -> bool:
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]  # the stubs know only 0 and -1
+    except np.exceptions.TooHardError:  # a problem of number theory, where axes interleave
+        return True
 
 
 def _identity(x: Array) -> object:
@@ -130,7 +169,7 @@ def ties(model: Module) -> list[tuple[str, str, Axes]]:
     """First name, other name and axes of every pair of views of the same memory, which pickle would take for two arrays."""
     return [
         (parameter.key, slot.key, slot.axes)
-        for parameter in parameters(model)
+        for parameter in _grouped(model)[0]
         for slot in parameter.slots
         if slot.array is not parameter.array
     ]
