@@ -246,7 +246,7 @@ def test_modules_of_ones_own_used_twice(rng):
     x, y, h, loss = rng.standard_normal((5, 3)), rng.integers(3, size=5), 1e-6, SoftmaxCrossEntropy()
     shared, squared = Affine(3, 3, rng=rng, dtype="float64"), Squared()
     block = Residual(Sequential(shared, squared))
-    net = Sequential(block, Recomputed(Sequential(shared, ReLU(), shared)), block, squared)
+    net = Sequential(block, Recomputed(Sequential(shared, ReLU(), shared)), block, Recomputed(shared), squared)
     loss.forward(net.forward(x), y)
     dx = net.backward(loss.backward(), need_dx=True)
     assert {name.rpartition(".")[2] for name in net.params} == {"w", "b", "scale"}
