@@ -175,8 +175,8 @@ def with_scratch(kernel: Callable[..., int], *arguments: int) -> None:
         kept = _new_scratch()
     needed = kernel(*arguments, kept[1], SCRATCH_BYTES, threads)
     while needed > 0:
-        large, size = _scratch(needed), needed
-        needed = kernel(*arguments, large[1], size, threads)
+        large, size = empty((needed + _ALIGNMENT,), _BYTE), needed
+        needed = kernel(*arguments, _aligned(large), size, threads)
     _idle.append(kept)
 
 
@@ -184,7 +184,8 @@ def _new_scratch() -> _Scratch:
     global _idle
     if _idle.maxlen != (most := _most_idle()):
         _idle = deque(maxlen=most)  # the first call: the limit was not known before
-    return _scratch(SCRATCH_BYTES)
+    array = np.empty(SCRATCH_BYTES + _ALIGNMENT, _BYTE)
+    return array, _aligned(array)
 
 
 def _most_idle() -> int:
@@ -192,9 +193,8 @@ def _most_idle() -> int:
     return max(1, limit // _SCRATCH_SHARE // SCRATCH_BYTES) if limit >= SCRATCH_BYTES else 0
 
 
-def _scratch(size: int) -> _Scratch:
-    array = empty((size + _ALIGNMENT,), _BYTE)
-    return array, -(-array.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+def _aligned(array: np.ndarray) -> int:
+    return -(-int(array.ctypes.data) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _after_fork_in_child() -> None:

@@ -22,7 +22,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import types
 from numba.core.registry import cpu_target
-from numpy import _core  # type: ignore[attr-defined]  # the hook has no name in Python
+from numpy import _core  # the hook has no name in Python
 
 from rectilinear.buffers import LARGE_BYTES
 from rectilinear.kernels.cache import Job, jit, jit_inner, warms
@@ -347,7 +347,7 @@ def _install(handler: _Handler) -> None:
     new_capsule: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
         ("PyCapsule_New", ctypes.pythonapi)
     )
-    api: Any = (ctypes.c_void_p * (_GET_HANDLER + 1)).from_address(get_pointer(_core._multiarray_umath._ARRAY_API, None))
+    api: Any = (ctypes.c_void_p * (_GET_HANDLER + 1)).from_address(get_pointer(_core.multiarray._ARRAY_API, None))
     if ctypes.PYFUNCTYPE(ctypes.c_uint)(api[_FEATURE_VERSION])() < _HOOK_SINCE:
         raise RuntimeError(f"NumPy {np.__version__} has no hook for allocators")
     usual = _Handler.from_address(get_pointer(ctypes.PYFUNCTYPE(ctypes.py_object)(api[_GET_HANDLER])(), _CAPSULE))
