@@ -450,6 +450,7 @@ assert array.flags.owndata and (array == 1).all()
 INTERRUPTED = """
 import signal, time
 interrupted = made = 0
+filled(1)  # numba and LLVM are not meant here
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 end = time.monotonic() + 1
 while time.monotonic() < end:
