@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context, copy_context
+from contextvars import Context
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,10 @@ def test_the_latest_memory_given_up_serves_the_next_result_of_its_size() -> None
     assert again.ctypes.data == addresses[0]
     assert r.held_memory() <= held - 3 * MIB
     half = second[MIB:]
+    third, fourth = (buffers.empty((2 * MIB,), BYTE) for _ in range(2))
+    latest = fourth.ctypes.data
+    del third, fourth
+    assert buffers.empty((2 * MIB,), BYTE).ctypes.data == latest
     del second, again
     assert buffers.empty((3 * MIB,), BYTE).ctypes.data == addresses[0]  # half keeps the other
     del half
@@ -162,7 +166,6 @@ def test_the_users_own_allocator_is_kept_to() -> None:
 
 
 def test_nobody_elses_arrays_come_from_it() -> None:
-    copy_context().run(buffers.empty, (4 * MIB,), BYTE)
     buffers.empty((4 * MIB,), BYTE)
     assert np._core.multiarray.get_handler_name() == "default_allocator"
     assert np._core.multiarray.get_handler_name(np.empty(4 * MIB, np.uint8)) == "default_allocator"
