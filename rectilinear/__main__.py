@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import rectilinear
+from rectilinear import buffers
 from rectilinear.backends.registry import BackendInfo, choice_error
 
 _CHOSEN_BY = {"context": "use_backend", "process": "set_backend", "variable": "RECTILINEAR_BACKEND", "auto": "auto"}
@@ -40,15 +41,27 @@ def _info(as_json: bool) -> int:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "backends": [asdict(row) for row in infos],
+            "memory": _memory(),
         }
         if error is not None:
             state["error"] = error
         print(json.dumps(state, indent=2))
         return 0
     _print_table(infos)
+    memory = _memory()
+    print(memory.get("error") or f"memory kept for reuse: {memory['held']:,} bytes of at most {memory['limit']:,} ({buffers.VARIABLE})")
     if error is not None:
         print(error)
     return 0
+
+
+def _memory() -> dict[str, int | str | None]:
+    """Bytes kept for reuse, and the most that may be; why that is not known where its variable is bad."""
+    held = rectilinear.held_memory()
+    try:
+        return {"held": held, "limit": buffers.memory_limit()}
+    except ValueError as bad:
+        return {"held": held, "limit": None, "error": str(bad)}
 
 
 def _print_table(infos: Sequence[BackendInfo]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rectilinear.errors import BackendError, DTypeError
 
-KERNEL_MODULES = ("rectilinear.kernels.passes",)
+KERNEL_MODULES = ("rectilinear.kernels.passes", "rectilinear.kernels.allocator")
 """The modules that hold kernels. Importing one registers its jobs (`rectilinear.kernels.cache.warms`)."""
 
 _DTYPES = ("float32", "float64")

@@ -484,18 +484,6 @@ def test_results_share_no_memory_while_they_are_alive(rng: np.random.Generator) 
         np.testing.assert_array_equal(other, expected_part)
 
 
-def test_memory_kept_for_results_has_a_limit() -> None:
-    from rectilinear.kernels import results
-
-    held = [results.empty((n << 20,), np.dtype("u1")) for n in range(1, 40)]
-    assert sum(memory.nbytes for memory in results._kept) <= results.KEPT_BYTES
-    del held
-    first = results.empty((3 << 20,), np.dtype("u1"))
-    address = first.ctypes.data
-    del first
-    assert results.empty((3 << 20,), np.dtype("u1")).ctypes.data == address
-
-
 def test_a_mask_with_longer_rows_is_read_right(rng: np.random.Generator) -> None:
     keep = rng.random((20, 21)) < 0.5
     bits = np.full((20, 9), 255, np.uint8)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import rectilinear as r
-from rectilinear.kernels import results
+from rectilinear import buffers
 
 Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray]
@@ -87,9 +87,7 @@ def _cut(room: np.ndarray, start: int, shape: Shape) -> np.ndarray:
 
 
 def _kept(size: int, path: Path) -> np.ndarray:
-    room = results.empty((results.LARGE_BYTES // 8,), np.dtype("f8"))
-    assert room.base is not None
-    return room[:size]
+    return buffers.empty((buffers.LARGE_BYTES // 8,), np.dtype("f8"))[:size]
 
 
 ROOMS: dict[str, Callable[[int, Path], np.ndarray]] = {

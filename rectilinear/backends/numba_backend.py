@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
+from rectilinear.buffers import empty, with_scratch
 from rectilinear.keepmask import KeepMask
-from rectilinear.kernels.results import empty
-from rectilinear.kernels.scratch import with_scratch
 from rectilinear.threads import get_num_threads
 
 _RELU = 2  # rectilinear.kernels.tile.RELU, whose module would import llvmlite
