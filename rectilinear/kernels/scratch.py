@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rectilinear.threads import get_num_threads
+from rectilinear.threads import call_threads
 
 ALIGNMENT = 64
 KEPT_BYTES = 64 << 20
@@ -18,7 +18,7 @@ _idle: list[tuple[np.ndarray, int, int]] = []
 
 def with_scratch(kernel: Callable[..., int], *arguments: int) -> None:
     """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``, which returns 0, or how many bytes it needs and has not got."""
-    threads = get_num_threads()
+    threads = call_threads()
     # pop and append are atomic: no two calls get the same buffer.
     try:
         buffer = _idle.pop()
