@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rectilinear.threads import get_num_threads
+from rectilinear.threads import call_threads
 
 if TYPE_CHECKING:
     from rectilinear.kernels.allocator import Allocator
@@ -168,7 +168,7 @@ def _allocator_with(limit: int) -> Allocator | Literal[False]:
 
 def with_scratch(kernel: Callable[..., int], *arguments: int) -> int:
     """Call ``kernel(*arguments, scratch, scratch_bytes, threads)``; its answer, unless that is how many bytes it needs and has not got."""
-    threads = get_num_threads()
+    threads = call_threads()
     try:
         kept = _idle.pop()
     except IndexError:

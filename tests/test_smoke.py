@@ -10,7 +10,7 @@ import pytest
 
 import rectilinear as r
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.smoke]
 
 
 def test_a_training_step() -> None:
