@@ -73,7 +73,7 @@ def to_numpy(x: Any) -> Any:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("to_numpy: x is a masked array, whose mask would be lost; pass x.filled(value)")
     if isinstance(x, KeepMask):
-        return x if isinstance(x.bits, np.ndarray) else KeepMask(to_numpy(x.bits), x.shape)
+        return x if isinstance(x._bits, np.ndarray) else KeepMask(to_numpy(x._bits), x.shape)
     if compat.is_cupy_array(x):
         return x.get()
     if compat.is_torch_array(x):

@@ -173,7 +173,7 @@ def plain_backend(
         return None
     if keep is not None:
         if type(keep) is KeepMask:
-            if type(keep.bits) is not np.ndarray:
+            if type(keep._bits) is not np.ndarray:
                 return None
         elif type(keep) is not np.ndarray or keep.dtype is not dtype:
             return None
@@ -238,7 +238,7 @@ def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
             raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, whose operators mean other things; pass np.asarray({name})")
         return np
     if isinstance(x, KeepMask):
-        return _namespace(function, name, x.bits)
+        return _namespace(function, name, x._bits)
     try:
         return compat.array_namespace(x)
     except TypeError:
@@ -252,7 +252,7 @@ def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
 def _device(x: Array) -> Any:
     """The device of x, or None where the library does not name one (traced, lazy and sharded arrays): it then matches any."""
     try:
-        place = compat.device(x.bits if isinstance(x, KeepMask) else x)
+        place = compat.device(x._bits if isinstance(x, KeepMask) else x)
     except Exception:  # a tracer may answer with any error of its own
         return None
     return None if compat.is_jax_array(x) and not hasattr(place, "platform") else place
@@ -289,7 +289,7 @@ def dtype_name(dtype: Any) -> str:
 
 def library_name(x: Any) -> str:
     """Name of the library whose array x is, as one imports it."""
-    module = type(x.bits if isinstance(x, KeepMask) else x).__module__.partition(".")[0]
+    module = type(x._bits if isinstance(x, KeepMask) else x).__module__.partition(".")[0]
     return {"jaxlib": "jax"}.get(module, module)
 
 
@@ -317,7 +317,7 @@ def fits_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any
             if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shapes[i]:
                 return False
             flags = out.flags
-            if not flags.writeable or not (flags.c_contiguous or 0 not in out.strides):
+            if not flags.writeable or not (flags.c_contiguous or _elements_apart(out)):
                 return False
             owners = owners and flags.owndata
             for other in seen:
@@ -358,7 +358,7 @@ def check_outs(
 
     `in_place` is the one argument that an out may be.
     """
-    if call.plain and fits_at_once(outs, shapes, call.dtype, [x.bits if type(x) is KeepMask else x for x in call.arrays]):
+    if call.plain and fits_at_once(outs, shapes, call.dtype, [x._bits if type(x) is KeepMask else x for x in call.arrays]):
         return
     given = call.given
     for name, out, shape in zip(names, outs, shapes, strict=True):
@@ -387,15 +387,33 @@ def _check_out(
         order = ", in another byte order" if dtype_name(out.dtype) == dtype_name(call.dtype) else ""
         raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)}{order} but the result has {dtype_name(call.dtype)}")
     memory = memory_of(out)
-    if memory is not None and 0 in memory.strides and any(n > 1 and not s for n, s in zip(memory.shape, memory.strides, strict=True)):
-        raise ValueError(f"{function}: elements of {name} share memory with one another (a stride of 0); pass another array")
+    if memory is not None and not _elements_apart(memory):
+        how = "a stride of 0" if 0 in memory.strides else f"shape {memory.shape}, strides {memory.strides}"
+        raise ValueError(f"{function}: elements of {name} share memory with one another ({how}); pass another array")
     for other_name, other in given:
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
 
 
+def _elements_apart(array: np.ndarray) -> bool:
+    """Whether no two elements share a byte, as far as this can tell: each axis steps over all that those of shorter strides span.
+
+    The exact question is hard. Layouts that pass are all those of slices and permuted axes; refused without need are only some whose
+    strides interleave, such as elements 0, 2, 4 and 3, 5, 7 as one array.
+    """
+    if not array.size:
+        return True
+    span = array.itemsize
+    axes = [(abs(stride), extent) for stride, extent in zip(array.strides, array.shape, strict=True) if extent != 1]
+    for stride, extent in sorted(axes):
+        if stride < span:
+            return False
+        span += stride * (extent - 1)
+    return True
+
+
 def _overlap(a: Array, b: Array | KeepMask) -> bool:
-    first, second = memory_of(a), memory_of(b.bits if isinstance(b, KeepMask) else b)
+    first, second = memory_of(a), memory_of(b._bits if isinstance(b, KeepMask) else b)
     if first is None or second is None:
         return a is b
     if not np.may_share_memory(first, second):

@@ -387,7 +387,7 @@ def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
 
 
 def _array_of(keep: Keep | None) -> Array | None:
-    return keep.bits if type(keep) is KeepMask else keep
+    return keep._bits if type(keep) is KeepMask else keep
 
 
 def _affine_shapes(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
