@@ -14,7 +14,7 @@ import numpy as np
 
 from rectilinear.errors import DTypeError, ShapeError
 
-_COMPARISONS = {
+_COMPARISONS: dict[Any, Any] = {
     np.equal: operator.eq,
     np.not_equal: operator.ne,
     np.less: operator.lt,
@@ -34,7 +34,7 @@ class _MaskOfAnyImport(type):
         return type(type(x)).__qualname__ == "_MaskOfAnyImport"
 
 
-class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
+class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):  # type: ignore[metaclass]  # the mixin is no ABC, whatever the stubs say
     """The keep-set of a fused ReLU: bit j of row i is 1 where ``not (z[i, j] < 0)``.
 
     Parameters

@@ -169,7 +169,7 @@ OTHERS = {"array": np.ones((4, 4)), "number": 2, "float": 0.5, "scalar": np.floa
 
 
 def names_the_way_out(call: Callable[[], Any]) -> None:
-    with pytest.raises(TypeError, match="KeepMask: .*mask") as caught:
+    with pytest.raises(TypeError, match=r"KeepMask: .*mask") as caught:
         call()
     for way in ("np.asarray(mask)", "mask > 0", "relu_backward(dout, mask)"):
         assert way in str(caught.value)
