@@ -214,39 +214,56 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     xp = _namespace(function, first_name, first)
     place = None if xp is np else _device(first)
     for name, array in given[1:]:
-        if _namespace(function, name, array, library_name(first)) is not xp:
-            wanted = library_name(first)
-            how = f"rectilinear.to_numpy({name})" if xp is np else f"{wanted}.asarray(rectilinear.to_numpy({name}))"
+        if _namespace(function, name, array, first) is not xp:
+            how = f"rectilinear.to_numpy({name})" if xp is np else f"{_maker(first)}(rectilinear.to_numpy({name}))"
             raise TypeError(
-                f"{function}: {first_name} is {_a(wanted)} array but {name} is {_a(library_name(array))} array; "
+                f"{function}: {first_name} is {_a(library_name(first))} array but {name} is {_a(library_name(array))} array; "
                 f"bring both to one library, for example with {how}"
             )
         other = None if xp is np else _device(array)
         if place is not None and other is not None and other != place:
             raise TypeError(
                 f"{function}: {first_name} is on device {place} but {name} is on device {other}; "
-                f"move one of them, for example with array_api_compat.to_device({name}, device)"
+                f"move one of them, for example with array_api_compat.to_device({name}, array_api_compat.device({first_name}))"
             )
         place = other if place is None else place
     return xp
 
 
-def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
-    """The namespace of x; `library` is that of the arguments before it, for the remedy."""
+def _namespace(function: str, name: str, x: Any, first: Array = None) -> Any:
+    """The namespace of x; `first` is an array before it, whose library the remedy is to lead to."""
     if isinstance(x, np.ndarray | np.generic):
         if isinstance(x, np.matrix | np.ma.MaskedArray):
-            raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, whose operators mean other things; pass np.asarray({name})")
+            raise TypeError(f"{function}: {name} is {_a(type_name(x))}, whose operators mean other things; pass {remedy(name, x, first)}")
         return np
     if isinstance(x, KeepMask):
         return _namespace(function, name, x._bits)
     try:
         return compat.array_namespace(x)
     except TypeError:
-        maker = "rectilinear" if library == "numpy" else library
         if x is None:
             hint = "; only b may be None" if function.startswith("affine") else ""
             raise TypeError(f"{function}: {name} is None, not an array{hint}") from None
-        raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, not an array; pass {maker}.asarray({name})") from None
+        raise TypeError(f"{function}: {name} is {_a(type_name(x))}, not an array; pass {remedy(name, x, first)}") from None
+
+
+def remedy(name: str, x: Any, first: Array = None) -> str:
+    """The expression that makes an array of x, which is none that we take, in the library of `first`; `name` is what x is called."""
+    if isinstance(x, np.ma.MaskedArray):
+        made = f"{name}.filled(0)"  # or what the caller would have in the place of what is masked
+    elif isinstance(x, np.matrix):
+        made = f"np.asarray({name})"
+    else:
+        # SciPy's sparse arrays; the tables of pandas, Polars and Arrow.
+        made = next((f"{name}.{method}()" for method in ("toarray", "to_numpy") if callable(getattr(x, method, None))), "")
+    if first is None or isinstance(first, np.ndarray | np.generic):
+        return made or (f"rectilinear.asarray({name})" if first is None else f"np.asarray({name})")
+    return f"{_maker(first)}({made or name})"
+
+
+def _maker(x: Array) -> str:
+    """What makes an array of x's library of a NumPy array or of lists, as one writes it: ``jax.numpy.asarray``."""
+    return f"{compat.array_namespace(x).__name__.removeprefix('array_api_compat.')}.asarray"
 
 
 def _device(x: Array) -> Any:
@@ -293,7 +310,7 @@ def library_name(x: Any) -> str:
     return {"jaxlib": "jax"}.get(module, module)
 
 
-def _type_name(x: Any) -> str:
+def type_name(x: Any) -> str:
     module = type(x).__module__
     return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
 
