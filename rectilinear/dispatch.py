@@ -142,7 +142,8 @@ class Call:
         if isinstance(result, KeepMask):
             return result
         if self.compute != self.dtype:
-            result = self.xp.astype(result, self.dtype) if self.xp is not np else np.asarray(result).astype(self.dtype)
+            with np.errstate(under="ignore"):  # a result too small for 16 bits is 0 in them
+                result = self.xp.astype(result, self.dtype) if self.xp is not np else np.asarray(result).astype(self.dtype)
         if shape is not None and result.ndim != len(shape):
             result = self.xp.reshape(result, shape)
         if out is None:

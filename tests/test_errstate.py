@@ -42,12 +42,14 @@ def tiny(dtype: str) -> Any:
 def test_products_that_underflow(make: Callable[[Any], Any], dtype: str, size: int) -> None:
     """To a subnormal, and to 0; with and without out, forward and backward, in every function of the affine layer."""
     small = np.full((size, size), tiny(dtype), dtype)
+    if dtype == "float16" and type(make(0.0)) is not np.ndarray:
+        return  # array_api_strict has none
     for factor in (0.25, 1e-3, tiny(dtype)):
         x, w, b, dout = make(small), make(np.full((size, size), factor, dtype)), make(small[0] * 0), make(np.full_like(small, factor))
         r.affine_forward(x, w, b)
         _, cache = r.affine_relu_forward(x, w, b)
         r.affine_relu_backward(dout, cache)
-        dx, dw, db = r.affine_backward(x, (w, x, b))
+        db = r.affine_backward(x, (w, x, b))[2]
         assert db is not None
         assert (r.to_numpy(db) >= 0).all()
         r.affine_backward(dout, (x, w, b), needs=(False, False, True))
@@ -97,7 +99,7 @@ def test_softmax_of_scores_far_apart(make: Callable[[Any], Any], dtype: str, nam
 def test_a_loss_that_underflows(make: Callable[[Any], Any], dtype: str) -> None:
     """Many samples share a gradient that is nearly nothing each."""
     x = np.zeros((1000, 2), dtype)
-    x[:, 1] = -87.0 if dtype == "float32" else -708.0
+    x[:, 1] = -100.0 if dtype == "float32" else -740.0  # whose exp is subnormal
     loss, dx = r.softmax_loss(make(x), [0] * 1000)
     assert 0 <= float(loss) < 1e-30
     assert (np.abs(r.to_numpy(dx)) < 1e-30).all()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
+from rectilinear.backends.generic import may_underflow
 from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.kernels.results import empty
 from rectilinear.kernels.scratch import with_scratch
@@ -150,6 +151,7 @@ class NumbaBackend:
 
     # Softmax.
 
+    @may_underflow
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
         dx = empty(x.shape, x.dtype) if out is None else _in_place(out)
         loss = np.full((), np.nan)

@@ -5,33 +5,13 @@ Its products are NumPy's BLAS, whose bits may depend on the number of threads; e
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Probe, Wanted
-from rectilinear.backends.generic import SUM_BLOCK, GenericBackend
+from rectilinear.backends.generic import SUM_BLOCK, GenericBackend, may_underflow
 from rectilinear.keepmask import KeepMask
-
-
-def _may_underflow(primitive: Callable[..., Any]) -> Callable[..., Any]:
-    """Underflow to a subnormal or 0 is what these formulas mean; a caller whose errstate makes it an error gets the result all the same.
-
-    Overflow and NaN come from the caller's numbers and follow the caller's errstate. Setting an errstate costs 0.4 us at every call, so
-    it is set only when there was an error; primitives write nothing that they read.
-    """
-
-    @functools.wraps(primitive)
-    def quiet(*operands: Any) -> Any:
-        try:
-            return primitive(*operands)
-        except (FloatingPointError, RuntimeWarning):
-            with np.errstate(under="ignore"):
-                return primitive(*operands)
-
-    return quiet
 
 
 class NumpyBackend(GenericBackend):
@@ -50,14 +30,14 @@ class NumpyBackend(GenericBackend):
     def namespace(self, x: Array) -> Any:
         return np
 
-    @_may_underflow
+    @may_underflow
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
         z = np.matmul(x, w, out=out)
         if b is not None:
             z += b if b.ndim == 1 else b[..., None, :]
         return z
 
-    @_may_underflow
+    @may_underflow
     def affine_backward(
         self,
         dout: Array,
@@ -73,7 +53,7 @@ class NumpyBackend(GenericBackend):
         db = _sum_rows(dz, out[2]) if wanted[2] else None
         return dx, dw, db
 
-    @_may_underflow
+    @may_underflow
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
         return _sum_rows(dout, out)
 
@@ -86,13 +66,14 @@ class NumpyBackend(GenericBackend):
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
         return _select(dout, ~keep.to_bool() if isinstance(keep, KeepMask) else np.less(keep, _ZERO[keep.dtype]), out)
 
+    @may_underflow
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
         n = x.shape[0]
         if n == 0:
             return x.dtype.type(np.nan), np.empty_like(x) if out is None else out
         rows = np.arange(n)
         # Far apart finite scores may overflow to -inf here, whose exp is the right 0.
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             dx = np.subtract(x, x.max(axis=1, keepdims=True), out=out)
             picked = dx[rows, y]
             np.exp(dx, out=dx)
