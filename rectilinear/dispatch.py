@@ -329,22 +329,23 @@ def fits_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any
     Arguments are base NumPy arrays, or None. Arrays that own their memory share none of it unless they are one object: to see that
     all of them are of that kind takes a third of the time that comparing bounds does.
     """
-    met = [*arguments]
-    for out, shape in zip(outs, shapes, strict=True):
+    seen, owners = arguments, True
+    for i, out in enumerate(outs):
         if out is not None:
-            if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shape:
+            if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shapes[i]:
                 return False
             flags = out.flags
             if not flags.writeable or not (flags.c_contiguous or _elements_apart(out)):
                 return False
-            for other in met:
+            owners = owners and flags.owndata
+            for other in seen:
                 if other is out:
                     return False
-            met.append(out)
-    for array in met:
-        if array is not None and not array.flags.owndata:
-            return _lie_apart(outs, arguments)
-    return True
+            seen = (*seen, out)
+    for other in arguments:
+        if other is not None and not other.flags.owndata:
+            owners = False
+    return owners or _lie_apart(outs, arguments)
 
 
 def _lie_apart(outs: Sequence[Array | None], arguments: Sequence[Array | None]) -> bool:
