@@ -247,7 +247,7 @@ with rectilinear.use_backend("numba"):
 {ANEW[name]}
 with rectilinear.use_backend("{backend}"):
     again = rectilinear.affine_relu_forward(x, w, None)[1]
-    for cache in ((fc, mask), again, (fc, pickle.loads(pickle.dumps(rectilinear.keepmask.KeepMask(mask.bits, mask.shape))))):
+    for cache in ((fc, mask), again, (fc, pickle.loads(pickle.dumps(rectilinear.KeepMask(mask.bits, mask.shape))))):
         dx, dw, db = rectilinear.affine_relu_backward(np.ones((2, 2)), cache)
         assert (dx == 1).all(), dx
         assert (rectilinear.relu_backward(np.ones((2, 2)), cache[1]) == [1.0, 0.0]).all()
