@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
+from rectilinear.backends.generic import may_underflow
 from rectilinear.backends.numpy_backend import NumpyBackend
 from rectilinear.buffers import empty, with_scratch
-from rectilinear.keepmask import KeepMask
+from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.kernels import forks, numba_private
 from rectilinear.threads import call_threads, get_num_threads
 
@@ -78,7 +79,7 @@ class NumbaBackend:
         result = empty(shape, x.dtype) if out is None else _in_place(out)
         bits = np.empty((*shape[:-1], (m + 7) >> 3), _BYTE)
         self._forward(x, w, b, id(result), id(bits), _RELU)
-        return result if out is None or out is result else _delivered(result, out), KeepMask(bits, shape)
+        return result if out is None or out is result else _delivered(result, out), unchecked(bits, shape)
 
     def _forward(self, x: Array, w: Array, b: Array | None, out: int, bits: int, relu: int) -> None:
         kernel = _passes().affine_forward[x.itemsize]
@@ -99,7 +100,7 @@ class NumbaBackend:
     ) -> tuple[Array | None, Array | None, Array | None]:
         kind, mask = _NO_MASK, None
         if isinstance(keep, KeepMask):
-            kind, mask = _BY_BITS, keep.bits
+            kind, mask = _BY_BITS, keep._bits
             if mask.strides[-1] != 1:
                 mask = np.ascontiguousarray(mask)
         elif keep is not None:
@@ -146,7 +147,7 @@ class NumbaBackend:
             return self._relu(dout, keep, out)
         dout_rows = dout if _in_rows(dout) else np.ascontiguousarray(dout)
         result = empty(dout.shape, dout.dtype) if out is None else _in_place(out)
-        bits = keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
+        bits = keep._bits if _in_rows(keep._bits) else np.ascontiguousarray(keep._bits)
         _, over_bits, _ = _passes().relu[dout.itemsize]
         for index in np.ndindex(dout.shape[:-2]):
             source, mask, target = dout_rows[index], bits[index], result[index]
@@ -171,6 +172,7 @@ class NumbaBackend:
 
     # Softmax.
 
+    @may_underflow
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
         dx = empty(x.shape, x.dtype) if out is None else _in_place(out)
         loss = np.full((), np.nan)
