@@ -1,7 +1,7 @@
 """One fuzz case: a call of a public function, all of which follows from its seed and the instruction set.
 
 Every operand, ``out`` and the bits of masks included, lies at the start or the end of memory whose neighbour page may not be touched
-(`tests.guard`), in any layout that NumPy can express. What lies between the elements of operands is poisoned: NaN in floats. Values
+(`tests.guard`), in any layout that NumPy can express; so does what NumPy allocates during the call, fresh results and masks. What lies between the elements of operands is poisoned: NaN in floats. Values
 are small whole numbers, so that every product is exact in float32 and any wrong element is a wrong number. A few calls are bad ones,
 which must raise what is documented and write nothing.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 import rectilinear as r
 from tests import reference
-from tests.guard import Memory, Region
+from tests.guard import Allocator, Memory, Region
 
 FUNCTIONS = (
     "affine_forward",
@@ -32,8 +32,8 @@ FUNCTIONS = (
 BAD_CALLS = 0.08
 """The share of calls that are to be refused."""
 
-WORK, MORE_WORK, MOST_WORK = 1 << 14, 1 << 18, 1 << 21
-"""Multiply-adds of a call: of most, of one in 20, where a second thread that is awake helps, and of one in 200, where one is woken."""
+WORK, MORE_WORK, MOST_WORK = 1 << 16, 1 << 19, 1 << 21
+"""Multiply-adds of a call, at most: of most, of one in 10, where a second thread that is awake helps, of one in 50, where one is woken."""
 
 MOST_BYTES = 1 << 22
 """Of one operand: layouts that would take more become plain ones."""
@@ -48,6 +48,9 @@ BLOCKS: tuple[dict[str, int], ...] = (
     {"past": 1000},
 )
 """What `library.publish_blocks` is told: the host's block sizes, block edges at small extents, the ways for long and far memory."""
+
+MIXED = ("f4", "f8", "f2", ">f4", ">f8", "i1", "i8", "?")
+"""Dtypes of operands but the first, in one call of 20."""
 
 _POOL = np.random.default_rng(0).integers(-3, 4, 1 << 18).astype(np.int8)
 
@@ -116,8 +119,10 @@ class Case:
         self.threads = choice((1, 1, 2))
         self.blocks = choice(BLOCKS)
         self.all_plain = chance() < 0.25
+        self.fresh_at_end = chance() < 0.6
+        self.mixed, self.voted = chance() < 0.05, False
         roll = chance()
-        self.work = MOST_WORK if roll < 0.005 else MORE_WORK if roll < 0.05 else WORK
+        self.work = MOST_WORK if roll < 0.02 else MORE_WORK if roll < 0.1 else WORK
         self.spoil: str | None = choice(("out", "mask", "shape")) if chance() < BAD_CALLS else None
         self.error: type[Exception] | tuple[type[Exception], ...] | None = None
         """What the call has to raise; None for a good one."""
@@ -132,12 +137,14 @@ class Case:
         wanted = [] if self.error is None else [f"a bad call: {self.spoil}"]
         return "\n    ".join([head, *wanted, *self.notes, *map(str, self.operands)])
 
-    def run(self) -> None:
+    def run(self, allocator: Allocator) -> None:
         """Make the call. Raises `Failed`, or whatever the call should not have raised."""
         self._publish()
+        allocator.at_end = self.fresh_at_end
         with r.num_threads(self.threads):
             try:
-                result = self.call()
+                with allocator:
+                    result = self.call()
             except Exception as error:
                 if self.error is None or not isinstance(error, self.error):
                     raise
@@ -147,6 +154,8 @@ class Case:
                 if self.error is not None:
                     raise Failed(f"a bad call ({self.spoil}) was accepted")
                 self.check(result)
+        if not allocator.intact():
+            raise Failed("memory beside a fresh array was written to")
         for operand in self.operands:
             if not operand.untouched():
                 what = "something beside the result" if operand.result else "an operand that is only read, or a result of a refused call"
@@ -163,7 +172,7 @@ class Case:
     def _extent(self) -> int:
         """0, 1, 2, 3, around a register tile, around kc, long."""
         rng, size = self.random, self.dtype.itemsize
-        roll = rng.random()
+        roll = rng.random() if self.work == WORK else rng.uniform(0.35, 1)
         if roll < 0.45:
             return rng.choice((0, 1, 1, 1, 2, 2, 3, 3, 5, 7))
         if roll < 0.85:
@@ -224,7 +233,7 @@ class Case:
                     step += size * rng.randint(1, 3)
                 elif roll < 0.15:
                     step += rng.randrange(size)
-                elif roll < 0.2:
+                elif roll < 0.22:
                     step = -(-step // 2048) * 2048  # rows that meet in the caches, or lie on pages of their own
             strides[axis] = -step if backwards else step
             step *= n
@@ -250,14 +259,19 @@ class Case:
         return _POOL[start : start + size] if start + size <= _POOL.size else np.resize(_POOL[start:], size)
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: Any = None, values: Callable[[np.ndarray], np.ndarray] | None = None) -> Any:
-        """An operand full of small whole numbers, on which `values` may yet work."""
+        """An operand full of small whole numbers, on which `values` may yet work. Without a dtype of its own it has a say in T."""
         kind = self.dtype if dtype is None else np.dtype(dtype)
+        if dtype is None:
+            if self.mixed and self.voted:
+                kind = np.dtype(self.random.choice(MIXED))
+            self.voted = True
+            self.dtype = np.dtype(np.result_type(self.dtype, kind).type)
         strides = self._strides(shape, kind.itemsize, written=False)
         array, region, offset = self._place(name, shape, kind, strides)
         # Along an axis of stride 0 there is one value.
         held = tuple(1 if n > 1 and stride == 0 else n for n, stride in zip(shape, strides, strict=True))
         drawn = self._values(math.prod(held)).reshape(held)
-        drawn = drawn if values is None else values(drawn)
+        drawn = (drawn if values is None else values(drawn)).astype(kind)
         array[tuple(slice(n) for n in held)] = drawn
         operand = Operand(name, array, region, offset, np.broadcast_to(drawn.astype(np.float64), shape))
         self.operands.append(operand)
@@ -335,7 +349,8 @@ class Case:
     def _same(self, name: str, got: Any, out: np.ndarray | None, values: np.ndarray) -> None:
         """Whether a result is these values, of the right kind, and where it was to go."""
         if type(got) is not np.ndarray or got.dtype != self.dtype or got.shape != values.shape:
-            raise Failed(f"{name} is {type(got).__name__} {getattr(got, 'dtype', '')} {getattr(got, 'shape', '')}, not {values.shape}")
+            met = f"{type(got).__name__} {getattr(got, 'dtype', '')} {getattr(got, 'shape', '')}"
+            raise Failed(f"{name} is {met}, not {self.dtype} {values.shape}")
         if out is not None:
             if got is not out:
                 raise Failed(f"{name} is not the array that was given as out")
@@ -351,7 +366,7 @@ class Case:
     def _affine_operands(self) -> tuple[Operand, Operand, Operand | None, tuple[int, ...]]:
         """x, w, b, and the output's shape."""
         rng = self.random
-        groups = rng.choice((0, 1, 2, 3)) if rng.random() < 0.25 else None
+        groups = rng.choice((0, 1, 1, 2, 2, 3)) if rng.random() < 0.25 else None
         n, d, m = self._extents(3)
         lead: tuple[int, ...] = () if groups is None else (groups,)
         x = self._input("x", (*lead, n, *self._features(d)))
@@ -504,7 +519,8 @@ class Case:
             self.error = r.ShapeError
         dout = self._input("dout", dout_shape)
         strides = dout.array.strides
-        if self.spoil is None and rng.random() < 0.2 and not any(n > 1 and s == 0 for n, s in zip(shape, strides, strict=True)):
+        apart = dout.array.dtype == self.dtype and not any(n > 1 and s == 0 for n, s in zip(shape, strides, strict=True))
+        if self.spoil is None and apart and rng.random() < 0.2:
             out: np.ndarray | None = dout.array
             self.notes.append("out is dout")
             dout.result = True

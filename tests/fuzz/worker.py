@@ -19,7 +19,7 @@ import numpy as np
 
 import rectilinear
 from tests.fuzz.cases import FUNCTIONS, Case, Machine, machine
-from tests.guard import Memory
+from tests.guard import Allocator, Memory
 
 SEED, BAD, CALLS = 0, 1, 2
 """The words of the board; from CALLS on one for each function."""
@@ -57,7 +57,7 @@ def work(order: Order, board: np.ndarray, who: Machine) -> None:
 
 def _run(seed: int, last: int, end: float, board: np.ndarray, who: Machine) -> None:
     """In the child: up to the first failure. What a wrong write has spoiled is gone with it."""
-    memory = Memory()
+    memory, allocator = Memory(), Allocator()
     code = 0
     try:
         while seed < last and time.monotonic() < end and code == 0:
@@ -65,7 +65,7 @@ def _run(seed: int, last: int, end: float, board: np.ndarray, who: Machine) -> N
             signal.alarm(CASE_S)  # kills, wherever the call is
             case = Case(seed, who, memory)
             try:
-                case.run()
+                case.run(allocator)
             except Exception as error:
                 _report(seed, f"{type(error).__name__}: {error}", str(case))
                 code = 1
