@@ -77,8 +77,6 @@ def guarded(array: np.ndarray, at_end: bool, memory: Memory | None = None) -> np
     return made
 
 
-
-
 class _Handler(ctypes.Structure):
     """NumPy's PyDataMem_Handler (NEP 49)."""
 

@@ -1,8 +1,8 @@
 """Random calls of every public function on guarded memory, on every instruction set of this host and on the numpy backend.
 
-    python -m tests.fuzz                              # 60 seconds
-    python -m tests.fuzz --seconds 600
-    python -m tests.fuzz --only AVX2 --seed 123456    # one case again
+python -m tests.fuzz                              # 60 seconds
+python -m tests.fuzz --seconds 600
+python -m tests.fuzz --only AVX2 --seed 123456    # one case again
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="run this one case")
     parser.add_argument("--only", action="append", help="an instruction set by name, or numpy (default: all of this host); may be repeated")
     parser.add_argument("--failures", type=int, default=20, help="stop a worker after so many failing cases (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="say all of it as JSON")
     return parser.parse_args(arguments)
 
 
@@ -111,9 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
         took = time.monotonic() - start
         calls = {worker.name: worker.board[CALLS:].copy() for worker in workers}
         bad = sum(int(worker.board[BAD]) for worker in workers)
-    _show_calls(calls, bad, took)
-    for name, failures in found.items():
-        _show_failures(name, failures)
+    if asked.json:
+        by_function = {name: dict(zip(FUNCTIONS, count.tolist(), strict=True)) for name, count in calls.items()}
+        print(json.dumps({"seconds": took, "calls": by_function, "bad": bad, "failures": found}))
+    else:
+        _show_calls(calls, bad, took)
+        for name, failures in found.items():
+            _show_failures(name, failures)
     return 1 if any(found.values()) else 0
 
 
