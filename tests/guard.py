@@ -9,7 +9,6 @@ import ctypes
 import mmap
 from collections import defaultdict
 from typing import Any
-from typing import Any
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Planted bugs: what is told of them in a file of TOML, and a checkout of its own for each, so that nothing can find the code that is right."""
+"""Planted bugs: read from a file of TOML, each put into a checkout of its own, where nothing can find the code that is right."""
 
 from __future__ import annotations
 

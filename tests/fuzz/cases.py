@@ -1,9 +1,9 @@
 """One fuzz case: a call of a public function, all of which follows from its seed and the instruction set.
 
 Every operand, ``out`` and the bits of masks included, lies at the start or the end of memory whose neighbour page may not be touched
-(`tests.guard`), in any layout that NumPy can express; so does what NumPy allocates during the call, fresh results and masks. What lies between the elements of operands is poisoned: NaN in floats. Values
-are small whole numbers, so that every product is exact in float32 and any wrong element is a wrong number. A few calls are bad ones,
-which must raise what is documented and write nothing.
+(`tests.guard`), in any layout that NumPy can express; so does what NumPy allocates during the call, fresh results and masks. What
+lies between the elements of operands is poisoned: NaN in floats. Values are small whole numbers, so that every product is exact in
+float32 and any wrong element is a wrong number. A few calls are bad ones, which must raise what is documented and write nothing.
 """
 
 from __future__ import annotations
@@ -518,9 +518,8 @@ class Case:
             dout_shape = (*shape, 1) if rng.random() < 0.5 or not shape else (*shape[:-1], shape[-1] + 1)
             self.error = r.ShapeError
         dout = self._input("dout", dout_shape)
-        strides = dout.array.strides
-        apart = dout.array.dtype == self.dtype and not any(n > 1 and s == 0 for n, s in zip(shape, strides, strict=True))
-        if self.spoil is None and apart and rng.random() < 0.2:
+        apart = not any(n > 1 and stride == 0 for n, stride in zip(dout.array.shape, dout.array.strides, strict=True))
+        if self.spoil is None and dout.array.dtype == self.dtype and apart and rng.random() < 0.2:
             out: np.ndarray | None = dout.array
             self.notes.append("out is dout")
             dout.result = True

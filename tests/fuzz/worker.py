@@ -74,7 +74,7 @@ def _run(seed: int, last: int, end: float, board: np.ndarray, who: Machine) -> N
             seed += 1
         sys.stdout.flush()
     except BaseException:
-        traceback.print_exc()
+        _report(seed, f"the fuzzing itself failed: {traceback.format_exc()}", "")
         code = 2
     finally:
         os._exit(code)
