@@ -99,7 +99,7 @@ def test_what_is_written_beside_an_array_is_seen() -> None:
 
 
 WITH_A_CRASH = """
-    import ctypes, time
+    import ctypes, faulthandler, time
     import numpy as np
     from tests.fuzz import cases, worker
 
@@ -112,6 +112,7 @@ WITH_A_CRASH = """
             if self.seed == 6:
                 time.sleep(60)
 
+    faulthandler.disable()  # it speaks on stderr
     worker.Case, worker.CASE_S = Odd, 1
     board = np.memmap(PATH, np.int64, "w+", shape=(worker.BOARD_WORDS,))
     worker.work(worker.Order(1, 8, 60.0, 20), board, cases.machine("numpy"))
@@ -126,7 +127,9 @@ def test_a_crash_is_a_failing_case_and_not_the_end(tmp_path: Path) -> None:
 
 
 def test_failing_cases_end_it_non_zero_with_how_to_run_them_again(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(fuzz.Worker, "failures", lambda self, limit_s: [{"seed": 123, "what": "wrong", "case": "some call"}])
+    found = fuzz.Worker.failures
+    wrong = {"seed": 123, "what": "wrong", "case": "some call"}
+    monkeypatch.setattr(fuzz.Worker, "failures", lambda self, limit_s: [*found(self, limit_s), wrong])
     assert fuzz.main(["--only", "numpy", "--cases", "1"]) == 1
     assert "-m tests.fuzz --only numpy --seed 123\n" in capsys.readouterr().out
 
