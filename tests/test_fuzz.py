@@ -44,7 +44,7 @@ def test_cases_are_of_every_kind() -> None:
     counts = Counter(case.function for case in cases)
     assert min(counts[function] for function in FUNCTIONS) > 1500 / len(FUNCTIONS) / 2
     text = "\n".join(map(str, cases))
-    kinds = ["bad call: shape", *(f"bad mask: {kind}" for kind in ("short", "rows", "dtype", "axes"))]
+    kinds = ["bad call: shape", "bad call: label", *(f"bad mask: {kind}" for kind in ("short", "rows", "dtype", "axes"))]
     kinds += [f": {kind}" for kind in ("itself", "argument", "shape", "dtype", "read-only")]
     kinds += ["out is dout", "float32", "float64", "strides (0, ", "strides (-", "bool", ">f4", "threads 2", "'kc': 8", "of the host"]
     assert [kind for kind in kinds if kind not in text] == []

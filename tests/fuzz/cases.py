@@ -32,6 +32,17 @@ FUNCTIONS = (
 BAD_CALLS = 0.08
 """The share of calls that are to be refused."""
 
+SPOILS = {
+    "affine_forward": ("out", "shape"),
+    "affine_backward": ("out", "shape"),
+    "affine_relu_forward": ("out", "shape"),
+    "affine_relu_backward": ("out", "shape", "mask", "mask"),
+    "relu_forward": ("out",),
+    "relu_backward": ("out", "shape", "mask", "mask"),
+    "softmax_loss": ("out", "shape", "label"),
+}
+"""What may be wrong with a bad call."""
+
 WORK, MORE_WORK, MOST_WORK = 1 << 16, 1 << 19, 1 << 21
 """Multiply-adds of a call, at most: of most, of one in 10, where a second thread that is awake helps, of one in 50, where one is woken."""
 
@@ -123,7 +134,7 @@ class Case:
         self.mixed, self.voted = chance() < 0.05, False
         roll = chance()
         self.work = MOST_WORK if roll < 0.02 else MORE_WORK if roll < 0.1 else WORK
-        self.spoil: str | None = choice(("out", "mask", "shape")) if chance() < BAD_CALLS else None
+        self.spoil: str | None = choice(SPOILS[self.function]) if chance() < BAD_CALLS else None
         self.error: type[Exception] | tuple[type[Exception], ...] | None = None
         """What the call has to raise; None for a good one."""
         self.operands: list[Operand] = []
@@ -273,6 +284,8 @@ class Case:
         drawn = self._values(math.prod(held)).reshape(held)
         drawn = (drawn if values is None else values(drawn)).astype(kind)
         array[tuple(slice(n) for n in held)] = drawn
+        if name != "dout" and self.random.random() < 0.2:
+            array.setflags(write=False)
         operand = Operand(name, array, region, offset, np.broadcast_to(drawn.astype(np.float64), shape))
         self.operands.append(operand)
         return operand
@@ -540,7 +553,15 @@ class Case:
             labels, self.error = n + 1, r.ShapeError
         kind = rng.choice(("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4", ">i8"))
         most = min(c, 127 if kind in ("i1", "u1") else 1 << 15)
-        y = self._input("y", (labels,), kind, lambda drawn: (drawn.astype(np.int64) * 7919 + 31337) % most)
+
+        def label(drawn: np.ndarray) -> np.ndarray:
+            made = (drawn.astype(np.int64) * 7919 + 31337) % most
+            if self.spoil == "label" and made.size and kind[-1] in "48":
+                made[-1] = rng.choice((c, c + 1000, -1 if kind[-2] == "i" else c, (1 << 31) - 1))
+                self.error = ValueError
+            return made
+
+        y = self._input("y", (labels,), kind, label)
         out = self._out("dx", (n, c), [x, y])
         self.call = lambda: r.softmax_loss(x.array, y.array, out=out)
 
