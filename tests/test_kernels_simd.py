@@ -23,8 +23,6 @@ from rectilinear.kernels.stream import emit_relu, emit_softmax
 from rectilinear.kernels.strip import STRIP_DEPTH, emit_strip, strip_tiles
 from rectilinear.kernels.tile import Tile, emit_tile
 
-from .widths import FEATURES, host_has
-
 TARGETS = {
     AVX512: ("x86_64-unknown-linux-gnu", "x86-64-v4", ""),
     AVX2: ("x86_64-unknown-linux-gnu", "haswell", ""),
@@ -32,6 +30,12 @@ TARGETS = {
     NEON: ("aarch64-unknown-linux-gnu", "generic", "+neon"),
 }
 SIMDS = [pytest.param(unit, id=unit.name) for unit in TARGETS]
+
+FEATURES = {
+    AVX512: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx512cd",
+    AVX2: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c",
+    SSE2: "+sse2",
+}
 
 MULTIPLY = re.compile(r"\s(v?f[n]?madd\w*|v?mul[ps][sd]|fmla|fmul)\s")
 STACK = re.compile(r"\((%rsp|%rbp)\)|\[sp[,\]]")
@@ -170,6 +174,11 @@ def test_tiles_own_whole_bytes_of_the_mask() -> None:
 )
 def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
     assert simd.of_target(triple, features) is wanted
+
+
+def host_has(unit: Simd) -> bool:
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name[1:], False) for name in FEATURES[unit].split(","))
 
 
 EXECUTED = [
