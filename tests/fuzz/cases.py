@@ -17,7 +17,8 @@ import numpy as np
 
 import rectilinear as r
 from tests import reference
-from tests.guard import Allocator, Memory, Region
+from tests.fuzz.layouts import Layouts, Operand
+from tests.guard import Allocator, Memory
 
 FUNCTIONS = (
     "affine_forward",
@@ -46,9 +47,6 @@ SPOILS = {
 WORK, MORE_WORK, MOST_WORK = 1 << 16, 1 << 19, 1 << 21
 """Multiply-adds of a call, at most: of most, of one in 10, where a second thread that is awake helps, of one in 50, where one is woken."""
 
-MOST_BYTES = 1 << 22
-"""Of one operand: layouts that would take more become plain ones."""
-
 BLOCKS: tuple[dict[str, int], ...] = (
     {},
     {},
@@ -62,8 +60,6 @@ BLOCKS: tuple[dict[str, int], ...] = (
 
 MIXED = ("f4", "f8", "f2", ">f4", ">f8", "i1", "i8", "?")
 """Dtypes of operands but the first, in one call of 20."""
-
-_POOL = np.random.default_rng(0).integers(-3, 4, 1 << 18).astype(np.int8)
 
 
 class Failed(Exception):  # noqa: N818  # it is what the case did
@@ -94,42 +90,19 @@ def machine(backend: str) -> Machine:
     return Machine(backend, extents, depths)
 
 
-class Operand:
-    """An array in guarded memory."""
-
-    def __init__(self, name: str, array: np.ndarray, region: Region, offset: int, values: np.ndarray | None) -> None:
-        self.name, self.array, self.region, self.offset = name, array, region, offset
-        self.values: Any = values
-        """What it holds, as an ordinary array of float64; None for an ``out``."""
-        self.result = values is None
-        self.before = region.bytes.copy()
-
-    def untouched(self) -> bool:
-        """Whether memory is as it was, but for the elements of a result."""
-        if self.result:
-            shadow = np.ndarray(self.array.shape, self.array.dtype, self.before, self.offset, self.array.strides)
-            shadow[...] = self.array
-        return np.array_equal(self.before, self.region.bytes)
-
-    def __str__(self) -> str:
-        array, left = self.array, self.region.bytes.size
-        where = f"byte {self.offset} of {left}"
-        return f"{self.name}: {array.dtype} {array.shape} strides {array.strides} at {where}"
-
-
 class Case:
     """The call that a seed stands for. Making it calls nothing yet."""
 
     def __init__(self, seed: int, machine: Machine, memory: Memory) -> None:
         memory.take_back_all()
-        self.seed, self.machine, self.memory = seed, machine, memory
+        self.seed, self.machine = seed, machine
         self.random = random.Random(seed)
         choice, chance = self.random.choice, self.random.random
         self.function: str = choice(FUNCTIONS)
         self.dtype = np.dtype(choice(("f4", "f8")))
         self.threads = choice((1, 1, 2))
         self.blocks = choice(BLOCKS)
-        self.all_plain = chance() < 0.25
+        self.layouts = Layouts(self.random, memory, plain=chance() < 0.25)
         self.fresh_at_end = chance() < 0.6
         self.mixed, self.voted = chance() < 0.05, False
         roll = chance()
@@ -194,9 +167,9 @@ class Case:
         return rng.choice((300, 512, 1024, 2048, 4096)) + rng.choice((-1, 0, 1))
 
     def _extents(self, count: int) -> list[int]:
-        """So many, whose product is within this case's work."""
+        """So many, whose product is within this case's work; that of the others where one is 0."""
         extents = [self._extent() for _ in range(count)]
-        while math.prod(extents) > self.work:
+        while math.prod(max(extent, 1) for extent in extents) > self.work:
             extents[extents.index(max(extents))] //= self.random.choice((2, 3, 8))
         return extents
 
@@ -210,64 +183,7 @@ class Case:
         first = rng.choice([q for q in range(1, min(d, 40) + 1) if d % q == 0] or [3])
         return rng.choice(((first, d // first), (d // first, first), (first, 1, d // first)))
 
-    # ------------------------------------------------------------ layouts
-
-    def _any_stride(self, size: int) -> int:
-        """What an axis may have along which nobody ever steps."""
-        some = (0, size, -size, 1, -1, 3, 4096, -4096, 1 << 20, -(1 << 20), 1 << 40, 1 << 62, -(1 << 62))
-        return self.random.choice(some)
-
-    def _strides(self, shape: tuple[int, ...], size: int, *, written: bool) -> tuple[int, ...]:
-        rng = self.random
-        plain = self.all_plain or rng.random() < 0.3
-        if 0 in shape:
-            return tuple(self._any_stride(size) for _ in shape)
-        order = list(reversed(range(len(shape))))
-        roll = rng.random()
-        if not plain and roll < 0.3:
-            order.reverse()
-        elif not plain and roll < 0.5:
-            rng.shuffle(order)
-        strides, step = [0] * len(shape), size
-        for axis in order:
-            n = shape[axis]
-            if n == 1:
-                strides[axis] = self._any_stride(size) if rng.random() < 0.7 else step
-                continue
-            backwards = False
-            if not plain:
-                if not written and rng.random() < 0.1:
-                    continue
-                backwards = rng.random() < 0.15
-                roll = rng.random()
-                if roll < 0.1:
-                    step += size * rng.randint(1, 3)
-                elif roll < 0.15:
-                    step += rng.randrange(size)
-                elif roll < 0.22:
-                    step = -(-step // 2048) * 2048  # rows that meet in the caches, or lie on pages of their own
-            strides[axis] = -step if backwards else step
-            step *= n
-        if step > MOST_BYTES:
-            return tuple(int(math.prod(shape[axis + 1 :])) * size for axis in range(len(shape)))
-        return tuple(strides)
-
-    def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> tuple[np.ndarray, Region, int]:
-        """An array of these strides that touches a guard."""
-        rng = self.random
-        below = above = 0
-        if 0 not in shape:
-            reach = [stride * (n - 1) for n, stride in zip(shape, strides, strict=True)]
-            below, above = -sum(step for step in reach if step < 0), sum(step for step in reach if step > 0) + dtype.itemsize
-        region = self.memory.take(below + above + 8)
-        shift = rng.randrange(dtype.itemsize) if not self.all_plain and rng.random() < 0.08 else 0
-        at_end = rng.random() < 0.6
-        offset = region.bytes.size - above - shift if at_end else below + shift
-        return np.ndarray(shape, dtype, region.bytes, offset, strides), region, offset
-
-    def _values(self, size: int) -> np.ndarray:
-        start = self.random.randrange(_POOL.size)
-        return _POOL[start : start + size] if start + size <= _POOL.size else np.resize(_POOL[start:], size)
+    # ------------------------------------------------------------ operands
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: Any = None, values: Callable[[np.ndarray], np.ndarray] | None = None) -> Any:
         """An operand full of small whole numbers, on which `values` may yet work. Without a dtype of its own it has a say in T."""
@@ -277,16 +193,14 @@ class Case:
                 kind = np.dtype(self.random.choice(MIXED))
             self.voted = True
             self.dtype = np.dtype(np.result_type(self.dtype, kind).type)
-        strides = self._strides(shape, kind.itemsize, written=False)
-        array, region, offset = self._place(name, shape, kind, strides)
+        strides = self.layouts.strides(shape, kind.itemsize, written=False)
+        operand = self.layouts.place(name, shape, kind, strides)
         # Along an axis of stride 0 there is one value.
         held = tuple(1 if n > 1 and stride == 0 else n for n, stride in zip(shape, strides, strict=True))
-        drawn = self._values(math.prod(held)).reshape(held)
-        drawn = (drawn if values is None else values(drawn)).astype(kind)
-        array[tuple(slice(n) for n in held)] = drawn
+        drawn = self.layouts.values(math.prod(held)).reshape(held)
+        operand.hold((drawn if values is None else values(drawn)).astype(kind), held)
         if name != "dout" and self.random.random() < 0.2:
-            array.setflags(write=False)
-        operand = Operand(name, array, region, offset, np.broadcast_to(drawn.astype(np.float64), shape))
+            operand.array.setflags(write=False)
         self.operands.append(operand)
         return operand
 
@@ -301,16 +215,16 @@ class Case:
                 return bad
         if rng.random() < 0.4:
             return None
-        array, region, offset = self._place(name, shape, self.dtype, self._strides(shape, self.dtype.itemsize, written=True))
-        self.operands.append(Operand(name, array, region, offset, None))
-        return array
+        out = self.layouts.place(name, shape, self.dtype, self.layouts.strides(shape, self.dtype.itemsize, written=True))
+        self.operands.append(out)
+        return out.array
 
     def _bad_out(self, name: str, shape: tuple[int, ...], among: list[Operand]) -> np.ndarray | None:
         """One that shares memory with itself or an argument, or has another shape or dtype, or may not be written."""
         rng, size, dtype = self.random, self.dtype.itemsize, self.dtype
         kind = rng.choice(("itself", "itself", "argument", "shape", "dtype", "read-only"))
         self.notes.append(f"bad {name}: {kind}")
-        strides = self._strides(shape, size, written=True)
+        strides = self.layouts.strides(shape, size, written=True)
         longer = [axis for axis, n in enumerate(shape) if n > 1]
         if kind == "itself":
             if not longer or 0 in shape:
@@ -336,19 +250,19 @@ class Case:
             return made
         elif kind == "shape":
             shape = rng.choice(((*shape, 1), (1, *shape), tuple(n + 1 for n in shape), shape[:-1])) if shape else (1,)
-            strides = self._strides(shape, size, written=True)
+            strides = self.layouts.strides(shape, size, written=True)
             self.error = r.ShapeError
         elif kind == "dtype":
             dtype = np.dtype(rng.choice(("f8" if size == 4 else "f4", "i4", ">f4", ">f8")))
-            strides = self._strides(shape, dtype.itemsize, written=True)
+            strides = self.layouts.strides(shape, dtype.itemsize, written=True)
             self.error = r.DTypeError
         else:
             self.error = ValueError
-        array, region, offset = self._place(name, shape, dtype, strides)
-        self.operands.append(Operand(name, array, region, offset, None))
+        out = self.layouts.place(name, shape, dtype, strides)
+        self.operands.append(out)
         if kind == "read-only":
-            array.setflags(write=False)
-        return array
+            out.array.setflags(write=False)
+        return out.array
 
     def _over(self, other: Operand, shape: tuple[int, ...]) -> np.ndarray | None:
         """A C-contiguous array whose first element is the first of `other`; None where its memory has no room."""

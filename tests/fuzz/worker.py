@@ -86,6 +86,7 @@ def _report(seed: int, what: str, case: str) -> None:
 
 def main(board_path: str, backend: str) -> None:
     warnings.simplefilter("error")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for who started it
     board: Any = np.memmap(board_path, np.int64, "r+", shape=(BOARD_WORDS,))
     rectilinear.set_backend(backend)
     if backend == "numba":
