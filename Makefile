@@ -53,6 +53,13 @@ bench-full: $(VENV)/.installed-peers  ## the whole grid (30 minutes); any part: 
 	@echo "== measuring the whole grid with peers"
 	@$(BIN)/python -m rectilinear bench full --peers $(BENCH)
 
+fuzz: $(VENV)/.installed-test  ## random calls on guarded memory, for a minute; longer: make fuzz FUZZ="--seconds 600"
+	@echo "== fuzzing every public function on every instruction set of this host"
+	@$(BIN)/python -m tests.fuzz $(FUZZ)
+
+fuzz-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the fuzzing find each (20 minutes)
+	@$(BIN)/python -m tests.fuzz.mutants
+
 test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
 	@echo "== looking at the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
@@ -65,7 +72,7 @@ test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, withou
 
 cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
-	@.venv-cuda/bin/python tests/cuda/mutants.py
+	@.venv-cuda/bin/python -m tests.cuda.mutants
 
 gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend there; writes one JSON
 	@$(PYTHON) tools/gpu_check.py
@@ -73,4 +80,4 @@ gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend t
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda out build dist rectilinear-bench
 
-.PHONY: help demo test test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo test test-all fuzz fuzz-mutants test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean

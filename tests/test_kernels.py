@@ -6,7 +6,6 @@ Operands are small whole numbers, so that float32 and float64 products are exact
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,8 @@ from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
 from rectilinear.kernels import library
 from rectilinear.threads import num_threads
+
+from . import subprocesses
 
 KC = 8
 DTYPES = ["float32", "float64"]
@@ -303,28 +304,11 @@ def test_more_than_2_31_elements() -> None:
 
 
 GUARDED = """
-import ctypes, mmap, sys
 import numpy as np
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
 from rectilinear.kernels import library
-
-libc = ctypes.CDLL(None, use_errno=True)
-PAGE = mmap.PAGESIZE
-kept = []
-
-def guarded(a, at_end):
-    # A copy of `a` between two pages that nobody may read or write, touching one of them.
-    pages = -(-max(a.nbytes, 1) // PAGE)
-    region = mmap.mmap(-1, (pages + 2) * PAGE)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    for page in (base, base + (pages + 1) * PAGE):
-        assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
-    start = PAGE + (pages * PAGE - a.nbytes if at_end else 0)
-    made = np.frombuffer(region, a.dtype, a.size, start).reshape(a.shape)
-    made[...] = a
-    kept.append(region)
-    return made
+from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]
@@ -359,8 +343,7 @@ print("untouched")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="guard pages by mprotect")
 def test_nothing_is_touched_outside() -> None:
-    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=250)
-    assert done.stdout == "untouched\n", done.stderr[-2000:]
+    assert subprocesses.run(GUARDED, limit_s=250) == "untouched\n"
 
 
 # ---------------------------------------------------------------- values at the edges
