@@ -28,7 +28,18 @@ def report(folder: Path, name: str, *, skip: bool, without: str = "") -> Path:
     (folder / "conftest.py").write_text("from tests.conftest import pytest_runtest_setup\n")
     (folder / "test_made.py").write_text(TESTS.format(skip=skip))
     path = folder / name
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={folder}", f"--junitxml={path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        f"--rootdir={folder}",
+        f"--junitxml={path}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TESTS_WITHOUT_CPU": without}
     environment.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=60, check=False)
