@@ -72,6 +72,7 @@ def keep(rng: np.random.Generator) -> np.ndarray:
     return rng.random((5, 13)) < 0.5
 
 
+@pytest.mark.smoke
 def test_keepmask_shows_signs(keep: np.ndarray) -> None:
     mask = make_mask(keep)
     assert mask.shape == keep.shape
@@ -104,6 +105,7 @@ def test_foreign_code_selects_what_was_kept(keep: np.ndarray) -> None:
     np.testing.assert_array_equal(dout * (mask > 0), keep)
 
 
+@pytest.mark.smoke
 def test_keepmask_copies_and_pickles(keep: np.ndarray) -> None:
     mask = make_mask(keep)
     for other in (copy.deepcopy(mask), copy.copy(mask), pickle.loads(pickle.dumps(mask))):

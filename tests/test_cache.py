@@ -68,6 +68,7 @@ def filled(filled_once: dict[str, bytes], tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.smoke
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert int(run(USE_POOL, RECTILINEAR_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1")) == 0
     before = {entry: entry.stat().st_mtime_ns for entry in entries(tmp_path)}
@@ -288,6 +289,7 @@ def use_module(forked: Callable[..., str], directory: Path, code: str, **values:
     return forked(code, RECTILINEAR_CACHE_DIR=str(directory))
 
 
+@pytest.mark.smoke
 def test_a_changed_callee_or_global_is_seen(tmp_path: Path, forked: Callable[..., str]) -> None:
     code = "print(made.kernel(10), *made.kernel.stats.cache_hits.values())"
     assert use_module(forked, tmp_path, code) == "21\n"
@@ -297,6 +299,7 @@ def test_a_changed_callee_or_global_is_seen(tmp_path: Path, forked: Callable[...
     assert use_module(forked, tmp_path, code) == "21 1\n"
 
 
+@pytest.mark.smoke
 def test_products_of_one_factory_are_kept_apart(tmp_path: Path, forked: Callable[..., str]) -> None:
     """Each compiled as the first function of its process, then all loaded into one."""
     code = "for c in {}:\n    f = made.make(c)\n    assert f(10) == f.py_func(10), c\n    print(*f.stats.cache_hits.values())"

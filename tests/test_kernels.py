@@ -112,6 +112,7 @@ def test_every_tail_of_rows_and_columns(dtype: np.dtype[Any], rng: np.random.Gen
         check_step(x[:n], np.ascontiguousarray(w[:, :m]), b[:m], np.ascontiguousarray(dout[:n, :m]), frames=(n + m) % 8 == 0)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("small_blocks")
 def test_every_depth_around_one_and_two_tiles(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
     mr, nr = tile_extents(dtype)
@@ -141,6 +142,7 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 9, 13, 16, 17])
 def test_few_rows_by_inner_products(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     """dx from w as it lies: every tail along the rows of w, around tiles and strips of them."""
@@ -168,6 +170,7 @@ def far_memory() -> Iterator[None]:
         library.publish_blocks(itemsize)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("far_memory")
 @pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 7, 8, 9])
 def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
@@ -177,6 +180,7 @@ def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generat
         check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), b, whole(rng, (n, m), dtype), frames=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(1, 40, 700), (4, 33, 2100), (8, 800, 1031), (3, 5, 40, 300), (0, 5, 40, 300)], ids=str)
 def test_strips_give_the_bits_of_tiles(dtype: np.dtype[Any], shape: tuple[int, ...], request: pytest.FixtureRequest) -> None:
     *lead, n, d, m = shape
@@ -207,6 +211,7 @@ def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.ran
         library.publish_blocks(dtype.itemsize)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "shape", [(5, 7, 9, 11), (64, 128, 64, 64), (3, 2100, 16, 24), (2, 50, 300, 700), (3, 7, 30, 150), (2, 2, 300, 900)], ids=str
 )
@@ -273,6 +278,7 @@ def test_any_layout(dtype: np.dtype[Any], layout: str, operand: str, shape: tupl
     np.testing.assert_array_equal(backend.relu_forward(x, None), np.where(x < 0, 0, x))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["fortran", "every second", "backwards", "wide rows", "unaligned"])
 def test_any_layout_of_out(dtype: np.dtype[Any], layout: str, rng: np.random.Generator) -> None:
     n, d, m = 30, 37, 45
@@ -412,6 +418,7 @@ def test_relu_of_a_run_longer_than_the_caches(dtype: np.dtype[Any], offset: int,
         library.publish_blocks(dtype.itemsize)
 
 
+@pytest.mark.smoke
 def test_fused_relu_at_the_edges(dtype: np.dtype[Any]) -> None:
     """x w + b is b where x is zero (and -0.0 cannot come of a sum that starts with +0)."""
     b = edges(dtype)
@@ -447,6 +454,7 @@ def test_same_bits_for_every_number_of_threads(dtype: np.dtype[Any], shape: tupl
                 np.testing.assert_array_equal(got.view(np.uint8), right.view(np.uint8))
 
 
+@pytest.mark.smoke
 def test_db_adds_slabs_in_their_order() -> None:
     """1e17 + 1 - 1e17 is 0 in this order and 1 in another."""
     rows = 4096

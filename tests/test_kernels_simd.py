@@ -191,6 +191,7 @@ def test_each_width_computes_right(unit: Simd) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("itemsize", [4, 8])
 def test_exponentials_are_accurate_to_an_ulp_or_two(itemsize: int) -> None:
     from rectilinear.backends.numba_backend import NumbaBackend

@@ -97,6 +97,7 @@ def test_backward_needs_a_forward(layer):
         layer.backward(*(() if name == "SoftmaxCrossEntropy" else (np.ones((1, 2)),)))
 
 
+@pytest.mark.smoke
 def test_whole_net_against_differences(rng):
     net, loss = net_of(rng, dtype="float64"), SoftmaxCrossEntropy()
     for _, layer in net.leaves():
@@ -306,6 +307,7 @@ def test_state_is_a_copy_both_ways(xp, rng):
         np.testing.assert_array_equal(values, before[name])
 
 
+@pytest.mark.smoke
 def test_file_round_trip(xp, rng, tmp_path):
     net, other = net_of(rng, xp), net_of(rng)
     save(net, tmp_path / "net.safetensors")
@@ -316,6 +318,7 @@ def test_file_round_trip(xp, rng, tmp_path):
     assert {library(array) for array in net.params.values()} == {"numpy" if xp is None else xp.__name__.partition(".")[0]}
 
 
+@pytest.mark.smoke
 def test_file_is_safetensors(rng, tmp_path):
     from safetensors.numpy import load_file
 
@@ -377,6 +380,7 @@ def test_plain_descent():
     assert stepped(3, lr=0.5) == (0.5, 1.5)
 
 
+@pytest.mark.smoke
 def test_momentum():
     # Moves of 0.5, 0.5 (1 + 0.5), 0.5 (1 + 0.5 + 0.25).
     assert stepped(3, lr=0.5, momentum=0.5) == (2 - 0.5 - 0.75 - 0.875, 3 - 0.5 - 0.75 - 0.875)

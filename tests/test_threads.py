@@ -36,6 +36,7 @@ def test_every_task_runs_once(ntasks: int, nthreads: int) -> None:
         assert 1 <= took_part <= max(1, min(nthreads, ntasks))
 
 
+@pytest.mark.smoke
 def test_bits_are_equal_for_every_number_of_threads() -> None:
     x = np.random.default_rng(0).standard_normal(200_123)
     one = pool_demo.slab_sums(x, 1)
@@ -148,6 +149,7 @@ def test_a_job_inside_a_job() -> None:
     assert (counts == 1).all()
 
 
+@pytest.mark.smoke
 def test_many_python_threads_at_once() -> None:
     def work(seed: int) -> None:
         x = np.random.default_rng(seed).standard_normal(20_000)
@@ -259,6 +261,7 @@ def fork_and_wait(fork=os.fork):
 """
 
 
+@pytest.mark.smoke
 def test_fork_after_use() -> None:
     run(FORK + "check()\nfor _ in range(5): fork_and_wait()")
 
@@ -388,6 +391,7 @@ def test_no_room_for_more_threads() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_without_pthreads() -> None:
     run(
         """
