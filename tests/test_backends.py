@@ -587,6 +587,20 @@ def test_info_shows_a_bad_variable_and_exits_with_0() -> None:
         assert "unknown backend 'nmupy' (did you mean 'numpy'?)" in done.stdout
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json")], ids=" ".join)
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=str)
+def test_a_reader_may_leave_before_the_end(options: tuple[str, ...], arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = (sys.executable, *options, "-m", "rectilinear", *arguments)
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("reason", ["pip install 'rectilinear[extra]'", "no [/usr/lib/libcuda.so]"])
 def test_info_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     class Bracketed(NumpyBackend):
