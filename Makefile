@@ -31,7 +31,8 @@ test: $(VENV)/.installed-test  ## the tests that need no large library (6 minute
 	@echo "== compiling kernels, where they are not on disk"
 	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
 	@echo "== running the tests"
-	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly' --junitxml=out/test.xml
+	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone' --junitxml=out/test.xml
+	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml
 
 test-smoke: $(VENV)/.installed-smoke  ## a quick subset of the tests, across all layers
 	@echo "== running the smoke subset in $(VENV)"

@@ -64,12 +64,14 @@ def test_helpers_round_as_the_caller_does() -> None:
     )
 
 
+@pytest.mark.alone
 def test_work_is_shared_and_a_slot_is_in_one_hand() -> None:
     for _ in range(3):
         pool_demo.check_shared(3)
         time.sleep(0.05)  # for the workers to fall asleep
 
 
+@pytest.mark.alone
 def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() -> None:
     run(
         """
@@ -89,6 +91,7 @@ def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() ->
     )
 
 
+@pytest.mark.alone
 def test_a_helper_that_comes_too_late_stays_for_the_next_job() -> None:
     run(
         """
