@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -81,12 +82,26 @@ def _print_table(infos: Sequence[BackendInfo]) -> None:
         style = "bold" if row.active else None if row.usable else "dim"
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), style=style)
     console = Console()
-    console.print(table)
-    for row in infos:
-        if row.reason:
-            console.print(Text(f"{row.name}: {row.reason}"))
-    console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
+    with console.capture() as captured:  # what becomes of a closed pipe differs between versions of rich, so rich does not write
+        console.print(table)
+        for row in infos:
+            if row.reason:
+                console.print(Text(f"{row.name}: {row.reason}"))
+        console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
+    print(captured.get(), end="")
+
+
+def _run() -> int:
+    """`main`, for a reader who may leave before the end: ``python -m rectilinear info | head -1``."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

@@ -70,6 +70,7 @@ def keep(rng: np.random.Generator) -> np.ndarray:
     return rng.random((5, 13)) < 0.5
 
 
+@pytest.mark.smoke
 def test_keepmask_shows_signs(keep: np.ndarray) -> None:
     mask = make_mask(keep)
     assert mask.shape == keep.shape

@@ -133,12 +133,14 @@ def test_bad_calls_explain_themselves(name: str, backend: str) -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.smoke
 def test_our_errors_are_the_built_in_ones_too() -> None:
     assert issubclass(r.ShapeError, ValueError)
     assert issubclass(r.DTypeError, TypeError)
     assert issubclass(r.BackendError, RuntimeError)
 
 
+@pytest.mark.smoke
 def test_two_libraries_in_one_call() -> None:
     import array_api_strict
 

@@ -228,6 +228,7 @@ def test_wrong_needs_and_outs(case: tuple[Any, ...]) -> None:
         r.affine_backward(dout, (x, w, b), needs=(True, False, True), out=(None, np.zeros((6, 4)), None))
 
 
+@pytest.mark.smoke
 def test_nothing_is_half_written(numpy_lib: Lib, case: tuple[Any, ...]) -> None:
     """A wrong db buffer leaves the right dx buffer alone."""
     x, w, b, dout = case

@@ -36,6 +36,7 @@ def test_every_task_runs_once(ntasks: int, nthreads: int) -> None:
         assert 1 <= took_part <= max(1, min(nthreads, ntasks))
 
 
+@pytest.mark.smoke
 def test_bits_are_equal_for_every_number_of_threads() -> None:
     x = np.random.default_rng(0).standard_normal(200_123)
     one = pool_demo.slab_sums(x, 1)
@@ -63,12 +64,14 @@ def test_helpers_round_as_the_caller_does() -> None:
     )
 
 
+@pytest.mark.alone
 def test_work_is_shared_and_a_slot_is_in_one_hand() -> None:
     for _ in range(3):
         pool_demo.check_shared(3)
         time.sleep(0.05)  # for the workers to fall asleep
 
 
+@pytest.mark.alone
 def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() -> None:
     run(
         """
@@ -88,6 +91,7 @@ def test_helpers_are_at_hand_while_they_look_for_work_or_are_soon_asked_for() ->
     )
 
 
+@pytest.mark.alone
 def test_a_helper_that_comes_too_late_stays_for_the_next_job() -> None:
     run(
         """
@@ -153,6 +157,7 @@ def test_a_job_inside_a_job() -> None:
     assert (counts == 1).all()
 
 
+@pytest.mark.smoke
 def test_many_python_threads_at_once() -> None:
     def work(seed: int) -> None:
         x = np.random.default_rng(seed).standard_normal(20_000)
@@ -264,6 +269,7 @@ def fork_and_wait(fork=os.fork):
 """
 
 
+@pytest.mark.smoke
 def test_fork_after_use() -> None:
     run(FORK + "check()\nfor _ in range(5): fork_and_wait()")
 
@@ -393,6 +399,7 @@ def test_no_room_for_more_threads() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_without_pthreads() -> None:
     run(
         """
