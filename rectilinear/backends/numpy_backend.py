@@ -133,7 +133,7 @@ def _select(dout: Array, drop: Array, out: Array | None) -> Array:
     keep = drop.view(np.int8)
     np.subtract(keep, 1, out=keep)  # all ones where kept
     bits = _BITS[dout.dtype]
-    if out is not None and out is dout:
+    if out is not None and np.may_share_memory(dout, out):  # then it is dout, be it seen through another view
         whole = dout.view(bits)
         np.bitwise_and(whole, keep, out=whole)
         return out
