@@ -289,7 +289,9 @@ def test_what_asarray_says_to_do_works(x: Any) -> None:
     assert run_with_remedies(lambda x: r.asarray(x), {"x": x}).dtype == X.dtype
 
 
-@pytest.mark.parametrize("x", [{1: 2}, [object()], np.array([None]), [[1], "a", None], {1, 2}], ids=repr)
+@pytest.mark.parametrize(
+    "x", [{1: 2}, [object()], np.array([None]), [[1], "a", None], {1, 2}], ids=["dict", "list", "array", "ragged", "set"]
+)
 def test_nothing_becomes_an_array_of_objects(x: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         r.asarray(x)
