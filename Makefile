@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS := constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Two at a time, whatever the host: most tests are one thread's work, and the others use all cores for themselves.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # One stamp an extra: pyproject.toml or constraints.txt changed, so install again.
 $(VENV)/.made:
@@ -14,7 +17,7 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed-%: $(VENV)/.made pyproject.toml constraints.txt
+$(VENV)/.installed-%: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
 	@echo "== installing rectilinear[$*] into $(VENV)"
 	@$(INSTALL) -e '.[$*]'
 	@touch $@
@@ -23,9 +26,37 @@ demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable
 	@echo "== training a two-layer net on handwritten digits under every usable backend"
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-test  ## the tests that need no large library
+# Kernels of the two dtypes compile side by side first, since two processes that test would both compile what they both need.
+test: $(VENV)/.installed-test  ## the tests that need no large library (6 minutes at most)
+	@echo "== compiling kernels, where they are not on disk"
+	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -q -m 'not libraries and not browser and not cuda' --junitxml=out/test.xml
+	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone' --junitxml=out/test.xml
+	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml
+
+test-smoke: $(VENV)/.installed-smoke  ## a quick subset of the tests, across all layers
+	@echo "== running the smoke subset in $(VENV)"
+	@$(BIN)/python -m pytest -q -m 'smoke and not libraries and not cuda' --junitxml=out/smoke$(VENV).xml
+
+# Environments of their own, beside $(VENV).
+test-floor:  ## the smoke subset with the lowest versions that pyproject.toml allows
+	@$(MAKE) --no-print-directory VENV=.venv-floor CONSTRAINTS=.venv-floor/floors.txt test-smoke
+
+.venv-floor/floors.txt: pyproject.toml constraints.txt tools/requirements.py | .venv-floor/.made
+	@.venv-floor/bin/python tools/requirements.py --floors smoke > $@
+
+test-pythons:  ## the smoke subset on every CPython from 3.11 on that is found here
+	@$(PYTHON) tools/pythons.py
+
+test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 minutes, less when compiled)
+	@$(BIN)/python tools/arm.py
+
+nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 minutes)
+	@echo "== running the tests that take long"
+	@$(PYTEST) -m nightly --junitxml=out/nightly.xml
+	@$(MAKE) --no-print-directory test-arm
+	@$(MAKE) --no-print-directory cuda-mutants
+	@$(MAKE) --no-print-directory fuzz-mutants
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
@@ -53,6 +84,13 @@ bench-full: $(VENV)/.installed-peers  ## the whole grid (30 minutes); any part: 
 	@echo "== measuring the whole grid with peers"
 	@$(BIN)/python -m rectilinear bench full --peers $(BENCH)
 
+fuzz: $(VENV)/.installed-test  ## random calls on guarded memory, for a minute; longer: make fuzz FUZZ="--seconds 600"
+	@echo "== fuzzing every public function on every instruction set of this host"
+	@$(BIN)/python -m tests.fuzz $(FUZZ)
+
+fuzz-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the fuzzing find each (20 minutes)
+	@$(BIN)/python -m tests.fuzz.mutants
+
 test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
 	@echo "== looking at the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
@@ -65,12 +103,12 @@ test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, withou
 
 cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
-	@.venv-cuda/bin/python tests/cuda/mutants.py
+	@.venv-cuda/bin/python -m tests.cuda.mutants
 
 gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend there; writes one JSON
 	@$(PYTHON) tools/gpu_check.py
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) .venv-cuda out build dist rectilinear-bench
+	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean

@@ -104,7 +104,7 @@ def train(net: Sequential, data: Data, epochs: int, rng: np.random.Generator, af
 
 
 def predict(net: Sequential, x: np.ndarray) -> np.ndarray:
-    return rectilinear.to_numpy(net.forward(x)).argmax(axis=1)
+    return rectilinear.to_numpy(net.forward(x, training=False)).argmax(axis=1)
 
 
 # ---------------------------------------------------------------- what one seed does

@@ -11,6 +11,7 @@ array([4., 4.], dtype=float32)
 
 from rectilinear.arrays import asarray, synchronize, to_numpy
 from rectilinear.backends.registry import get_backend, list_backends, set_backend, use_backend
+from rectilinear.buffers import held_memory, release_memory
 from rectilinear.compilation import warmup
 from rectilinear.errors import BackendError, DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
@@ -39,8 +40,10 @@ __all__ = [
     "asarray",
     "get_backend",
     "get_num_threads",
+    "held_memory",
     "list_backends",
     "num_threads",
+    "release_memory",
     "relu_backward",
     "relu_forward",
     "set_backend",

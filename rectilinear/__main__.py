@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import rectilinear
+from rectilinear import buffers
 from rectilinear.backends.registry import BackendInfo, choice_error
 
 _CHOSEN_BY = {"context": "use_backend", "process": "set_backend", "variable": "RECTILINEAR_BACKEND", "auto": "auto"}
@@ -40,15 +42,27 @@ def _info(as_json: bool) -> int:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "backends": [asdict(row) for row in infos],
+            "memory": _memory(),
         }
         if error is not None:
             state["error"] = error
         print(json.dumps(state, indent=2))
         return 0
     _print_table(infos)
+    memory = _memory()
+    print(memory.get("error") or f"memory kept for reuse: {memory['held']:,} bytes of at most {memory['limit']:,} ({buffers.VARIABLE})")
     if error is not None:
         print(error)
     return 0
+
+
+def _memory() -> dict[str, int | str | None]:
+    """Bytes kept for reuse, and the most that may be; why that is not known where its variable is bad."""
+    held = rectilinear.held_memory()
+    try:
+        return {"held": held, "limit": buffers.memory_limit()}
+    except ValueError as bad:
+        return {"held": held, "limit": None, "error": str(bad)}
 
 
 def _print_table(infos: Sequence[BackendInfo]) -> None:
@@ -68,12 +82,26 @@ def _print_table(infos: Sequence[BackendInfo]) -> None:
         style = "bold" if row.active else None if row.usable else "dim"
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), style=style)
     console = Console()
-    console.print(table)
-    for row in infos:
-        if row.reason:
-            console.print(Text(f"{row.name}: {row.reason}"))
-    console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
+    with console.capture() as captured:  # what becomes of a closed pipe differs between versions of rich, so rich does not write
+        console.print(table)
+        for row in infos:
+            if row.reason:
+                console.print(Text(f"{row.name}: {row.reason}"))
+        console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
+    print(captured.get(), end="")
+
+
+def _run() -> int:
+    """`main`, for a reader who may leave before the end: ``python -m rectilinear info | head -1``."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

@@ -9,7 +9,8 @@ import numpy as np
 
 from rectilinear.backends import registry
 from rectilinear.backends.contract import Array
-from rectilinear.dispatch import library_name
+from rectilinear.dispatch import library_name, remedy, type_name
+from rectilinear.errors import DTypeError
 from rectilinear.keepmask import KeepMask
 
 
@@ -30,7 +31,7 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     Raises
     ------
     TypeError
-        For masked arrays, whose mask would be lost, and None.
+        For masked arrays, whose mask would be lost, None, and what NumPy makes arrays of objects of (sparse matrices, say).
 
     Examples
     --------
@@ -46,7 +47,13 @@ def asarray(x: Any, dtype: Any = None) -> Array:
 
         dtype = ml_dtypes.bfloat16
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("asarray: x is a masked array, whose mask would be lost; pass x.filled(value)")
+        raise TypeError(f"asarray: x is a masked array, whose mask would be lost; pass {remedy('x', x)}")
+    if not compat.is_array_api_obj(x) or isinstance(x, np.ndarray):
+        met, way = type_name(x), remedy("x", x)
+        x = np.asarray(x, dtype=dtype)
+        if x.dtype == object:
+            way = f"pass {way}" if "rectilinear" not in way else "pass numbers, or a dtype that these convert to"
+            raise DTypeError(f"asarray: x ({met}) would become an array of objects, not of numbers; {way}")
     if compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic) and library_name(x) != backend.library:
         x = to_numpy(x)
     return backend.asarray(x, dtype)
@@ -71,9 +78,9 @@ def to_numpy(x: Any) -> Any:
     array([1., 2.])
     """
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("to_numpy: x is a masked array, whose mask would be lost; pass x.filled(value)")
+        raise TypeError("to_numpy: x is a masked array, whose mask would be lost; pass x.filled(0)")
     if isinstance(x, KeepMask):
-        return x if isinstance(x.bits, np.ndarray) else KeepMask(to_numpy(x.bits), x.shape)
+        return x if isinstance(x._bits, np.ndarray) else KeepMask(to_numpy(x._bits), x.shape)
     if compat.is_cupy_array(x):
         return x.get()
     if compat.is_torch_array(x):

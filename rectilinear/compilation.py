@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from rectilinear.errors import BackendError, DTypeError
+from rectilinear.kernels import forks
 
-KERNEL_MODULES = ("rectilinear.kernels.passes",)
+KERNEL_MODULES = ("rectilinear.kernels.passes", "rectilinear.kernels.allocator")
 """The modules that hold kernels. Importing one registers its jobs (`rectilinear.kernels.cache.warms`)."""
 
 _DTYPES = ("float32", "float64")
@@ -33,7 +34,7 @@ def warmup(dtypes: Sequence[Any] = _DTYPES) -> None:
     DTypeError
         If a dtype is another one.
     BackendError
-        If numba cannot be imported.
+        If numba cannot be imported, or this process was forked while another thread compiled.
 
     Examples
     --------
@@ -41,6 +42,8 @@ def warmup(dtypes: Sequence[Any] = _DTYPES) -> None:
     >>> rectilinear.warmup(["float32"])
     """
     names = list(dict.fromkeys(_checked(dtype) for dtype in dtypes))
+    if forks.frozen:
+        raise BackendError(f"warmup: {forks.CannotCompileError()}")
     try:
         from rectilinear.kernels import cache
     except ImportError as error:

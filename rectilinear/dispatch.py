@@ -142,7 +142,8 @@ class Call:
         if isinstance(result, KeepMask):
             return result
         if self.compute != self.dtype:
-            result = self.xp.astype(result, self.dtype) if self.xp is not np else np.asarray(result).astype(self.dtype)
+            with np.errstate(under="ignore"):  # a result too small for 16 bits is 0 in them
+                result = self.xp.astype(result, self.dtype) if self.xp is not np else np.asarray(result).astype(self.dtype)
         if shape is not None and result.ndim != len(shape):
             result = self.xp.reshape(result, shape)
         if out is None:
@@ -173,7 +174,7 @@ def plain_backend(
         return None
     if keep is not None:
         if type(keep) is KeepMask:
-            if type(keep.bits) is not np.ndarray:
+            if type(keep._bits) is not np.ndarray:
                 return None
         elif type(keep) is not np.ndarray or keep.dtype is not dtype:
             return None
@@ -214,45 +215,62 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     xp = _namespace(function, first_name, first)
     place = None if xp is np else _device(first)
     for name, array in given[1:]:
-        if _namespace(function, name, array, library_name(first)) is not xp:
-            wanted = library_name(first)
-            how = f"rectilinear.to_numpy({name})" if xp is np else f"{wanted}.asarray(rectilinear.to_numpy({name}))"
+        if _namespace(function, name, array, first) is not xp:
+            how = f"rectilinear.to_numpy({name})" if xp is np else f"{_maker(first)}(rectilinear.to_numpy({name}))"
             raise TypeError(
-                f"{function}: {first_name} is {_a(wanted)} array but {name} is {_a(library_name(array))} array; "
+                f"{function}: {first_name} is {_a(library_name(first))} array but {name} is {_a(library_name(array))} array; "
                 f"bring both to one library, for example with {how}"
             )
         other = None if xp is np else _device(array)
         if place is not None and other is not None and other != place:
             raise TypeError(
                 f"{function}: {first_name} is on device {place} but {name} is on device {other}; "
-                f"move one of them, for example with array_api_compat.to_device({name}, device)"
+                f"move one of them, for example with array_api_compat.to_device({name}, array_api_compat.device({first_name}))"
             )
         place = other if place is None else place
     return xp
 
 
-def _namespace(function: str, name: str, x: Any, library: str = "numpy") -> Any:
-    """The namespace of x; `library` is that of the arguments before it, for the remedy."""
+def _namespace(function: str, name: str, x: Any, first: Array = None) -> Any:
+    """The namespace of x; `first` is an array before it, whose library the remedy is to lead to."""
     if isinstance(x, np.ndarray | np.generic):
         if isinstance(x, np.matrix | np.ma.MaskedArray):
-            raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, whose operators mean other things; pass np.asarray({name})")
+            raise TypeError(f"{function}: {name} is {_a(type_name(x))}, whose operators mean other things; pass {remedy(name, x, first)}")
         return np
     if isinstance(x, KeepMask):
-        return _namespace(function, name, x.bits)
+        return _namespace(function, name, x._bits)
     try:
         return compat.array_namespace(x)
     except TypeError:
-        maker = "rectilinear" if library == "numpy" else library
         if x is None:
             hint = "; only b may be None" if function.startswith("affine") else ""
             raise TypeError(f"{function}: {name} is None, not an array{hint}") from None
-        raise TypeError(f"{function}: {name} is {_a(_type_name(x))}, not an array; pass {maker}.asarray({name})") from None
+        raise TypeError(f"{function}: {name} is {_a(type_name(x))}, not an array; pass {remedy(name, x, first)}") from None
+
+
+def remedy(name: str, x: Any, first: Array = None) -> str:
+    """The expression that makes an array of x, which is none that we take, in the library of `first`; `name` is what x is called."""
+    if isinstance(x, np.ma.MaskedArray):
+        made = f"{name}.filled(0)"  # or what the caller would have in the place of what is masked
+    elif isinstance(x, np.matrix):
+        made = f"np.asarray({name})"
+    else:
+        # SciPy's sparse arrays; the tables of pandas, Polars and Arrow.
+        made = next((f"{name}.{method}()" for method in ("toarray", "to_numpy") if callable(getattr(x, method, None))), "")
+    if first is None or isinstance(first, np.ndarray | np.generic):
+        return made or (f"rectilinear.asarray({name})" if first is None else f"np.asarray({name})")
+    return f"{_maker(first)}({made or name})"
+
+
+def _maker(x: Array) -> str:
+    """What makes an array of x's library of a NumPy array or of lists, as one writes it: ``jax.numpy.asarray``."""
+    return f"{compat.array_namespace(x).__name__.removeprefix('array_api_compat.')}.asarray"
 
 
 def _device(x: Array) -> Any:
     """The device of x, or None where the library does not name one (traced, lazy and sharded arrays): it then matches any."""
     try:
-        place = compat.device(x.bits if isinstance(x, KeepMask) else x)
+        place = compat.device(x._bits if isinstance(x, KeepMask) else x)
     except Exception:  # a tracer may answer with any error of its own
         return None
     return None if compat.is_jax_array(x) and not hasattr(place, "platform") else place
@@ -289,11 +307,11 @@ def dtype_name(dtype: Any) -> str:
 
 def library_name(x: Any) -> str:
     """Name of the library whose array x is, as one imports it."""
-    module = type(x.bits if isinstance(x, KeepMask) else x).__module__.partition(".")[0]
+    module = type(x._bits if isinstance(x, KeepMask) else x).__module__.partition(".")[0]
     return {"jaxlib": "jax"}.get(module, module)
 
 
-def _type_name(x: Any) -> str:
+def type_name(x: Any) -> str:
     module = type(x).__module__
     return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
 
@@ -317,7 +335,7 @@ def fits_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any
             if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shapes[i]:
                 return False
             flags = out.flags
-            if not flags.writeable or not (flags.c_contiguous or 0 not in out.strides):
+            if not flags.writeable or not (flags.c_contiguous or _elements_apart(out)):
                 return False
             owners = owners and flags.owndata
             for other in seen:
@@ -358,7 +376,7 @@ def check_outs(
 
     `in_place` is the one argument that an out may be.
     """
-    if call.plain and fits_at_once(outs, shapes, call.dtype, [x.bits if type(x) is KeepMask else x for x in call.arrays]):
+    if call.plain and fits_at_once(outs, shapes, call.dtype, [x._bits if type(x) is KeepMask else x for x in call.arrays]):
         return
     given = call.given
     for name, out, shape in zip(names, outs, shapes, strict=True):
@@ -387,15 +405,33 @@ def _check_out(
         order = ", in another byte order" if dtype_name(out.dtype) == dtype_name(call.dtype) else ""
         raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)}{order} but the result has {dtype_name(call.dtype)}")
     memory = memory_of(out)
-    if memory is not None and 0 in memory.strides and any(n > 1 and not s for n, s in zip(memory.shape, memory.strides, strict=True)):
-        raise ValueError(f"{function}: elements of {name} share memory with one another (a stride of 0); pass another array")
+    if memory is not None and not _elements_apart(memory):
+        how = "a stride of 0" if 0 in memory.strides else f"shape {memory.shape}, strides {memory.strides}"
+        raise ValueError(f"{function}: elements of {name} share memory with one another ({how}); pass another array")
     for other_name, other in given:
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
 
 
+def _elements_apart(array: np.ndarray) -> bool:
+    """Whether no two elements share a byte, as far as this can tell: each axis steps over all that those of shorter strides span.
+
+    The exact question is hard. Layouts that pass are all those of slices and permuted axes; refused without need are only some whose
+    strides interleave, such as elements 0, 2, 4 and 3, 5, 7 as one array.
+    """
+    if not array.size:
+        return True
+    span = array.itemsize
+    axes = [(abs(stride), extent) for stride, extent in zip(array.strides, array.shape, strict=True) if extent != 1]
+    for stride, extent in sorted(axes):
+        if stride < span:
+            return False
+        span += stride * (extent - 1)
+    return True
+
+
 def _overlap(a: Array, b: Array | KeepMask) -> bool:
-    first, second = memory_of(a), memory_of(b.bits if isinstance(b, KeepMask) else b)
+    first, second = memory_of(a), memory_of(b._bits if isinstance(b, KeepMask) else b)
     if first is None or second is None:
         return a is b
     if not np.may_share_memory(first, second):

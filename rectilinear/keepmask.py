@@ -6,26 +6,58 @@ place of the pre-activations z, which they never store. It carries what backward
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import array_api_compat as compat
 import numpy as np
-from array_api_compat import array_namespace, device
+
+from rectilinear.errors import DTypeError, ShapeError
+
+_COMPARISONS: dict[Any, Any] = {
+    np.equal: operator.eq,
+    np.not_equal: operator.ne,
+    np.less: operator.lt,
+    np.less_equal: operator.le,
+    np.greater: operator.gt,
+    np.greater_equal: operator.ge,
+}
 
 
-class KeepMask:
+class _MaskOfAnyImport(type):
+    """A mask made before this module was loaded anew (importlib.reload, IPython's autoreload) is still a mask to `isinstance`.
+
+    Python asks this only about objects that are not exactly of the class, so that it costs nothing where it matters.
+    """
+
+    def __instancecheck__(cls, x: object) -> bool:
+        return type(type(x)).__qualname__ == "_MaskOfAnyImport"
+
+
+class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):  # type: ignore[metaclass]  # the mixin is no ABC, whatever the stubs say
     """The keep-set of a fused ReLU: bit j of row i is 1 where ``not (z[i, j] < 0)``.
 
     Parameters
     ----------
     bits : uint8 array of shape (..., N, R), R >= ceil(M / 8)
-        Element j of a row is bit ``j % 8`` of byte ``j // 8``; what lies beyond M is zero. NumPy or CuPy.
+        Element j of a row is bit ``j % 8`` of byte ``j // 8``; what lies beyond M is zero. NumPy or CuPy, of any strides.
     shape : tuple of int
         (N, M), or (B, N, M) for the stacked form.
+
+    Raises
+    ------
+    ShapeError
+        `bits` does not hold a bit for each element of `shape`.
+    DTypeError
+        `bits` is of another dtype than uint8.
+    TypeError
+        `bits` is no array, or `shape` no tuple of ints; and for arithmetic on a mask.
 
     Notes
     -----
     ``np.asarray(mask)`` and comparisons see int8 values, +1 where kept and -1 where not (as bool: kept or not), so that code
-    which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept.
+    which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept. Nothing else can be computed with a mask: it
+    is not z.
 
     Examples
     --------
@@ -37,63 +69,108 @@ class KeepMask:
     array([[ True, False,  True]])
     """
 
-    __slots__ = ("bits", "shape")
-    __hash__ = None  # type: ignore[assignment]  # compares elementwise, as arrays do
-    __array_priority__ = 1000.0
+    # No __slots__: IPython's autoreload gives the class that others have imported the attributes of the new one, and the slots of
+    # one class do not fit instances of another.
+    _bits: Any
+    _shape: tuple[int, ...]
 
     def __init__(self, bits: Any, shape: tuple[int, ...]) -> None:
-        self.bits = bits
-        self.shape = shape
+        self._shape = _checked_shape(shape)
+        # A view, which nobody else can give another shape.
+        self._bits = _checked_bits(bits, self._shape)[...]
+
+    @property
+    def bits(self) -> Any:
+        """The bits, a view: giving it another shape or size leaves the mask as it is."""
+        return self._bits[...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
     @property
     def ndim(self) -> int:
-        return len(self.shape)
+        return len(self._shape)
 
     @property
     def nbytes(self) -> int:
-        return int(self.bits.nbytes)
+        return int(self._bits.nbytes)
 
     def to_bool(self) -> Any:
         """The keep-set as a bool array of this mask's shape, in the library that holds the bits."""
-        if isinstance(self.bits, np.ndarray):
-            return np.unpackbits(self.bits, axis=-1, count=self.shape[-1], bitorder="little").view(np.bool_)
+        bits = self._bits
+        if isinstance(bits, np.ndarray):
+            return np.unpackbits(bits, axis=-1, count=self._shape[-1], bitorder="little").view(np.bool_)
         # CuPy's unpackbits has neither axis nor count.
-        xp = array_namespace(self.bits)
-        one = xp.ones_like(self.bits[..., None])
-        spread = (self.bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=device(self.bits))) & one
-        return xp.reshape(spread, (*self.bits.shape[:-1], -1))[..., : self.shape[-1]] == 1
+        xp = compat.array_namespace(bits)
+        one = xp.ones_like(bits[..., None])
+        spread = (bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=compat.device(bits))) & one
+        return xp.reshape(spread, (*bits.shape[:-1], -1))[..., : self._shape[-1]] == 1
+
+    def _signs(self) -> Any:
+        """+1 and -1, in the library that holds the bits."""
+        xp, kept = compat.array_namespace(self._bits), self.to_bool()
+        return xp.astype(kept, xp.int8) * 2 - 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if not isinstance(self.bits, np.ndarray):
+        if not isinstance(self._bits, np.ndarray):
             raise TypeError("this KeepMask lies on a GPU; rectilinear.to_numpy(mask) brings it to the host")
         if copy is False:
             raise ValueError("a KeepMask is stored as bits: it cannot become an array without a copy")
-        signs: np.ndarray = self.to_bool().view(np.int8) * np.int8(2) - np.int8(1)
-        return signs if dtype is None else self.to_bool() if np.dtype(dtype) == np.bool_ else signs.astype(dtype)
+        if dtype is None:
+            signs: np.ndarray = self._signs()
+            return signs
+        kept: np.ndarray = self.to_bool()
+        return kept if np.dtype(dtype) == np.bool_ else self._signs().astype(dtype)
 
-    def __eq__(self, other: object) -> Any:
-        return np.asarray(self) == other
-
-    def __ne__(self, other: object) -> Any:
-        return np.asarray(self) != other
-
-    def __gt__(self, other: Any) -> Any:
-        return np.asarray(self) > other
-
-    def __ge__(self, other: Any) -> Any:
-        return np.asarray(self) >= other
-
-    def __lt__(self, other: Any) -> Any:
-        return np.asarray(self) < other
-
-    def __le__(self, other: Any) -> Any:
-        return np.asarray(self) <= other
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """Comparisons, which operators on either side come to as well; for everything else, an error that says what to do."""
+        compare = _COMPARISONS.get(ufunc) if method == "__call__" else None
+        if compare is None or any(isinstance(out, KeepMask) for out in kwargs.get("out", ())):
+            raise TypeError(
+                f"KeepMask: {ufunc.__name__} cannot take a mask, which says where a fused ReLU kept z but does not hold z; "
+                "pass relu_backward(dout, mask) for the gradient, mask > 0 for what was kept, or np.asarray(mask) for +1 and -1"
+            )
+        operands = [x._signs() if isinstance(x, KeepMask) else x for x in inputs]
+        return ufunc(*operands, **kwargs) if kwargs else compare(*operands)
 
     def __repr__(self) -> str:
-        return f"KeepMask(shape={self.shape}, nbytes={self.nbytes})"
+        return f"KeepMask(shape={self._shape}, nbytes={self.nbytes})"
 
-    def __getstate__(self) -> tuple[Any, tuple[int, ...]]:
-        return self.bits, self.shape
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeepMask, (self._bits, self._shape)
 
     def __setstate__(self, state: tuple[Any, tuple[int, ...]]) -> None:
-        self.bits, self.shape = state
+        """Pickles of version 0.1.0 come here with bits and shape."""
+        self.__init__(*state)  # type: ignore[misc]
+
+
+def unchecked(bits: Any, shape: tuple[int, ...]) -> KeepMask:
+    """A mask of bits that a backend of ours has just made for this shape, and that nobody else holds."""
+    mask: KeepMask = object.__new__(KeepMask)
+    mask._bits = bits
+    mask._shape = shape
+    return mask
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        extents = tuple(map(operator.index, shape))
+    except TypeError:
+        raise TypeError(f"KeepMask: shape is {shape!r}; it takes a tuple of ints, (N, M) or (B, N, M)") from None
+    if not extents or min(extents) < 0:
+        raise ShapeError(f"KeepMask: shape is {extents}; it takes (N, M) or (B, N, M), none of them negative")
+    return extents
+
+
+def _checked_bits(bits: Any, shape: tuple[int, ...]) -> Any:
+    base_array = type(bits) is np.ndarray or not isinstance(bits, np.ndarray)
+    if not base_array or not hasattr(bits, "dtype") or not hasattr(bits, "shape"):
+        met = f"{type(bits).__module__}.{type(bits).__name__}".removeprefix("builtins.")
+        raise TypeError(f"KeepMask: bits is a {met}; it takes a uint8 array of NumPy or CuPy")
+    if str(bits.dtype).rpartition(".")[2] != "uint8":
+        raise DTypeError(f"KeepMask: bits has dtype {bits.dtype}; it takes uint8, eight elements a byte")
+    wanted = (*shape[:-1], -(-shape[-1] // 8))
+    if len(bits.shape) != len(shape) or tuple(bits.shape[:-1]) != wanted[:-1] or bits.shape[-1] < wanted[-1]:
+        raise ShapeError(f"KeepMask: bits has shape {tuple(bits.shape)} but a mask of shape {shape} takes {wanted}, or longer rows")
+    return bits

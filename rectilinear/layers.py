@@ -61,6 +61,8 @@ _EVERYTHING = (True, True, True)
 _BIAS_ALONE = (False, False, True)
 _NOTHING = (False, False, False)
 _NOWHERE = (None, None, None)
+_UNSIGNED = {np.dtype(f"i{size}"): np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+_LARGEST_LABEL = 1 << 31  # where the number of classes is not known
 _SEQUENCE = (tuple, list)  # a union is made anew each time it is looked at
 _BOOL = (bool, np.bool_)
 
@@ -341,38 +343,56 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
     array([[-0.25,  0.25],
            [ 0.25, -0.25]])
     """
-    call = resolve("softmax_loss", _RELU, (x,), plain_backend(x))
+    backend = plain_backend(x)
+    if backend is not None and _plain_labels(x, y) and (out is None or fits_at_once((out,), (x.shape,), x.dtype, (x, y))):
+        return backend.softmax_loss(x, y, out)
+    call = resolve("softmax_loss", _RELU, (x,), backend)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ShapeError(f"softmax_loss: x has shape {shape_text(x.shape)}; it takes (N, C) scores of C >= 1 classes")
     y = _labels(call, x, y)
     call.names, call.arrays = _SOFTMAX, (x, y)
     target = _target(call, out, x.shape)
     loss, dx = call.run("softmax_loss", call.operand(x), call.backend.asarray(y) if call.moves else y, target)
-    if call.plain and out is None:
-        return loss, dx
     loss = call.deliver(loss)
-    return (loss[()] if call.xp is np else loss), call.deliver(dx, None, out, target)
+    return (loss[()] if type(loss) is np.ndarray else loss), call.deliver(dx, None, out, target)
+
+
+def _plain_labels(x: Array, y: Any) -> bool:
+    """Whether these are scores and labels that fit, as nearly always: base NumPy arrays."""
+    if type(y) is not np.ndarray or x.ndim != 2 or y.shape != x.shape[:1]:
+        return False
+    unsigned = _UNSIGNED.get(y.dtype)
+    # Without its sign a label below 0 is a large one.
+    return unsigned is not None and x.size > 0 and bool(np.maximum.reduce(y.view(unsigned)) < x.shape[1])
 
 
 def _labels(call: Call, x: Array, y: Any) -> Array:
-    classes = x.shape[1]
-    if isinstance(y, list | tuple):
+    classes, wanted = (x.shape[1], f"0 to {x.shape[1] - 1}") if known(x.shape[1]) else (_LARGEST_LABEL, "0 upwards")
+    if isinstance(y, _SEQUENCE):
         if not all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in y):
-            raise DTypeError(f"softmax_loss: y is a {type(y).__name__} of other things than ints; labels are integers, 0 to {classes - 1}")
+            raise DTypeError(f"softmax_loss: y is a {type(y).__name__} of other things than ints; labels are integers, {wanted}")
+        # Looked at before they become an array, which may be too narrow for them.
+        _check_labels(x, y, np.array([not 0 <= label < classes for label in y], bool), wanted)
         y = np.asarray(y, np.int64)
         if call.xp is not np:
             y = call.xp.asarray(y, **beside(x))
     common_namespace("softmax_loss", tuple(zip(_SOFTMAX, (x, y), strict=True)))
     y = np.asarray(y) if call.xp is np else y
     if dtype_name(y.dtype).lstrip("u") not in ("int8", "int16", "int32", "int64"):
-        raise DTypeError(f"softmax_loss: y has dtype {dtype_name(y.dtype)}; labels are integers, 0 to {classes - 1}")
+        raise DTypeError(f"softmax_loss: y has dtype {dtype_name(y.dtype)}; labels are integers, {wanted}")
     if not same_shape(y.shape, x.shape[:1]):
         raise ShapeError(f"softmax_loss: y has shape {shape_text(y.shape)} but x of shape {shape_text(x.shape)} wants one label per sample")
     values = readable(y)
-    if values is not None and values.size and (values.min() < 0 or values.max() >= classes):
-        i = int(np.argmax((values < 0) | (values >= classes)))
-        raise ValueError(f"softmax_loss: y[{i}] is {values[i]} but x has {classes} classes, labels go from 0 to {classes - 1}")
+    if values is not None:
+        _check_labels(x, values, (values < 0) | (values >= classes), wanted)
     return y
+
+
+def _check_labels(x: Array, labels: Any, wrong: np.ndarray, wanted: str) -> None:
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        classes = shape_text(x.shape[1:])[1:-2]
+        raise ValueError(f"softmax_loss: y[{i}] is {labels[i]} but x has {classes} classes, labels go from {wanted}")
 
 
 # ---------------------------------------------------------------- shapes, caches, out
@@ -387,7 +407,7 @@ def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
 
 
 def _array_of(keep: Keep | None) -> Array | None:
-    return keep.bits if type(keep) is KeepMask else keep
+    return keep._bits if type(keep) is KeepMask else keep
 
 
 def _affine_shapes(call: Call, x: Array, w: Array, b: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -139,6 +139,22 @@ def _no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rectilinear.set_backend(None)
 
 
+WITHOUT_CPU = "TESTS_WITHOUT_CPU"
+"""A variable: instruction sets, by comma, that this host is taken not to have. Shows how the tests fare on a smaller one."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what is marked for an instruction set that this CPU lacks, in words that tools/check_skips.py knows."""
+    for marker in item.iter_markers("cpu"):
+        from . import widths  # loads llvmlite
+
+        (name,) = marker.args
+        known = {unit.name: unit for unit in widths.FEATURES}
+        if name in os.environ.get(WITHOUT_CPU, "").split(",") or not widths.host_has(known[name]):
+            item.user_properties.append(("left out for cpu", name))
+            pytest.skip(f"this CPU does not execute {name}")
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20260923)

@@ -91,6 +91,7 @@ def test_float64_against_exact_sums(lib: Lib, rng: np.random.Generator) -> None:
     assert (np.abs(got - exact_products(x, w, b)) <= ref.affine_bound(x, w, b, 50, "float64")).all()
 
 
+@pytest.mark.smoke
 def test_small_magnitudes(lib: Lib) -> None:
     """Where products underflow, the bound's last term speaks."""
     x, w = np.full((2, 3), 1e-25, np.float32), np.full((3, 2), 1e-25, np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -72,6 +70,7 @@ def keep(rng: np.random.Generator) -> np.ndarray:
     return rng.random((5, 13)) < 0.5
 
 
+@pytest.mark.smoke
 def test_keepmask_shows_signs(keep: np.ndarray) -> None:
     mask = make_mask(keep)
     assert mask.shape == keep.shape
@@ -104,12 +103,8 @@ def test_foreign_code_selects_what_was_kept(keep: np.ndarray) -> None:
     np.testing.assert_array_equal(dout * (mask > 0), keep)
 
 
-def test_keepmask_copies_and_pickles(keep: np.ndarray) -> None:
-    mask = make_mask(keep)
-    for other in (copy.deepcopy(mask), copy.copy(mask), pickle.loads(pickle.dumps(mask))):
-        assert other.shape == mask.shape
-        np.testing.assert_array_equal(other.to_bool(), keep)
-    assert "KeepMask(shape=(5, 13)" in repr(mask)
+def test_repr_says_how_large_it_is(keep: np.ndarray) -> None:
+    assert "KeepMask(shape=(5, 13)" in repr(make_mask(keep))
 
 
 @pytest.mark.parametrize("stack", [(), (2,)])

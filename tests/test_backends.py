@@ -46,6 +46,7 @@ def in_new_process(code: str, **environment: str) -> str:
 # ---------------------------------------------------------------- precedence
 
 
+@pytest.mark.smoke
 def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECTILINEAR_BACKEND", "loopback")
     r.set_backend(None)
@@ -232,6 +233,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert not wrong
 
 
+@pytest.mark.smoke
 def test_tasks_inherit_and_do_not_leak() -> None:
     async def child() -> tuple[str, str]:
         await asyncio.sleep(0)
@@ -354,6 +356,7 @@ def test_a_plug_in_may_use_the_library_while_it_is_imported(monkeypatch: pytest.
 # ---------------------------------------------------------------- loopback: the dispatcher itself
 
 
+@pytest.mark.smoke
 def test_every_primitive_is_reached_through_the_dispatcher() -> None:
     """A result that came another way would leave a count at 0."""
     x, w, b, dout = np.ones((3, 2)), np.ones((2, 4)), np.ones(4), np.ones((3, 4))
@@ -476,6 +479,7 @@ class Nameless(NumpyBackend):
     pass
 
 
+@pytest.mark.smoke
 def test_plug_ins_installed_for_real(tmp_path: Any) -> None:
     """Found through the metadata of an installed distribution, in a new process."""
     info = tmp_path / "some_backend-1.dist-info"
@@ -547,6 +551,7 @@ def test_infos_are_frozen() -> None:
     assert replace(info, name="other").name == "other"
 
 
+@pytest.mark.smoke
 def test_info_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     r.set_backend("numpy")
@@ -556,10 +561,11 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "generic" in out
 
 
+@pytest.mark.smoke
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     state = json.loads(capsys.readouterr().out)
-    assert list(state) == ["rectilinear", "python", "platform", "backends"]
+    assert list(state) == ["rectilinear", "python", "platform", "backends", "memory"]
     assert state["rectilinear"] == r.__version__
     rows = {row["name"]: row for row in state["backends"]}
     assert rows["numpy"]["usable"] is True
@@ -581,6 +587,20 @@ def test_info_shows_a_bad_variable_and_exits_with_0() -> None:
         assert "unknown backend 'nmupy' (did you mean 'numpy'?)" in done.stdout
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json")], ids=" ".join)
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=str)
+def test_a_reader_may_leave_before_the_end(options: tuple[str, ...], arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = (sys.executable, *options, "-m", "rectilinear", *arguments)
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("reason", ["pip install 'rectilinear[extra]'", "no [/usr/lib/libcuda.so]"])
 def test_info_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     class Bracketed(NumpyBackend):
@@ -596,6 +616,7 @@ def test_info_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str], mon
     assert reason in capsys.readouterr().out
 
 
+@pytest.mark.smoke
 def test_import_is_pure() -> None:
     """Of array libraries only NumPy; nothing that is needed only elsewhere."""
     loaded = in_new_process("import sys, rectilinear, rectilinear.layers; print(*{name.partition('.')[0] for name in sys.modules})").split()
@@ -604,6 +625,7 @@ def test_import_is_pure() -> None:
     assert "numpy" in loaded
 
 
+@pytest.mark.smoke
 def test_public_names() -> None:
     from rectilinear import layers
 

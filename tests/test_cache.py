@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import pytest
 import rectilinear
 from rectilinear.kernels import cache, fingerprint
 
-from .subprocesses import finish, run, start
+from .subprocesses import finish, forks, run, start
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and permissions of POSIX")
 
 # Prints how many of the two kernels used came from the disk.
-USE = """
-import os
+USE = "from tests import cache_demo; print(cache_demo.use())"
+# The same for two kernels that are used in earnest: the pool's own, and one that runs on it.
+USE_POOL = """
 from tests import pool_demo
 from rectilinear.kernels import threads
 pool_demo.check(2)
@@ -27,7 +29,21 @@ print(sum(sum(kernel.stats.cache_hits.values()) for kernel in (pool_demo._slab_s
 """
 
 
-def use(directory: Path, **environment: str | None) -> int:
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Callable[..., str]]:
+    """Runs code in processes that have numba, and nothing of ours, loaded."""
+    with forks("import numba; numba.njit(lambda x: x)(1)") as run_in_fork:
+        yield run_in_fork
+
+
+@pytest.fixture
+def use(forked: Callable[..., str]) -> Callable[[Path], int]:
+    """How many of two kernels come from this directory; whatever it is like, they are right, and nothing is said."""
+    return lambda directory: int(forked(USE, RECTILINEAR_CACHE_DIR=str(directory)))
+
+
+def use_anew(directory: Path, **environment: str | None) -> int:
+    """As `use`, in a process that reads all of its environment."""
     return int(run(USE, RECTILINEAR_CACHE_DIR=str(directory), **environment))
 
 
@@ -38,7 +54,7 @@ def entries(directory: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def filled_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     directory = tmp_path_factory.mktemp("filled")
-    assert use(directory) == 0
+    assert use_anew(directory) == 0
     return {entry.name: entry.read_bytes() for entry in entries(directory)}
 
 
@@ -52,16 +68,29 @@ def filled(filled_once: dict[str, bytes], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_second_process_compiles_nothing(filled: Path) -> None:
-    before = {entry: entry.stat().st_mtime_ns for entry in entries(filled)}
+@pytest.mark.smoke
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    assert int(run(USE_POOL, RECTILINEAR_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1")) == 0
+    before = {entry: entry.stat().st_mtime_ns for entry in entries(tmp_path)}
     assert len(before) == 2
-    assert use(filled, PYTHONHASHSEED="1") == 2
-    assert use(filled, PYTHONHASHSEED="2") == 2
-    assert {entry: entry.stat().st_mtime_ns for entry in entries(filled)} == before
+    assert int(run(USE_POOL, RECTILINEAR_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2")) == 2
+    assert {entry: entry.stat().st_mtime_ns for entry in entries(tmp_path)} == before
 
 
-def test_eight_processes_start_together_on_an_empty_cache(tmp_path: Path) -> None:
-    processes = [start(USE, RECTILINEAR_CACHE_DIR=str(tmp_path)) for _ in range(8)]
+def test_eight_processes_start_together_on_an_empty_cache(tmp_path: Path, use: Callable[[Path], int]) -> None:
+    code = f"""
+import os, time
+from tests import cache_demo
+print("ready", flush=True)
+while not os.path.exists({str(tmp_path / "go")!r}):
+    time.sleep(0.001)
+cache_demo.use()
+"""
+    processes = [start(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) for _ in range(8)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
     for process in processes:
         finish(process)
     assert [entry.suffix for entry in entries(tmp_path)] == [".kernel"] * 2  # nothing half-written is left
@@ -72,13 +101,13 @@ def test_eight_processes_start_together_on_an_empty_cache(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("place", ["/proc/none", "/dev/null/none", "~no_such_user_here/x"])
-def test_a_directory_that_cannot_be(place: str) -> None:
+def test_a_directory_that_cannot_be(place: str, use: Callable[[Path], int]) -> None:
     assert use(Path(place)) == 0
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "relative"])
-def test_a_home_that_is_missing_or_read_only(home: str) -> None:
-    out = run(USE, RECTILINEAR_CACHE_DIR=None, XDG_CACHE_HOME=None, HOME=home)
+def test_a_home_that_is_missing_or_read_only(home: str, forked: Callable[..., str]) -> None:
+    out = forked(USE, RECTILINEAR_CACHE_DIR=None, XDG_CACHE_HOME=None, HOME=home)
     assert out == "0\n"
 
 
@@ -92,7 +121,7 @@ def test_a_user_without_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.directory() is None
 
 
-def test_a_directory_without_permission(tmp_path: Path) -> None:
+def test_a_directory_without_permission(tmp_path: Path, forked: Callable[..., str]) -> None:
     # By hand, since permissions mean nothing to root.
     code = """
 import tempfile
@@ -100,14 +129,14 @@ def refuse(*args, **options):
     raise PermissionError(13, "Permission denied")
 tempfile.mkstemp = refuse
 """
-    assert run(code + USE, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "0\n"
+    assert forked(code + USE, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "0\n"
     assert entries(tmp_path) == []
 
 
 @posix
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path, forked: Callable[..., str]) -> None:
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + USE
-    assert run(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "0\n"
+    assert forked(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "0\n"
     assert entries(tmp_path) == []  # the half-written file is gone
 
 
@@ -140,7 +169,7 @@ def signed(data: bytes, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("content", [None, b"garbage", pickle.dumps((1, 2))])
-def test_a_damaged_entry_is_replaced(filled: Path, content: bytes | None) -> None:
+def test_a_damaged_entry_is_replaced(filled: Path, content: bytes | None, use: Callable[[Path], int]) -> None:
     for entry in entries(filled):
         data = entry.read_bytes()
         entry.write_bytes(data[:-100] if content is None else signed(data, content))
@@ -148,7 +177,7 @@ def test_a_damaged_entry_is_replaced(filled: Path, content: bytes | None) -> Non
     assert use(filled) == 2
 
 
-def test_entries_in_each_others_place(filled: Path) -> None:
+def test_entries_in_each_others_place(filled: Path, use: Callable[[Path], int]) -> None:
     one, two = entries(filled)
     a, b = one.read_bytes(), two.read_bytes()
     one.write_bytes(b)
@@ -159,7 +188,7 @@ def test_entries_in_each_others_place(filled: Path) -> None:
 
 @posix
 @pytest.mark.parametrize("bits", [stat.S_IWGRP, stat.S_IWOTH])
-def test_what_others_can_write_is_not_loaded(filled: Path, bits: int) -> None:
+def test_what_others_can_write_is_not_loaded(filled: Path, bits: int, use: Callable[[Path], int]) -> None:
     (filled / "kernels").chmod(0o700 | bits)
     assert use(filled) == 0
     (filled / "kernels").chmod(0o700)
@@ -169,7 +198,7 @@ def test_what_others_can_write_is_not_loaded(filled: Path, bits: int) -> None:
 
 
 @posix
-def test_links_are_not_followed(filled: Path) -> None:
+def test_links_are_not_followed(filled: Path, use: Callable[[Path], int]) -> None:
     entry = entries(filled)[0]
     entry.rename(filled / "elsewhere")
     entry.symlink_to(filled / "elsewhere")
@@ -177,9 +206,9 @@ def test_links_are_not_followed(filled: Path) -> None:
 
 
 @posix
-def test_what_belongs_to_another_user_is_not_loaded(filled: Path) -> None:
+def test_what_belongs_to_another_user_is_not_loaded(filled: Path, use: Callable[[Path], int]) -> None:
     if os.geteuid() != 0:
-        with pytest.raises(PermissionError, match="can be written by other users"):
+        with pytest.raises(PermissionError, match="belongs to another user"):
             cache._refuse_foreign(os.stat("/"), Path("/"))
         return
     for path in (*entries(filled), filled / "kernels"):
@@ -193,14 +222,14 @@ def test_what_belongs_to_another_user_is_not_loaded(filled: Path) -> None:
 @pytest.mark.parametrize(
     "switch", [{"NUMBA_OPT": "1"}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_LOOP_VECTORIZE": "0"}]
 )
-def test_switches_that_change_the_code(filled: Path, switch: dict[str, str]) -> None:
-    assert use(filled, **switch) == 0
-    assert use(filled, **switch) == 2
+def test_switches_that_change_the_code(filled: Path, switch: dict[str, str], use: Callable[[Path], int]) -> None:
+    assert use_anew(filled, **switch) == 0
+    assert use_anew(filled, **switch) == 2
     assert use(filled) == 2
 
 
 def test_switches_that_do_not(filled: Path) -> None:
-    assert use(filled, NUMBA_NUM_THREADS="1", NUMBA_CACHE_DIR="/proc/none") == 2
+    assert use_anew(filled, NUMBA_NUM_THREADS="1", NUMBA_CACHE_DIR="/proc/none") == 2
 
 
 MODULE = """
@@ -254,30 +283,32 @@ def make(c):
 """
 
 
-def use_module(directory: Path, code: str, **values: int) -> str:
+def use_module(forked: Callable[..., str], directory: Path, code: str, **values: int) -> str:
     (directory / "made.py").write_text(MODULE.format(**({"factor": 2, "summand": 1} | values)))
     code = f"import sys\nsys.path.insert(0, {str(directory)!r})\nsys.dont_write_bytecode = True\nimport made\n" + code
-    return run(code, RECTILINEAR_CACHE_DIR=str(directory))
+    return forked(code, RECTILINEAR_CACHE_DIR=str(directory))
 
 
-def test_a_changed_callee_or_global_is_seen(tmp_path: Path) -> None:
+@pytest.mark.smoke
+def test_a_changed_callee_or_global_is_seen(tmp_path: Path, forked: Callable[..., str]) -> None:
     code = "print(made.kernel(10), *made.kernel.stats.cache_hits.values())"
-    assert use_module(tmp_path, code) == "21\n"
-    assert use_module(tmp_path, code) == "21 1\n"
-    assert use_module(tmp_path, code, factor=3) == "31\n"
-    assert use_module(tmp_path, code, summand=5) == "25\n"
-    assert use_module(tmp_path, code) == "21 1\n"
+    assert use_module(forked, tmp_path, code) == "21\n"
+    assert use_module(forked, tmp_path, code) == "21 1\n"
+    assert use_module(forked, tmp_path, code, factor=3) == "31\n"
+    assert use_module(forked, tmp_path, code, summand=5) == "25\n"
+    assert use_module(forked, tmp_path, code) == "21 1\n"
 
 
-def test_products_of_one_factory_are_kept_apart(tmp_path: Path) -> None:
+@pytest.mark.smoke
+def test_products_of_one_factory_are_kept_apart(tmp_path: Path, forked: Callable[..., str]) -> None:
     """Each compiled as the first function of its process, then all loaded into one."""
     code = "for c in {}:\n    f = made.make(c)\n    assert f(10) == f.py_func(10), c\n    print(*f.stats.cache_hits.values())"
-    assert use_module(tmp_path, code.format([1])).split() == []
-    assert use_module(tmp_path, code.format([2])).split() == []
-    assert use_module(tmp_path, code.format([3, 1, 2])).split() == ["1", "1"]
+    assert use_module(forked, tmp_path, code.format([1])).split() == []
+    assert use_module(forked, tmp_path, code.format([2])).split() == []
+    assert use_module(forked, tmp_path, code.format([3, 1, 2])).split() == ["1", "1"]
 
 
-def test_children_of_one_parent_number_functions_apart(tmp_path: Path) -> None:
+def test_children_of_one_parent_number_functions_apart(tmp_path: Path, forked: Callable[..., str]) -> None:
     code = """
 import os, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -293,7 +324,7 @@ for c in (1, 2, 3):
     assert f(10) == f.py_func(10), c
     assert sum(f.stats.cache_hits.values()) == 1
 """
-    use_module(tmp_path, code)
+    use_module(forked, tmp_path, code)
 
 
 def test_digests_tell_values_apart() -> None:
@@ -327,37 +358,6 @@ def test_code_made_from_what_has_no_description_is_not_cached() -> None:
 # Forks and terminals
 
 
-@posix
-def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
-    run(
-        """
-        import os, sys, threading, time, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import numba
-        from tests import pool_demo
-        pool_demo.check(1)
-        started = threading.Event()
-        def compile_all_the_time():
-            for _ in range(15):
-                started.set()
-                numba.njit(lambda x: x + 1)(1)
-        compiling = threading.Thread(target=compile_all_the_time)
-        compiling.start()
-        started.wait()
-        for _ in range(5):
-            time.sleep(0.02)
-            child = os.fork()
-            if child == 0:
-                numba.njit(lambda x: x + 2)(1)
-                pool_demo.check(2)
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-        compiling.join()
-        """,
-        RECTILINEAR_CACHE_DIR=str(tmp_path),
-    )
-
-
 ON_TERMINAL = """
 import os, pty, threading
 main, side = pty.openpty()
@@ -373,14 +373,13 @@ os.write(2, b"|end")
 listener.join()
 print(said.decode())
 """
-USE_TWO = "from tests import pool_demo\npool_demo.check(2)\npool_demo.busy(0.0, 2, 2)"
 
 
 @posix
 def test_a_user_at_a_terminal_is_told_once(tmp_path: Path) -> None:
-    cold = run(ON_TERMINAL.format(USE_TWO), RECTILINEAR_CACHE_DIR=str(tmp_path))
+    cold = run(ON_TERMINAL.format("from tests import cache_demo; cache_demo.use()"), RECTILINEAR_CACHE_DIR=str(tmp_path))
     assert cold.count("compiling kernels for this machine") == 1
-    warm = run(ON_TERMINAL.format(USE_TWO), RECTILINEAR_CACHE_DIR=str(tmp_path))
+    warm = run(ON_TERMINAL.format("from tests import cache_demo; cache_demo.use()"), RECTILINEAR_CACHE_DIR=str(tmp_path))
     assert warm == "|end\n"
 
 
@@ -413,9 +412,10 @@ def test_warmup_shows_its_progress_instead_of_the_notice(tmp_path: Path) -> None
     assert "compiling kernels" not in out
 
 
-def test_a_second_warmup_compiles_nothing(tmp_path: Path) -> None:
-    """Of all kernels there are: none is made from something that cannot be cached."""
+def test_a_second_warmup_compiles_nothing() -> None:
+    """Of all kernels there are: none is made from something that cannot be cached. In the directory that other tests have filled."""
     code = """
+import numba
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
@@ -426,10 +426,11 @@ class Listener(event.Listener):
 event.register("numba:compile", Listener())
 from rectilinear.compilation import warmup
 warmup(["float32"])
-print(compiled)
+numba.njit(lambda: 1)()
+print(*compiled)
 """
-    assert run(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) != "[]\n"
-    assert run(code, RECTILINEAR_CACHE_DIR=str(tmp_path)) == "[]\n"
+    assert "<lambda>" in run(code)
+    assert run(code) == "<lambda>\n"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int64", "no such", object])

@@ -179,6 +179,7 @@ def test_a_relu_of_ones_own_reads_the_fused_cache(images):
             np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.smoke
 def test_the_solver_overfits_fifty_images():
     rng = np.random.default_rng(5)
     X, y = rng.standard_normal((50, 3, 4, 4)), rng.integers(10, size=50)

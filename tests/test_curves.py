@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
 import rectilinear
@@ -56,6 +55,8 @@ def watch(layer: Layer, home: str) -> None:
 
 def curve(xp, home: str) -> np.ndarray:
     """The loss of every step of a net with fused and composed layers."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = digits.data / 16, digits.target
     rng = np.random.default_rng(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 import warnings
 from typing import Any
 
@@ -74,7 +77,7 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "None for x": (lambda: r.relu_forward(None), TypeError, ["relu_forward", "x is None"]),
     "None for a cache": (lambda: r.relu_backward(DOUT, None), TypeError, ["relu_backward", "cache is None"]),
     "matrix": (lambda: r.affine_forward(_matrix(X), W, B), TypeError, ["x is a numpy.matrix", "np.asarray(x)"]),
-    "masked": (lambda: r.affine_forward(X, np.ma.masked_array(W), B), TypeError, ["w is a numpy.ma.MaskedArray", "np.asarray(w)"]),
+    "masked": (lambda: r.affine_forward(X, np.ma.masked_array(W), B), TypeError, ["w is a numpy.ma.MaskedArray", "w.filled(0)"]),
     "complex": (lambda: r.affine_forward(X * 1j, W, B), r.DTypeError, ["x complex128", "convert x to float32"]),
     "longdouble": (lambda: r.relu_forward(X.astype(np.longdouble)), r.DTypeError, [f"x {np.dtype(np.longdouble).name}", "float64"]),
     "object": (lambda: r.affine_forward(X, W.astype(object), B), r.DTypeError, ["w object"]),
@@ -100,6 +103,11 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
         ValueError,
         ["stride of 0"],
     ),
+    "label beyond int64": (lambda: r.softmax_loss(X, [0, 0, 2**70, 0, 0]), ValueError, [f"y[2] is {2**70}", "6 classes", "0 to 5"]),
+    "label far below 0": (lambda: r.softmax_loss(X, (0, -(2**70), 0, 0, 0)), ValueError, [f"y[1] is -{2**70}", "0 to 5"]),
+    "label beyond the dtype": (lambda: r.softmax_loss(X, np.full(5, 2**64 - 1, np.uint64)), ValueError, [f"y[0] is {2**64 - 1}", "0 to 5"]),
+    "NumPy label beyond int64": (lambda: r.softmax_loss(X, [0, 0, 0, 0, np.uint64(2**63)]), ValueError, [f"y[4] is {2**63}", "0 to 5"]),
+    "label below 0 in an array": (lambda: r.softmax_loss(X, np.array([0, 0, 0, -128, 0], np.int8)), ValueError, ["y[3] is -128"]),
     "too few labels": (lambda: r.softmax_loss(X, [0, 1]), r.ShapeError, ["y", "(2,)", "(5, 6)", "one label per sample"]),
     "one-hot labels": (lambda: r.softmax_loss(X, np.eye(5, 6, dtype=int)), r.ShapeError, ["y", "(5, 6)", "one label per sample"]),
     "no classes": (lambda: r.softmax_loss(np.ones((5, 0)), [0] * 5), r.ShapeError, ["x", "(5, 0)", "C >= 1"]),
@@ -125,12 +133,14 @@ def test_bad_calls_explain_themselves(name: str, backend: str) -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.smoke
 def test_our_errors_are_the_built_in_ones_too() -> None:
     assert issubclass(r.ShapeError, ValueError)
     assert issubclass(r.DTypeError, TypeError)
     assert issubclass(r.BackendError, RuntimeError)
 
 
+@pytest.mark.smoke
 def test_two_libraries_in_one_call() -> None:
     import array_api_strict
 
@@ -150,7 +160,7 @@ def test_two_devices_in_one_call() -> None:
     import array_api_strict as xp
 
     x, w = xp.ones((5, 6), device=xp.Device("device1")), xp.ones((6, 4))
-    with pytest.raises(TypeError, match=r"x is on device .*device1.* but w is on device .*CPU_DEVICE.*to_device\(w, device\)"):
+    with pytest.raises(TypeError, match=r"x is on device .*device1.* but w is on device .*CPU_DEVICE.*to_device\(w, .*device\(x\)\)"):
         r.affine_forward(x, w, None)
     with pytest.raises(TypeError, match=r"x is on device .*CPU_DEVICE.* but out is on device .*device1"):
         r.relu_forward(w, out=xp.ones((6, 4), device=xp.Device("device1")))
@@ -185,3 +195,116 @@ def test_strict_promotion_takes_the_floats_dtype() -> None:
 
     out, _ = r.affine_forward(xp.ones((2, 3), dtype=xp.int64), xp.ones((3, 4), dtype=xp.float32), None)
     assert out.dtype == xp.float32
+
+
+# ---------------------------------------------------------------- remedies run as written
+
+
+class Table:
+    """What pandas, Polars and Arrow have in common here."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def to_numpy(self) -> np.ndarray:
+        return self.values
+
+
+class Sparse(Table):
+    """And SciPy's sparse arrays and matrices."""
+
+    def toarray(self) -> np.ndarray:
+        return self.values
+
+
+NOT_ARRAYS: dict[str, Any] = {
+    "list": lambda a: a.tolist(),
+    "tuple": lambda a: tuple(a.tolist()),
+    "table": Table,
+    "sparse": Sparse,
+    "masked": lambda a: np.ma.masked_array(a, a > 0),
+    "matrix": _matrix,
+    "numpy": np.array,
+}
+REMEDY = re.compile(r"(?:pass|for example with|with) ((?:\w+\.)+\w+\(.*\))")
+
+
+def follow(error: BaseException, names: dict[str, Any]) -> None:
+    """Do to the arguments what the message says."""
+    found = REMEDY.search(str(error))
+    assert found, str(error)
+    argument = re.search(rf"\b({'|'.join(names)})\b", found[1])  # the first one named is the one to be replaced
+    assert argument, found[1]
+    made: dict[str, Any] = {"np": np, "rectilinear": r}
+    for module in re.findall(r"((?:\w+\.)+)\w+\(", found[1]):
+        root = module.split(".")[0]
+        if root not in made and root not in names:
+            importlib.import_module(module.rstrip("."))
+            made[root] = sys.modules[root]
+    names[argument[1]] = eval(found[1], made | names)
+
+
+def run_with_remedies(call: Any, names: dict[str, Any]) -> Any:
+    """The result, when each error on the way has been followed; there are no more of them than arguments."""
+    for _ in range(2 * len(names) + 1):
+        try:
+            return call(**names)
+        except TypeError as error:
+            follow(error, names)
+    raise AssertionError(f"no end of remedies: {names}")
+
+
+LIBRARIES = [
+    "numpy",
+    "array_api_strict",
+    *(pytest.param(name, marks=pytest.mark.libraries) for name in ("torch", "jax.numpy", "dask.array")),
+]
+
+
+@pytest.mark.parametrize("kind", NOT_ARRAYS)
+@pytest.mark.parametrize("which", ["x", "w", "b", "x w b"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_a_message_says_to_do_works(library: str, which: str, kind: str) -> None:
+    xp = pytest.importorskip(library)
+    arrays = {"x": X, "w": W, "b": np.arange(4.0)}
+    names = {name: NOT_ARRAYS[kind](a) if name in which.split() else xp.asarray(a) for name, a in arrays.items()}
+    if kind == "matrix":  # of which none has b's one axis
+        names["b"] = xp.asarray(arrays["b"])
+    out, _ = run_with_remedies(r.affine_forward, names)
+    if kind == "masked":
+        arrays = {name: np.where(a > 0, 0, a) if name in which.split() else a for name, a in arrays.items()}
+    np.testing.assert_array_equal(r.to_numpy(out), arrays["x"] @ arrays["w"] + arrays["b"])
+
+
+def test_what_a_message_about_devices_says_to_do_works() -> None:
+    import array_api_strict as xp
+
+    names = {"x": xp.ones((5, 6), device=xp.Device("device1")), "w": xp.ones((6, 4)), "b": None}
+    out, _ = run_with_remedies(r.affine_forward, names)
+    assert out.device == xp.Device("device1")
+
+
+@pytest.mark.parametrize("x", [Sparse(X), Table(X), np.ma.masked_array(X, X > 0)], ids=["sparse", "table", "masked"])
+def test_what_asarray_says_to_do_works(x: Any) -> None:
+    assert run_with_remedies(lambda x: r.asarray(x), {"x": x}).dtype == X.dtype
+
+
+@pytest.mark.parametrize(
+    "x", [{1: 2}, [object()], np.array([None]), [[1], "a", None], {1, 2}], ids=["dict", "list", "array", "ragged", "set"]
+)
+def test_nothing_becomes_an_array_of_objects(x: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        r.asarray(x)
+
+
+def test_what_a_mask_says_to_do_works() -> None:
+    keep = np.eye(4, 6) > 0
+    mask, dout = r.KeepMask(np.packbits(keep, axis=-1, bitorder="little"), keep.shape), np.ones((4, 6))
+    with pytest.raises(TypeError) as caught:
+        mask * dout
+    ways = re.search(r"pass (.*) for the gradient, (.*) for what was kept, or (.*) for", str(caught.value))
+    assert ways
+    gradient, kept, signs = (eval(way, {"np": np, "mask": mask, "dout": dout, "relu_backward": r.relu_backward}) for way in ways.groups())
+    np.testing.assert_array_equal(gradient, keep)
+    np.testing.assert_array_equal(kept, keep)
+    np.testing.assert_array_equal(signs, np.where(keep, 1, -1))

@@ -17,11 +17,14 @@ from llvmlite import ir
 
 from rectilinear.kernels import simd
 from rectilinear.kernels.dots import DOTS_COLUMNS, dots_rows, emit_dots
+from rectilinear.kernels.library import host_simd
 from rectilinear.kernels.rows import emit_rows, emit_transpose
 from rectilinear.kernels.simd import AVX2, AVX512, NEON, SSE2, Simd
 from rectilinear.kernels.stream import emit_relu, emit_softmax
 from rectilinear.kernels.strip import STRIP_DEPTH, emit_strip, strip_tiles
 from rectilinear.kernels.tile import Tile, emit_tile
+
+from .widths import FEATURES
 
 TARGETS = {
     AVX512: ("x86_64-unknown-linux-gnu", "x86-64-v4", ""),
@@ -30,12 +33,6 @@ TARGETS = {
     NEON: ("aarch64-unknown-linux-gnu", "generic", "+neon"),
 }
 SIMDS = [pytest.param(unit, id=unit.name) for unit in TARGETS]
-
-FEATURES = {
-    AVX512: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx512cd",
-    AVX2: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c",
-    SSE2: "+sse2",
-}
 
 MULTIPLY = re.compile(r"\s(v?f[n]?madd\w*|v?mul[ps][sd]|fmla|fmul)\s")
 STACK = re.compile(r"\((%rsp|%rbp)\)|\[sp[,\]]")
@@ -176,35 +173,25 @@ def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
     assert simd.of_target(triple, features) is wanted
 
 
-def host_has(unit: Simd) -> bool:
-    features = llvm.get_host_cpu_features()
-    return all(features.get(name[1:], False) for name in FEATURES[unit].split(","))
+@pytest.mark.parametrize(
+    "unit", [pytest.param(unit, id=unit.name, marks=pytest.mark.cpu(unit.name)) for unit in FEATURES if unit is not host_simd()]
+)
+def test_each_width_computes_right(unit: Simd) -> None:
+    """The tails, layouts and edges of test_kernels.py in a process where numba compiles for this instruction set alone.
 
-
-EXECUTED = [
-    pytest.param(unit, id=unit.name, marks=pytest.mark.skipif(not host_has(unit), reason=f"the host has no {unit.name}"))
-    for unit in FEATURES
-    if llvm.get_process_triple().startswith("x86_64")
-]
-
-
-@pytest.mark.parametrize("unit", EXECUTED)
-def test_each_width_computes_right(unit: Simd, tmp_path: Path) -> None:
-    """The tails, layouts and edges of test_kernels.py in a process where numba compiles for this instruction set alone."""
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": "x86-64",
-        "NUMBA_CPU_FEATURES": FEATURES[unit],
-        "RECTILINEAR_CACHE_DIR": str(tmp_path),
-    }
+    The width that numba takes by itself here is tested by test_kernels.py as it is.
+    """
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": FEATURES[unit]}
     asked = [sys.executable, "-c", "from rectilinear.kernels.library import describe_host; print(describe_host())"]
     assert subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=60).stdout.startswith(unit.name)
     tests = Path(__file__).with_name("test_kernels.py")
-    chosen = "tail and 17 or few_rows or depth or edges or relu or (any_layout and 30) or stacked or every_way or (bits and 333)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests), "-k", chosen]
+    chosen = "tail or few_rows or depth or edges or relu or (any_layout and 30) or stacked or every_way or (bits and 333)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests), "-k", chosen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("itemsize", [4, 8])
 def test_exponentials_are_accurate_to_an_ulp_or_two(itemsize: int) -> None:
     from rectilinear.backends.numba_backend import NumbaBackend

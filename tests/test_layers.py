@@ -79,6 +79,7 @@ def test_one_axis_means_one_feature(lib: Lib, rng: np.random.Generator) -> None:
     assert lib.numpy(dx).shape == (6,)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("stack", STACKS)
 def test_without_bias(lib: Lib, rng: np.random.Generator, stack: tuple[int, ...]) -> None:
     x, w, _, dout = operands(rng, stack, 5, 6, 4)
@@ -102,6 +103,7 @@ def test_caches_hold_the_callers_own_arrays(lib: Lib, rng: np.random.Generator) 
     assert r.relu_forward(x)[1] is x
 
 
+@pytest.mark.smoke
 def test_plain_cs231n_caches_are_accepted(lib: Lib, rng: np.random.Generator) -> None:
     x, w, b, dout = operands(rng, (), 5, 6, 4)
     z = ref.affine_forward(x, w, b)
@@ -114,6 +116,7 @@ def test_plain_cs231n_caches_are_accepted(lib: Lib, rng: np.random.Generator) ->
 EDGES = [np.nan, -np.nan, 0.0, -0.0, np.inf, -np.inf, 5e-324, -5e-324, 1.0, -1.0, 2.5e-308, -2.5e-308]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_relu_at_the_edges(lib: Lib, dtype: str) -> None:
     info = np.finfo(dtype)
@@ -166,6 +169,7 @@ def test_softmax_loss(lib: Lib, rng: np.random.Generator, label_dtype: str) -> N
     np.testing.assert_allclose(lib.numpy(dx), (p - np.eye(5)[y]) / 7, atol=1e-15)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_softmax_loss_is_stable(lib: Lib, dtype: str) -> None:
     big = float(np.finfo(dtype).max)
@@ -421,6 +425,7 @@ def _backward(layer: str, a: dict[str, np.ndarray]) -> tuple[Any, ...]:
     return r.affine_backward(a["dout"], cache) if layer == "affine" else r.affine_relu_backward(a["dout"], (cache, a["z"]))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_halves_compute_in_float32_and_round_once(half: str, numpy_lib: Lib, rng: np.random.Generator) -> None:
     import ml_dtypes
@@ -456,6 +461,7 @@ def test_a_half_that_rounds_to_zero_is_kept_by_forward_and_backward_alike(numpy_
 # ---------------------------------------------------------------- results
 
 
+@pytest.mark.smoke
 def test_results_are_fresh(numpy_lib: Lib, rng: np.random.Generator) -> None:
     x, w, b, dout = map(numpy_lib.array, operands(rng, (), 5, 6, 4))
     out, cache = r.affine_relu_forward(x, w, b)

@@ -116,6 +116,7 @@ def plain(case, data, dtype=None):
 STEP = Case("step", (128, 300, 50), "float32")
 
 
+@pytest.mark.smoke
 def test_a_correct_step_passes():
     data = inputs(STEP)
     assert check(STEP, data, plain(STEP, data)) is None

@@ -113,6 +113,7 @@ def test_geometric_mean():
     assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
 
 
+@pytest.mark.smoke
 def test_headline_knows_the_mean_the_worst_case_and_the_best_peer():
     fast = Figure("step", (2, 2, 2), "float32", {"a": [1.0] * 3, "b": [4.0] * 3, "c": [2.0] * 3})
     slow = Figure("step", (3, 3, 3), "float32", {"a": [2.0] * 3, "b": [1.0] * 3, "c": [3.0] * 3})
@@ -287,6 +288,7 @@ def test_the_command_exits_non_zero_on_a_regression(tmp_path, capsys):
 # ---------------------------------------------------------------- record
 
 
+@pytest.mark.smoke
 def test_a_record_survives_saving(tmp_path):
     record = with_gpu()
     record.save(tmp_path / "deep" / "run.json")
@@ -327,6 +329,7 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
+@pytest.mark.smoke
 def test_the_page_is_whole_and_fetches_nothing():
     text = report.html(made_up())
     page = Page()

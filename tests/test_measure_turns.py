@@ -116,6 +116,7 @@ def test_wrong_results_are_refused_by_name_and_have_no_figure():
     assert "differs in 1000 of 1000" in refused["liar"]
 
 
+@pytest.mark.smoke
 def test_subjects_take_turns():
     order = []
     with started([subject(sleeper, name) for name in "abc"], 1) as (children, _, _):

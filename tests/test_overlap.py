@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import rectilinear as r
-from rectilinear.kernels import results
+from rectilinear import buffers
 
 Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray]
@@ -87,9 +87,7 @@ def _cut(room: np.ndarray, start: int, shape: Shape) -> np.ndarray:
 
 
 def _kept(size: int, path: Path) -> np.ndarray:
-    room = results.empty((results.LARGE_BYTES // 8,), np.dtype("f8"))
-    assert room.base is not None
-    return room[:size]
+    return buffers.empty((buffers.LARGE_BYTES // 8,), np.dtype("f8"))[:size]
 
 
 ROOMS: dict[str, Callable[[int, Path], np.ndarray]] = {
@@ -213,3 +211,78 @@ def test_neighbours_do_not_overlap(rng: np.random.Generator, tmp_path: Path, nam
             want = FUNCTIONS[name][0]({key: array.copy() for key, array in arrays.items()})
             for got, wish in zip(FUNCTIONS[name][0](arrays), want, strict=True):
                 np.testing.assert_array_equal(got, wish)
+
+
+# ---------------------------------------------------------------- an out whose elements share memory with one another
+
+as_strided = np.lib.stride_tricks.as_strided
+SELF_OVERLAPS: dict[str, Callable[[np.ndarray, Shape], np.ndarray]] = {
+    "windows": lambda room, shape: as_strided(room, shape, (8,) * len(shape)),
+    "windows, backwards": lambda room, shape: as_strided(room[100:], shape, (-8,) * len(shape)),
+    "half an element on": lambda room, shape: as_strided(room, shape, (*(64 * n for n in range(len(shape), 1, -1)), 4)),
+    "one row for all": lambda room, shape: as_strided(room, shape, (0,) * (len(shape) - 1) + (8,)),
+    "rows that reach into the next": lambda room, shape: as_strided(room, shape, (*(800,) * (len(shape) - 2), 8 * (shape[-1] - 1), 8)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", SELF_OVERLAPS)
+def test_an_out_that_overlaps_itself_is_refused(name: str, kind: str) -> None:
+    _, arguments, outs = FUNCTIONS[name]
+    for out, shape in outs.items():
+        if len(shape) == 1 and kind not in ("windows", "half an element on"):
+            continue
+        room = np.zeros(4000)
+        special = as_strided(room, shape, (4,)) if len(shape) == 1 else SELF_OVERLAPS[kind](room, shape)
+        arrays = {key: np.ones(s) for key, s in (arguments | outs).items()} | {out: special}
+        with pytest.raises(ValueError, match="share memory with one another"):
+            FUNCTIONS[name][0](arrays)
+        assert not room.any()
+
+
+APART: dict[str, Callable[[Shape], np.ndarray]] = {
+    "permuted axes": lambda shape: np.empty(shape[::-1]).transpose(),
+    "gaps": lambda shape: np.empty([2 * n for n in shape])[tuple(slice(None, None, 2) for _ in shape)],
+    "reversed": lambda shape: np.empty(shape)[tuple(slice(None, None, -1) for _ in shape)],
+    "a field of records": lambda shape: np.empty(shape, "f8, i1")["f0"],
+    "columns": lambda shape: np.empty((*shape, 3))[..., 1],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", APART)
+def test_other_layouts_of_out_are_filled(rng: np.random.Generator, name: str, kind: str) -> None:
+    outs = FUNCTIONS[name][2]
+    arrays = arrays_for(name, rng, {})
+    want = FUNCTIONS[name][0]({key: array.copy() for key, array in arrays.items()})
+    got = FUNCTIONS[name][0](arrays | {out: APART[kind](shape) for out, shape in outs.items()})
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("stride", [0, 3, -8, 8, -40, 1 << 40, -(1 << 40)])
+def test_strides_of_axes_that_never_step_mean_nothing(shape: Shape, stride: int) -> None:
+    strides = [stride if n <= 1 or 0 in shape else 8 for n in shape]
+    out = as_strided(np.zeros(200)[100:], shape, strides)
+    x = np.arange(-2.0, np.prod(shape) - 2).reshape(shape)
+    np.testing.assert_array_equal(r.relu_forward(x, out=out)[0], np.where(x < 0, 0, x))
+
+
+def test_what_is_found_to_overlap_itself_is_no_more_than_what_interleaves(rng: np.random.Generator) -> None:
+    """Against the exact answer: every overlap is found, and only layouts whose axes interleave are refused without one."""
+    for _ in range(3000):
+        shape = tuple(int(n) for n in rng.integers(0, 4, rng.integers(1, 4)))
+        strides = tuple(8 * int(n) for n in rng.integers(-9, 10, len(shape)))
+        out = as_strided(np.zeros(200)[100:], shape, strides)
+        places = as_strided(np.arange(200)[100:], shape, strides).reshape(-1)
+        overlaps = len(set(places.tolist())) < places.size
+        steps = sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1)
+        interleaves = any(step < sum(s * (n - 1) for s, n in steps[:i]) + 8 for i, (step, _) in enumerate(steps))
+        try:
+            r.relu_forward(np.zeros(shape), out=out)
+        except ValueError:
+            assert overlaps or interleaves
+            assert places.size
+        else:
+            assert not overlaps

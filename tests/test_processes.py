@@ -38,6 +38,7 @@ def same_bits(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.smoke
 def test_the_same_bits_on_every_run(numpy_lib: Lib) -> None:
     first = step()
     assert all(same_bits(step(), first) for _ in range(10))
@@ -147,7 +148,8 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
-def test_memory_is_flat(numpy_lib: Lib) -> None:
+def test_memory_is_flat(backend: str) -> None:
+    r.set_backend(backend)
     rng = np.random.default_rng(0)
     x, w, b, dout = (rng.standard_normal(shape) for shape in ((4, 8), (8, 4), (4,), (4, 4)))
 
@@ -165,6 +167,7 @@ def test_memory_is_flat(numpy_lib: Lib) -> None:
     assert resident_bytes() - before < 4 * 2**20
 
 
+@pytest.mark.parametrize("backend", [pytest.param("numpy", marks=pytest.mark.nightly), "numba"])
 def test_more_elements_than_a_32_bit_index(backend: str) -> None:
     """Views of stride 0, so that neither operands nor results need memory."""
     n = 2**31 + 3

@@ -1,4 +1,4 @@
-"""A short subset that an installed wheel is tried with, outside of the checkout: NumPy and pytest are all it needs."""
+"""The part of the smoke subset that an installed wheel is tried with, outside of the checkout: NumPy and pytest are all it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import rectilinear as r
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("error")]
 
 
 def test_a_training_step() -> None:

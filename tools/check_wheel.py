@@ -39,7 +39,9 @@ def main() -> None:
         if "site-packages" not in found:
             sys.exit(f"rectilinear was imported from {found.strip()}, not from the installed wheel")
         print(f"{wheel.name}: imported from site-packages")
-        run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_smoke.py", cwd=place, env=environment)
+        run(
+            python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "markers=smoke", "tests/test_smoke.py", cwd=place, env=environment
+        )
 
 
 def run(*command: object, **options: object) -> None:

@@ -48,8 +48,8 @@ Wanted: TypeAlias = tuple[bool, bool, bool]
 class Probe:
     """What a backend found out about its own usability.
 
-    `reason` says why it is not usable and what to do about it, in one line; None when usable. `threads` is the
-    number of threads it may use, `simd` the instruction set or BLAS kernel its products run on.
+    `reason` says why it is not usable and what to do about it, in one line; when usable, what it has to do without, or None.
+    `threads` is the number of threads it may use, `simd` the instruction set or BLAS kernel its products run on.
     """
 
     usable: bool
@@ -61,7 +61,11 @@ class Probe:
 
 
 class Backend(Protocol):
-    """The primitives. Shapes: x (n, d), w (d, m), b (m,), dout (n, m); stacked (g, n, d), (g, d, m), (g, m), (g, n, m)."""
+    """The primitives. Shapes: x (n, d), w (d, m), b (m,), dout (n, m); stacked (g, n, d), (g, d, m), (g, m), (g, n, m).
+
+    Where the number of threads depends on more than the machine, a method ``threads()`` gives the number of a call made here and now;
+    `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's.
+    """
 
     api_version: int
     """`API_VERSION` that the backend was written for."""

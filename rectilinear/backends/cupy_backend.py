@@ -17,7 +17,7 @@ import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
-from rectilinear.keepmask import KeepMask
+from rectilinear.keepmask import KeepMask, unchecked
 
 # As in layers.cu.
 _BLOCK = 256  # threads
@@ -98,7 +98,7 @@ class CupyBackend:
             self._product(x, w, z)
             mask = self._empty((*y.shape[:-1], -(-y.shape[-1] // 8)), np.uint8)
             self._bias("bias_relu_mask", z, b, y, mask)
-            return _deliver(y, out), KeepMask(mask, y.shape)
+            return _deliver(y, out), unchecked(mask, y.shape)
 
     def affine_backward(
         self,
@@ -198,7 +198,7 @@ class CupyBackend:
         if keep is None:
             return "colsum", _NULL, 0
         if isinstance(keep, KeepMask):
-            bits = self._contiguous(keep.bits)
+            bits = self._contiguous(keep._bits)
             return "mask_colsum", bits, bits.shape[-1]
         return "preact_colsum", self._contiguous(keep), 0
 
@@ -223,7 +223,7 @@ class CupyBackend:
         dx = self._result(dout.shape, dout.dtype, out)
         dout = self._contiguous(dout)
         if isinstance(keep, KeepMask):
-            self._mask_backward(dout, self._contiguous(keep.bits), dx)
+            self._mask_backward(dout, self._contiguous(keep._bits), dx)
         else:
             self._flat("relu_backward", (dout, self._contiguous(keep), dx))
         return _deliver(dx, out)
@@ -268,13 +268,13 @@ class CupyBackend:
     def asarray(self, x: Any, dtype: Any = None) -> Array:
         cp = self.runtime.cp
         if isinstance(x, KeepMask):
-            return KeepMask(cp.asarray(x.bits), x.shape)
+            return unchecked(cp.asarray(x._bits), x.shape)
         if not isinstance(x, cp.ndarray) and not hasattr(x, "__cuda_array_interface__"):
             x = np.asarray(x)  # CuPy takes no array of a CPU library but NumPy's
         return cp.asarray(x, dtype)
 
     def to_numpy(self, x: Array) -> Any:
-        return KeepMask(x.bits.get(), x.shape) if isinstance(x, KeepMask) else x.get()
+        return unchecked(x._bits.get(), x.shape) if isinstance(x, KeepMask) else x.get()
 
     def synchronize(self) -> None:
         self.runtime.cp.cuda.Device().synchronize()

@@ -6,15 +6,18 @@ imported when the first one is needed, and kernels compile, or come from the cac
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
-from rectilinear.keepmask import KeepMask
-from rectilinear.kernels.results import empty
-from rectilinear.kernels.scratch import with_scratch
-from rectilinear.threads import get_num_threads
+from rectilinear.backends.generic import may_underflow
+from rectilinear.backends.numpy_backend import NumpyBackend
+from rectilinear.buffers import empty, with_scratch
+from rectilinear.keepmask import KeepMask, unchecked
+from rectilinear.kernels import forks, numba_private
+from rectilinear.threads import call_threads, get_num_threads
 
 _RELU = 2  # rectilinear.kernels.tile.RELU, whose module would import llvmlite
 _BYTE = np.dtype(np.uint8)  # made already, it saves np.empty 40 ns
@@ -28,8 +31,15 @@ class NumbaBackend:
     name = "numba"
     library = "numpy"
     half = False
+    _has_pool = False
 
     def probe(self) -> Probe:
+        if forks.frozen:
+            return Probe(True, reason=f"{forks.WHY}: NumPy computes", device="cpu")
+        with forks.loading():
+            return self._probe()
+
+    def _probe(self) -> Probe:
         try:
             import numba
         except ImportError as error:
@@ -39,12 +49,22 @@ class NumbaBackend:
         if numba.config.DISABLE_JIT:
             return Probe(False, "NUMBA_DISABLE_JIT is set, and these kernels are compiled or nothing; unset it", numba.__version__)
         try:
+            unfit = numba_private.unfit()
+            if unfit is not None:
+                return Probe(False, unfit, numba.__version__)
+            from rectilinear.kernels import symbols
             from rectilinear.kernels.library import describe_host
 
-            simd = describe_host()
+            simd, no_pool = describe_host(), symbols.why_no_pool()
         except Exception as error:
             return Probe(False, f"numba cannot compile for this processor ({error}); reinstall numba and llvmlite", numba.__version__)
-        return Probe(True, version=numba.__version__, device="cpu", threads=get_num_threads(), simd=simd)
+        self._has_pool = no_pool is None
+        note = None if no_pool is None else f"runs on one thread: {no_pool}"
+        return Probe(True, note, version=numba.__version__, device="cpu", simd=simd)
+
+    def threads(self) -> int:
+        chosen = get_num_threads()
+        return chosen if self._has_pool else 1
 
     # Affine, with ReLU or without.
 
@@ -59,12 +79,12 @@ class NumbaBackend:
         result = empty(shape, x.dtype) if out is None else _in_place(out)
         bits = np.empty((*shape[:-1], (m + 7) >> 3), _BYTE)
         self._forward(x, w, b, id(result), id(bits), _RELU)
-        return result if out is None or out is result else _delivered(result, out), KeepMask(bits, shape)
+        return result if out is None or out is result else _delivered(result, out), unchecked(bits, shape)
 
     def _forward(self, x: Array, w: Array, b: Array | None, out: int, bits: int, relu: int) -> None:
         kernel = _passes().affine_forward[x.itemsize]
         # Small calls need no scratch memory, and save fetching it.
-        answer = kernel(id(x), id(w), 0 if b is None else id(b), out, bits, relu, 0, 0, get_num_threads())
+        answer = kernel(id(x), id(w), 0 if b is None else id(b), out, bits, relu, 0, 0, call_threads())
         if answer:
             b = None if b is None else np.ascontiguousarray(b)  # one answer is SCATTERED, which asks for it
             _finished(with_scratch(kernel, id(x), id(w), 0 if b is None else id(b), out, bits, relu))
@@ -80,7 +100,7 @@ class NumbaBackend:
     ) -> tuple[Array | None, Array | None, Array | None]:
         kind, mask = _NO_MASK, None
         if isinstance(keep, KeepMask):
-            kind, mask = _BY_BITS, keep.bits
+            kind, mask = _BY_BITS, keep._bits
             if mask.strides[-1] != 1:
                 mask = np.ascontiguousarray(mask)
         elif keep is not None:
@@ -127,11 +147,11 @@ class NumbaBackend:
             return self._relu(dout, keep, out)
         dout_rows = dout if _in_rows(dout) else np.ascontiguousarray(dout)
         result = empty(dout.shape, dout.dtype) if out is None else _in_place(out)
-        bits = keep.bits if _in_rows(keep.bits) else np.ascontiguousarray(keep.bits)
+        bits = keep._bits if _in_rows(keep._bits) else np.ascontiguousarray(keep._bits)
         _, over_bits, _ = _passes().relu[dout.itemsize]
         for index in np.ndindex(dout.shape[:-2]):
             source, mask, target = dout_rows[index], bits[index], result[index]
-            _finished(over_bits(id(source), id(mask), id(target), get_num_threads()))
+            _finished(over_bits(id(source), id(mask), id(target), call_threads()))
         return _delivered(result, out)
 
     def _relu(self, x: Array, keep: Array, out: Array | None) -> Array:
@@ -142,16 +162,17 @@ class NumbaBackend:
         over_run, _, over_rows = _passes().relu[x.itemsize]
         flags = out.flags
         if (in_c and flags.c_contiguous) or (in_f and flags.f_contiguous):
-            _finished(over_run(id(x), id(keep), id(out), get_num_threads()))
+            _finished(over_run(id(x), id(keep), id(out), call_threads()))
             return out
         two = (np.atleast_2d(x), np.atleast_2d(keep), np.atleast_2d(out))
         for index in np.ndindex(two[0].shape[:-2]):
             source, mask, target = (array[index] for array in two)
-            _finished(over_rows(id(source), id(mask), id(target), get_num_threads()))
+            _finished(over_rows(id(source), id(mask), id(target), call_threads()))
         return out
 
     # Softmax.
 
+    @may_underflow
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
         dx = empty(x.shape, x.dtype) if out is None else _in_place(out)
         loss = np.full((), np.nan)
@@ -175,9 +196,12 @@ class NumbaBackend:
 def _passes() -> Any:
     global _loaded_passes
     if _loaded_passes is None:
-        from rectilinear.kernels import passes
+        if forks.frozen:
+            raise forks.CannotCompileError
+        with forks.loading():
+            from rectilinear.kernels import passes
 
-        _loaded_passes = passes
+            _loaded_passes = passes
     return _loaded_passes
 
 
@@ -188,6 +212,42 @@ def _finished(answer: int) -> None:
     """Look at what a pass answered."""
     if answer:  # kernels.memory.CHANGED
         raise RuntimeError("an argument's shape was changed by another thread in the middle of the call; nothing was computed")
+
+
+def _or_numpy(primitive: str) -> Any:
+    """The primitive as it is, or NumPy's where it would have to compile."""
+    compiled, plain = getattr(NumbaBackend, primitive), getattr(NumpyBackend(), primitive)
+
+    def serve(self: NumbaBackend, *operands: Any) -> Any:
+        try:
+            return compiled(self, *operands)
+        except forks.CannotCompileError:
+            return plain(*operands)
+
+    return serve
+
+
+_compiles = True
+
+
+def _after_fork_in_child() -> None:
+    global _compiles
+    if forks.frozen and _compiles:
+        _compiles = False
+        for primitive in (
+            "affine_forward",
+            "affine_relu_forward",
+            "affine_backward",
+            "bias_backward",
+            "relu_forward",
+            "relu_backward",
+            "softmax_loss",
+        ):
+            setattr(NumbaBackend, primitive, _or_numpy(primitive))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _in_rows(array: Array) -> bool:

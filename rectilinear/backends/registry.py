@@ -13,11 +13,11 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from rectilinear.backends.contract import API_VERSION, Backend, Probe
+from rectilinear.choice import Block, Choice
 from rectilinear.errors import BackendError
 
 VARIABLE = "RECTILINEAR_BACKEND"
@@ -46,12 +46,13 @@ class BackendInfo:
     name : str
     usable : bool
     reason : str or None
-        Why it is not usable and what to do about it; for the active backend of ``auto``, what was passed over and why.
+        Why it is not usable and what to do about it. For a usable one what it has to do without, or what is wrong with the choice of
+        threads; for the active backend of ``auto``, what was passed over and why.
     version : str or None
         Version of the library that does the work.
     device : str or None
     threads : int or None
-        Number of threads it may use.
+        Number of threads that a call made here and now may use.
     simd : str or None
         Instruction set or BLAS kernel of its products.
     active : bool
@@ -76,29 +77,15 @@ class _Loaded(NamedTuple):
     probe: Probe
 
 
-class _Choice(NamedTuple):
+class _Chosen(NamedTuple):
     name: str
     backend: Backend
     chosen_by: str
     note: str | None = None
 
 
-class _Override(NamedTuple):
-    """A `use_backend` that is open: what it chose, who opened it in which thread, and the one around it."""
-
-    choice: _Choice
-    opener: use_backend
-    thread: int
-    outer: _Override | None
-
-
-# A ContextVar alone cannot be the process's choice, new threads would not see it; a global alone cannot be a context's.
-_override: ContextVar[_Override | None] = ContextVar("rectilinear_backend", default=None)
-_process: _Choice | None = None
-_default: _Choice | None = None  # by variable or auto, kept from the first call that needed it
-
-_registered: dict[str, Factory] = {}
-_loaded: dict[str, _Loaded] = {}
+_registered: dict[str, Factory] = globals().get("_registered", {})
+_loaded: dict[str, _Loaded] = globals().get("_loaded", {})
 # Held for assignments only, never while foreign code runs: an import that needs a backend would wait for whoever imports it.
 _lock = threading.RLock()
 
@@ -206,56 +193,31 @@ def serving(library: str) -> Backend:
 
 def active() -> Backend:
     """The backend that serves NumPy arrays here and now."""
-    return _choice().backend
+    return _choice.current().backend
 
 
-def _choice() -> _Choice:
-    override = _override.get()
-    if override is not None and (override.thread == threading.get_ident() or not _in_threads_own_context()):
-        return override.choice
-    return _process or _default or _choose_default()
-
-
-_mark: ContextVar[object] = ContextVar("rectilinear_mark")
-
-
-def _in_threads_own_context() -> bool:
-    """Whether the current context is the copy of its starter's that this thread runs in, and not one handed over since.
-
-    On free-threaded builds (``sys.flags.thread_inherit_context``) a new thread starts with such a copy, which elsewhere it does
-    not; what it holds from outside was not meant for the thread. A task's or ``asyncio.to_thread``'s context was.
-    """
-    own = getattr(threading.current_thread(), "_context", None)
-    if own is None:
-        return False
-    mark = object()
-    _mark.set(mark)  # in the current context; a thread's own context object tells whether it is that one
-    return own.get(_mark) is mark
-
-
-def _choose_default() -> _Choice:
-    global _default
+def _by_variable() -> _Chosen:
     asked = os.environ.get(VARIABLE, "").strip().lower()
     if asked and asked != AUTO:
-        choice = _pick(asked, f"{VARIABLE}={os.environ[VARIABLE]!r}", "variable")
-    else:
-        choice = _auto("variable" if asked else "auto")
-    with _lock:
-        _default = _default or choice
-        return _default
+        return _pick(asked, f"{VARIABLE}={os.environ[VARIABLE]!r}", "variable")
+    return _auto("variable" if asked else "auto")
 
 
-def _auto(chosen_by: str) -> _Choice:
+# importlib.reload, and IPython's autoreload, keep what was chosen and registered.
+_choice: Choice[_Chosen] = globals().get("_choice") or Choice("backend", _by_variable)
+
+
+def _auto(chosen_by: str) -> _Chosen:
     passed_over: list[str] = []
     for name in _AUTO_ORDER:
         loaded = _load(name)
         if loaded is not None and loaded.backend is not None and loaded.probe.usable:
-            return _Choice(name, loaded.backend, chosen_by, "; ".join(passed_over) or None)
+            return _Chosen(name, loaded.backend, chosen_by, "; ".join(passed_over) or None)
         passed_over.append(f"auto passed over {name}: {loaded.probe.reason if loaded else 'unknown'}")
     raise BackendError(_refusal(AUTO, "rectilinear"))
 
 
-def _pick(name: str, asker: str, chosen_by: str) -> _Choice:
+def _pick(name: str, asker: str, chosen_by: str) -> _Chosen:
     """The choice of a name that somebody asked for, or the error that helps them on."""
     if not isinstance(name, str):
         raise TypeError(f"{asker}: name is a {type(name).__name__}; give the name of a backend, such as 'numpy'")
@@ -265,7 +227,7 @@ def _pick(name: str, asker: str, chosen_by: str) -> _Choice:
     loaded = _load(name) if name != GENERIC else None
     if loaded is None or loaded.backend is None or not loaded.probe.usable:
         raise BackendError(_refusal(name, asker))
-    return _Choice(name, loaded.backend, chosen_by)
+    return _Chosen(name, loaded.backend, chosen_by)
 
 
 def set_backend(name: str | None) -> None:
@@ -290,15 +252,10 @@ def set_backend(name: str | None) -> None:
     'numpy'
     >>> rectilinear.set_backend(None)
     """
-    global _process, _default
-    choice = None if name is None else _pick(name, "set_backend", "process")
-    with _lock:
-        _process = choice
-        if choice is None:
-            _default = None
+    _choice.choose(None if name is None else _pick(name, "set_backend", "process"))
 
 
-class use_backend:
+class use_backend(Block[_Chosen]):
     """Choose the backend for a ``with`` block, in this thread or task and the tasks started from it.
 
     Tasks and ``asyncio.to_thread`` inherit the choice, new threads do not. Leaving the block restores what was before.
@@ -322,22 +279,11 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._choice = _pick(name, "use_backend", "context")
+        super().__init__(_choice, _pick(name, "use_backend", "context"))
 
     def __enter__(self) -> str:
-        _override.set(_Override(self._choice, self, threading.get_ident(), _override.get()))
-        return self._choice.name
-
-    def __exit__(self, *_: object) -> None:
-        # The chain, and not a token kept on self, so that one object may be open in several threads and more than once; its own
-        # link of the chain, and not the last, since a generator may be closed inside of another block.
-        _override.set(_without(_override.get(), self))
-
-
-def _without(override: _Override | None, opener: use_backend) -> _Override | None:
-    if override is None or override.opener is opener:
-        return override and override.outer
-    return override._replace(outer=_without(override.outer, opener))
+        super().__enter__()
+        return self._value.name
 
 
 def get_backend() -> str:
@@ -348,7 +294,7 @@ def get_backend() -> str:
     BackendError
         If the choice is the variable's and the variable names no usable backend.
     """
-    return _choice().name
+    return _choice.current().name
 
 
 # ---------------------------------------------------------------- the words
@@ -358,14 +304,14 @@ def list_backends() -> list[BackendInfo]:
     """Every backend: whether it is usable, why not, and which one is active and by what.
 
     Probes each one on the first call (the GPU's runs a small kernel). A bad ``RECTILINEAR_BACKEND`` does not raise here: no backend is
-    active then.
+    active then. Nor does a bad ``RECTILINEAR_NUM_THREADS``: the number of threads is None then, and `reason` says why.
 
     Returns
     -------
     list of BackendInfo
     """
     try:
-        choice = _choice()
+        choice = _choice.current()
     except BackendError:
         choice = None
     infos = []
@@ -374,14 +320,20 @@ def list_backends() -> list[BackendInfo]:
         if loaded is None:  # unregistered meanwhile
             continue
         probe, is_active = loaded.probe, choice is not None and name == choice.name
+        notes = [choice.note if is_active and choice else None, probe.reason]
+        try:
+            threads = _threads(loaded)
+        except ValueError as error:  # a bad variable
+            threads = None
+            notes.append(str(error))
         infos.append(
             BackendInfo(
                 name=name,
                 usable=probe.usable,
-                reason=choice.note if is_active and choice else probe.reason,
+                reason="; ".join(filter(None, notes)) or None,
                 version=probe.version,
                 device=probe.device,
-                threads=probe.threads,
+                threads=threads,
                 simd=probe.simd,
                 active=is_active,
                 chosen_by=choice.chosen_by if is_active and choice else None,
@@ -390,10 +342,15 @@ def list_backends() -> list[BackendInfo]:
     return infos
 
 
+def _threads(loaded: _Loaded) -> int | None:
+    now = getattr(loaded.backend, "threads", None) if loaded.probe.usable else None
+    return now() if callable(now) else loaded.probe.threads
+
+
 def choice_error() -> str | None:
     """What is wrong with the choice in the calling context, if something is; for ``python -m rectilinear info``."""
     try:
-        _choice()
+        _choice.current()
     except BackendError as error:
         return str(error)
     return None

@@ -2,34 +2,47 @@
 
 One file per function, signature and `fingerprint`, written beside its place and moved there whole, so that any number of
 processes may read and write at once. An entry is used only if it belongs to this user and its checksum holds. Whatever goes
-wrong (no home, nothing writable, a full disk, a damaged entry) costs time, never a result: the kernel is compiled.
+wrong (no home, nothing writable, a full disk, a damaged entry) costs time, never a result: the kernel is compiled. Whoever writes an
+entry removes what has not been used for long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import os
 import pickle
 import re
+import shlex
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from numba.core import bytecode, serialize
+from numba.core import serialize
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
-from numba.core.compiler_lock import global_compiler_lock
 
+from rectilinear.kernels import forks  # noqa: F401  # looks after forks from here on
 from rectilinear.kernels.fingerprint import digest, environment, fingerprint
+from rectilinear.kernels.numba_private import number_functions_apart
 
 VARIABLE = "RECTILINEAR_CACHE_DIR"
+
+KEPT_DAYS = 90
+"""An entry that no process has loaded for so long is removed."""
+
+KEPT_BYTES = 128 << 20
+"""Beyond this, those go that have been unused the longest. All kernels for one machine and version take 4 MB."""
+
+_DAY_S = 86_400.0
 
 _MAGIC = b"rectilinear kernel 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -90,6 +103,9 @@ class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
                 return CompileResult._rebuild(target_context, *pickle.loads(content))
         except FileNotFoundError:
             pass
+        except _UnsafeError as refusal:
+            _log.debug("cannot load %s: %s", self._dispatcher.__qualname__, refusal)
+            _tell(str(refusal))
         except Exception:
             _log.debug("cannot load %s", self._dispatcher.__qualname__, exc_info=True)
         announce()
@@ -119,10 +135,16 @@ def directory() -> Path | None:
     """Where entries are kept; None where the system names no home for this user."""
     chosen = os.environ.get(VARIABLE, "").strip()
     try:
-        base = Path(chosen).expanduser() if chosen else _user_cache() / "rectilinear"
+        base = _resolved(chosen) if chosen else _user_cache() / "rectilinear"
     except RuntimeError:  # no home directory
         return None
-    return base.absolute() / "kernels" if chosen or base.is_absolute() else None
+    return base / "kernels" if base.is_absolute() else None
+
+
+@functools.cache
+def _resolved(chosen: str) -> Path:
+    """A chosen directory, from the working directory at first use: os.chdir does not make a second cache."""
+    return Path(chosen).expanduser().absolute()
 
 
 def _user_cache() -> Path:
@@ -138,8 +160,12 @@ def _read(path: Path, key: bytes) -> bytes:
     _refuse_foreign(os.stat(path.parent), path.parent)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
-        _refuse_foreign(os.fstat(descriptor), path)
+        status = os.fstat(descriptor)
+        _refuse_foreign(status, path)
         data = file.read()
+    if time.time() - status.st_mtime > _DAY_S:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # for `_prune`: it is in use
     magic, key_met, checksum, content = _split(data)
     if magic != _MAGIC or key_met != key or checksum != hashlib.sha256(content).digest():
         raise ValueError(f"{path} is damaged")
@@ -151,14 +177,24 @@ def _split(data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return data[:a], data[a:b], data[b:c], data[c:]
 
 
+class _UnsafeError(PermissionError):
+    """Loading runs what an entry says, so nobody else may have been able to write it."""
+
+
 def _refuse_foreign(status: os.stat_result, path: Path) -> None:
-    """Loading an entry runs what it says, so nobody else may have been able to write it."""
-    if os.name == "posix" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError(f"{path} can be written by other users")
+    if not hasattr(os, "geteuid"):  # Windows
+        return
+    if status.st_uid != os.geteuid():
+        trouble = f"{path} belongs to another user; set {VARIABLE} to a directory of your own"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        trouble = f"{path} can be written by other users; if no one has: chmod go-w {shlex.quote(str(path))}"
+    else:
+        return
+    raise _UnsafeError(f"kernels compile at every start, since {trouble}")
 
 
 def _write(path: Path, key: bytes, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="new-")
     try:
         with open(descriptor, "wb") as file:
@@ -168,17 +204,52 @@ def _write(path: Path, key: bytes, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    with contextlib.suppress(OSError):
+        _prune(path.parent)
+
+
+def _make(folder: Path) -> None:
+    """Make a directory and its parents for this user alone, whatever the umask; those that are there stay as they are."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+
+
+def _prune(folder: Path) -> None:
+    """Remove what nobody has used for long. Another process may be reading it: what it has opened stays readable."""
+    now, total = time.time(), 0
+    found = sorted(((entry.stat(follow_symlinks=False), entry) for entry in os.scandir(folder)), key=lambda pair: -pair[0].st_mtime)
+    for status, entry in found:
+        unused = now - status.st_mtime
+        if entry.name.endswith(".kernel"):
+            total += status.st_size
+            too_many = total > KEPT_BYTES and unused > 0
+            remove = too_many or unused > KEPT_DAYS * _DAY_S
+        else:
+            remove = entry.name.startswith("new-") and unused > _DAY_S  # left by a process that was killed
+        if remove:
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
 
 
 _announced = False
+_told: set[str] = set()
 
 
 def announce(*, spoken: bool = True) -> None:
     """Tell a user who waits at a terminal, once, what for. ``spoken=False``: somebody else tells."""
     global _announced
-    if not _announced and spoken and sys.stderr is not None and sys.stderr.isatty():
-        print("rectilinear: compiling kernels for this machine; rectilinear.warmup() compiles all of them at once", file=sys.stderr)
+    if not _announced and spoken:
+        _tell("compiling kernels for this machine; rectilinear.warmup() compiles all of them at once")
     _announced = True
+
+
+def _tell(what: str) -> None:
+    """Say something to a user at a terminal, once for the process."""
+    if what not in _told and sys.stderr is not None and sys.stderr.isatty():
+        print(f"rectilinear: {what}", file=sys.stderr)
+    _told.add(what)
 
 
 Job = tuple[str, Callable[[], object]]
@@ -194,26 +265,7 @@ def warms(function: Callable[[str], Iterable[Job]]) -> Callable[[str], Iterable[
     return function
 
 
-def _number_functions_apart() -> None:
-    """Make numba number the functions it compiles from a random number on, not from 1 in every process.
-
-    The number is what tells symbols of equal name apart. Cached code keeps the symbols of the process that compiled it;
-    two products of one factory, each compiled as number 7 in its own process and loaded into a third, would be one symbol to
-    LLVM, and calls of the one would run the other.
-    """
-    bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6)))
-
-
-def _after_fork_in_child() -> None:
-    global_compiler_lock.release()
-    _number_functions_apart()  # the children of one parent go on counting from the same number
-
-
-_number_functions_apart()
+number_functions_apart()
 if hasattr(os, "register_at_fork"):
-    # Without the lock around it, a child forked while another thread compiles would find the lock taken for ever.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=_after_fork_in_child,
-    )
+    # The children of one parent would go on counting from the same number.
+    os.register_at_fork(after_in_child=number_functions_apart)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from rectilinear.kernels import blocking, simd
+from rectilinear.kernels import blocking, forks, simd
 from rectilinear.kernels.cache import jit
 from rectilinear.kernels.dots import PARAMETERS as DOTS_PARAMETERS
 from rectilinear.kernels.dots import dots_rows, emit_dots
@@ -48,8 +46,6 @@ transpose = emitted("rectilinear_transpose", len(TRANSPOSE_PARAMETERS))
 _published: dict[str, Any] = {}
 """Keeps alive what published names point to, for as long as the process: linked code holds the addresses."""
 
-_making = threading.RLock()
-
 
 class Once(dict[int, Any]):
     """What `make` makes for each key, made when first asked for and then kept: ``Once(make)[key]``.
@@ -63,20 +59,10 @@ class Once(dict[int, Any]):
         self._make = make
 
     def __missing__(self, key: int) -> Any:
-        with _making:
+        with forks.loading():
             if key not in self:
                 self[key] = self._make(key)
         return self[key]
-
-
-def _renew_lock() -> None:
-    # Held by another thread at the moment of a fork, it would stay locked in the child for ever.
-    global _making
-    _making = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache

@@ -192,12 +192,13 @@ def _c_wrapper(context: Any, module: Any, compiled: Any) -> Any:
     return wrapper
 
 
-def external(name: str, arguments: int) -> Callable[..., int]:
+def external(name: str, arguments: int, result: Any = types.int32) -> Callable[..., int]:
     """The C function `name` of this process, callable from jitted code with ``intp`` arguments; returns a C ``int``.
 
-    Pointers, ``size_t`` and ``int`` all travel as ``intp``, which the calling conventions of x86-64 and aarch64 allow.
+    Pointers, ``size_t`` and ``int`` all travel as ``intp``, which the calling conventions of x86-64 and aarch64 allow. Of what
+    returns a pointer the `result` is ``intp``, of what returns nothing ``void``.
     """
-    function: Callable[..., int] = types.ExternalFunction(name, types.int32(*(types.intp,) * arguments))
+    function: Callable[..., int] = types.ExternalFunction(name, result(*(types.intp,) * arguments))
     return function
 
 

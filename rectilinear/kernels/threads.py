@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import signal
-from collections.abc import Iterable
 from typing import Any
 
 import llvmlite.binding as llvm
 from numba import types
-from numba.core.registry import cpu_target
 
+from rectilinear.kernels import symbols
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.native import (
     c_address,
@@ -65,48 +65,38 @@ _LEFT, _CALLER_SLEEPS = 640, 648
 _SLEEPERS, _STOP = 768, 776
 _MUTEX, _WORK_CONDITION, _DONE_CONDITION = 896, 1024, 1152
 _SIGNALS, _OLD_SIGNALS = 1280, 1408
-_ALLOWED_CPUS = 1536
-_HANDLES = 1664
+_HANDLES = 1536
 _POOL_BYTES = _HANDLES + 8 * MAX_THREADS
 
 _REBUILDING = -1
 
 _CPU_SET_BYTES = 128
 
-_pthread_create = external("pthread_create", 4)
-_pthread_join = external("pthread_join", 2)
-_pthread_sigmask = external("pthread_sigmask", 3)
-_mutex_init = external("pthread_mutex_init", 2)
-_lock = external("pthread_mutex_lock", 1)
-_unlock = external("pthread_mutex_unlock", 1)
-_cond_init = external("pthread_cond_init", 2)
-_cond_wait = external("pthread_cond_wait", 2)
-_cond_signal = external("pthread_cond_signal", 1)
-_cond_broadcast = external("pthread_cond_broadcast", 1)
-_sigfillset = external("sigfillset", 1)
-_sigdelset = external("sigdelset", 2)
-_fegetenv = external("fegetenv", 1)
-_fesetenv = external("fesetenv", 1)
-_getpid = external("getpid", 0)
-_usleep = external("usleep", 1)
 
-_EXTERNALS: tuple[Any, ...] = (
-    _pthread_create, _pthread_join, _pthread_sigmask, _mutex_init, _lock, _unlock, _cond_init, _cond_wait, _cond_signal,
-    _cond_broadcast, _sigfillset, _sigdelset, _fegetenv, _fesetenv, _getpid, _usleep,
-)  # fmt: skip
-
-_sched_getcpu = external("sched_getcpu", 0)
-_sched_getaffinity = external("sched_getaffinity", 3)
-_sched_setaffinity = external("sched_setaffinity", 3)
-
-cpu_target.target_context.refresh()  # symbols of the process can be looked up only once there is an engine
+def _pool_function(name: str) -> Any:
+    return external(name, symbols.POOL[name])
 
 
-def _has(names: Iterable[str]) -> bool:
-    return all(llvm.address_of_symbol(name) for name in names)
+_pthread_create = _pool_function("pthread_create")
+_pthread_join = _pool_function("pthread_join")
+_pthread_sigmask = _pool_function("pthread_sigmask")
+_mutex_init = _pool_function("pthread_mutex_init")
+_lock = _pool_function("pthread_mutex_lock")
+_unlock = _pool_function("pthread_mutex_unlock")
+_cond_init = _pool_function("pthread_cond_init")
+_cond_wait = _pool_function("pthread_cond_wait")
+_cond_signal = _pool_function("pthread_cond_signal")
+_cond_broadcast = _pool_function("pthread_cond_broadcast")
+_sigfillset = _pool_function("sigfillset")
+_sigdelset = _pool_function("sigdelset")
+_fegetenv = _pool_function("fegetenv")
+_fesetenv = _pool_function("fesetenv")
+_getpid = _pool_function("getpid")
+_usleep = _pool_function("usleep")
 
+_sched_getcpu, _sched_getaffinity, _sched_setaffinity = itertools.starmap(external, symbols.AFFINITY.items())
 
-_KNOWS_CPUS = _has(["sched_getcpu", "sched_getaffinity", "sched_setaffinity"])  # Linux
+_KNOWS_CPUS = not symbols.missing(symbols.AFFINITY)  # Linux
 
 _SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
 
@@ -150,11 +140,34 @@ def _leave_the_callers_cpu(pool: int) -> None:
         cpu = _sched_getcpu()
         if cpu == load(pool + _CALLER_CPU) and 0 <= cpu < 8 * _CPU_SET_BYTES:
             others = stack_bytes(_CPU_SET_BYTES)
-            for offset in range(0, _CPU_SET_BYTES, 8):
-                store(others + offset, load(pool + _ALLOWED_CPUS + offset))
-            word = others + cpu // 64 * 8
-            store(word, load(word) & ~(1 << (cpu % 64)))
-            _sched_setaffinity(0, _CPU_SET_BYTES, others)  # refused if there is no other, which is right
+            # As they are now, not as they were: the host may have taken some away.
+            if _sched_getaffinity(load(pool + _OWNER), _CPU_SET_BYTES, others) >= 0:
+                word = others + cpu // 64 * 8
+                store(word, load(word) & ~(1 << (cpu % 64)))
+                _sched_setaffinity(0, _CPU_SET_BYTES, others)  # refused if there is no other, which is right
+
+
+@jit_inner
+def _keep_to_the_process_cpus(pool: int) -> None:
+    """Let this worker run where the process, that is its main thread, may run now; one less, left to a caller, is the same to it.
+
+    A worker starts with the mask of whoever hired it, and the host may have changed the process's since.
+    """
+    if _KNOWS_CPUS:
+        allowed, own = stack_bytes(_CPU_SET_BYTES), stack_bytes(_CPU_SET_BYTES)
+        if _sched_getaffinity(load(pool + _OWNER), _CPU_SET_BYTES, allowed) < 0 or _sched_getaffinity(0, _CPU_SET_BYTES, own) < 0:
+            return
+        left_out = 0
+        for offset in range(0, _CPU_SET_BYTES, 8):
+            may, does = load(allowed + offset), load(own + offset)
+            if does & ~may != 0:
+                left_out = 2  # it may even run where it must not
+            rest = may & ~does
+            while rest != 0:
+                rest &= rest - 1
+                left_out += 1
+        if left_out > 1:
+            _sched_setaffinity(0, _CPU_SET_BYTES, allowed)
 
 
 @jit_inner
@@ -167,11 +180,13 @@ def _sleep_until_work(pool: int) -> None:
         _cond_wait(pool + _WORK_CONDITION, pool + _MUTEX)
     fetch_add(pool + _SLEEPERS, -1)
     _unlock(pool + _MUTEX)
+    _keep_to_the_process_cpus(pool)
 
 
 @jit_inner
 def _work(pool: int) -> int:
     """What a worker does all its life."""
+    _keep_to_the_process_cpus(pool)
     tired = monotonic_ns() + SPIN_NS
     while load(pool + _STOP) == 0:
         _leave_the_callers_cpu(pool)
@@ -199,8 +214,6 @@ def _hire(pool: int, wanted: int) -> None:
     have = load(pool + _WORKERS)
     if have >= wanted:
         return
-    if _KNOWS_CPUS:
-        _sched_getaffinity(0, _CPU_SET_BYTES, pool + _ALLOWED_CPUS)
     _sigfillset(pool + _SIGNALS)
     # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
     _sigdelset(pool + _SIGNALS, signal.SIGSEGV)
@@ -377,17 +390,9 @@ For jobs that are shorter than waking a helper takes: in a row of such jobs only
 """
 
 
-def _can_have_pool() -> bool:
-    return (
-        ctypes.sizeof(ctypes.c_void_p) == 8
-        and hasattr(os, "register_at_fork")
-        and _has(["clock_gettime", *(function.symbol for function in _EXTERNALS)])
-    )
-
-
 def _start() -> Any:
     """Publish `parallel_for` under the name that compiled kernels look for; returns the pool's memory, to be kept."""
-    if not _can_have_pool():
+    if symbols.why_no_pool() is not None:
         run, at_hand = _entry_points_without_pool()
         llvm.add_symbol("rectilinear_parallel_for", run)
         llvm.add_symbol("rectilinear_helpers_at_hand", at_hand)
@@ -405,4 +410,5 @@ def _start() -> Any:
     return memory
 
 
-_memory = _start()
+# Once for the process, also under importlib.reload: compiled code points at it.
+_memory = globals()["_memory"] if "_memory" in globals() else _start()

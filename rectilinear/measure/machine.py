@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rectilinear.threads import available_cores, get_num_threads
+
 _SIMD = ("avx512f", "avx2", "avx", "sse4_2", "asimd", "neon")
 _LIBRARIES = ("rectilinear", "numpy", "numba", "cupy", "torch", "jax", "jaxlib", "scikit-learn", "thinc", "llvmlite")
 
@@ -30,8 +32,8 @@ def describe() -> dict[str, Any]:
 
 
 def available_cpus() -> int:
-    """The processors this process may use; a container is often given fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors this process may use, counted as rectilinear's kernels do; a container is often given fewer than there are."""
+    return available_cores()
 
 
 def caches() -> dict[str, int]:
@@ -79,13 +81,17 @@ def library_versions() -> dict[str, str]:
 
 
 def thread_pools() -> list[dict[str, Any]]:
-    """BLAS and OpenMP libraries of this process with kernel and threads, as threadpoolctl sees them; empty without it."""
+    """BLAS and OpenMP libraries of this process with kernel and threads, as threadpoolctl sees them, and pools that it does not see."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
-        return []
+        found = []
+    else:
+        found = threadpool_info()
     keep = ("internal_api", "version", "num_threads", "architecture")
-    pools = [{k: pool[k] for k in keep if pool.get(k) is not None} for pool in threadpool_info()]
+    pools = [{k: pool[k] for k in keep if pool.get(k) is not None} for pool in found]
+    if "rectilinear.measure.ours" in sys.modules:  # not in a peer's process
+        pools.append({"internal_api": "rectilinear", "num_threads": get_num_threads()})
     if "torch" in sys.modules:
         pools.append({"internal_api": "torch", "num_threads": sys.modules["torch"].get_num_threads()})
     return pools

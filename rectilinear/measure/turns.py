@@ -40,6 +40,7 @@ THREAD_VARIABLES = (
     "BLIS_NUM_THREADS",
     "NUMBA_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
+    "RECTILINEAR_NUM_THREADS",
 )
 ASLEEP_WITHIN = 0.5
 """Seconds to wait for the threads of the last subject; OpenBLAS's spin for 2**26 cycles, some 25 ms."""

@@ -1,0 +1,108 @@
+"""Parameters in safetensors files (https://huggingface.co/docs/safetensors)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from rectilinear.errors import DTypeError
+from rectilinear.nn.module import Module
+from rectilinear.nn.parameters import put
+from rectilinear.nn.sgd import SGD
+
+_OPTIMIZER = "optimizer."
+"""What the names of an optimiser's values begin with: ``optimizer.lr``, ``optimizer.velocity.0.w``."""
+
+_DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None) -> None:
+    """Write `model.state_dict()` to a safetensors file, and the optimiser's with it if it is given.
+
+    A file that is there already stays as it is until the new one is complete.
+
+    Parameters
+    ----------
+    model : Module
+    path : str or path-like
+    optimizer : SGD, optional
+        Its rates and velocity go under names that begin with ``optimizer.``.
+
+    Raises
+    ------
+    DTypeError
+        A parameter is of a dtype that the files do not have, such as longdouble.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from rectilinear import nn
+    >>> layer = nn.Affine(3, 2, rng=np.random.default_rng(0))
+    >>> optimizer = nn.SGD(layer, lr=0.1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "layer.safetensors")
+    ...     nn.save(layer, path, optimizer)
+    ...     optimizer.lr = 0.5
+    ...     nn.load(layer, path, optimizer)
+    >>> optimizer.lr
+    0.1
+    """
+    tensors = model.state_dict()
+    if optimizer is not None:
+        for key, value in optimizer.state_dict().items():
+            if isinstance(value, Mapping):
+                tensors |= {f"{_OPTIMIZER}{key}.{name}": array for name, array in value.items()}
+            else:
+                tensors[_OPTIMIZER + key] = np.array(value)
+    for key, value in tensors.items():
+        if value.dtype.name not in _DTYPES:
+            raise DTypeError(f"nn.save: {key} has dtype {value.dtype}, which safetensors files do not have; convert it")
+    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    try:
+        _safetensors("save").save_file(tensors, part)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+
+
+def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None) -> None:
+    """Fill `model` from a file that `save` wrote, and the optimiser too if it is given.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ValueError
+        As `Module.load_state_dict` and `SGD.load_state_dict` raise them, or the file holds no optimiser's state but one is asked for.
+        Neither the model nor the optimiser has been changed then.
+    """
+    tensors = _safetensors("load").load_file(path)
+    state = {key: value for key, value in tensors.items() if not key.startswith(_OPTIMIZER)}
+    of_optimizer: dict[str, Any] = {"velocity": {}}
+    for key, value in tensors.items():
+        if key.startswith(_OPTIMIZER):
+            name, dot, parameter = key.removeprefix(_OPTIMIZER).partition(".")
+            if dot:
+                of_optimizer.setdefault(name, {})[parameter] = value
+            else:
+                of_optimizer[name] = value
+    if optimizer is not None and len(state) == len(tensors):
+        raise ValueError(f"nn.load: {os.fspath(path)} holds no optimiser's state; load without optimizer, or save with it")
+    changes = model._prepared(state)
+    if optimizer is not None:
+        optimizer._take(*optimizer._prepared(of_optimizer))
+    for parameter, array in changes:
+        put(parameter, array)
+
+
+def _safetensors(caller: str) -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError(f"nn.{caller}: the package safetensors is not installed; pip install safetensors") from None
+    return safetensors.numpy

@@ -1,0 +1,269 @@
+"""What moves parameters along their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.nn.module import Module
+from rectilinear.nn.parameters import (
+    Array,
+    Parameter,
+    bring,
+    copied,
+    dtype_name,
+    fitted,
+    is_floating,
+    is_real,
+    outside_autograd,
+    overwritten,
+    parameters,
+    put,
+    turned,
+)
+
+
+class Rates(NamedTuple):
+    """The numbers that an `SGD` is set to."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+    def checked(self) -> Rates:
+        """The same as Python floats, which change no array's dtype, whatever they came as."""
+        try:
+            rates = Rates(*map(float, self))
+        except (TypeError, ValueError):
+            raise TypeError(f"SGD: {self._text()}; wanted numbers") from None
+        if not rates.lr > 0 or not 0 <= rates.momentum < 1 or not rates.weight_decay >= 0 or not all(map(math.isfinite, rates)):
+            raise ValueError(f"SGD: {self._text()}; wanted lr > 0, 0 <= momentum < 1, weight_decay >= 0, all of them finite")
+        return rates
+
+    def _text(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+class SGD:
+    """Stochastic gradient descent with momentum, as CS231n writes it: v = momentum v - lr dw; w = w + v.
+
+    Parameters
+    ----------
+    model : Module
+        Whose layers' `params` are moved along their `grads`.
+    lr : float
+        Learning rate, positive. May be changed between steps, as the others may: each is checked, and made a Python float, when it is set.
+    momentum : float
+        0 for plain descent.
+    weight_decay : float
+        Added to dw is weight_decay w: the gradient of 0.5 weight_decay sum(w w). Weights only; biases are not decayed.
+
+    Raises
+    ------
+    ValueError
+        lr, momentum or weight_decay is out of its range.
+    TypeError
+        One of them is no number, or model is no `Module`.
+
+    Notes
+    -----
+    Where the library allows writing, parameters and velocity are updated in place; where it does not (JAX), they are replaced.
+    `velocity` holds v by the parameters' names, for those that have moved with momentum. Tied parameters have one v, under the first of
+    their names, and move once, along the sum of their gradients. float16 and bfloat16 are moved in float32 and rounded once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rectilinear.nn import SGD, Affine
+    >>> layer = Affine(2, 1, rng=np.random.default_rng(0), bias=False, dtype="float64")
+    >>> layer.params["w"] = np.array([[1.0], [2.0]])
+    >>> optimizer = SGD(layer, lr=0.5)
+    >>> layer.forward(np.array([[1.0, 1.0]]))
+    array([[3.]])
+    >>> layer.backward(np.array([[1.0]]), need_dx=False)
+    >>> optimizer.step()
+    >>> layer.params["w"].ravel()
+    array([0.5, 1.5])
+    """
+
+    def __init__(self, model: Module, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"SGD: model is of type {type(model).__name__}; wanted a Module, such as Sequential(...)")
+        self.model = model
+        self.velocity: dict[str, Array] = {}
+        self._rates = Rates(lr, momentum, weight_decay).checked()
+
+    @property
+    def lr(self) -> float:
+        return self._rates.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._rates = self._rates._replace(lr=value).checked()
+
+    @property
+    def momentum(self) -> float:
+        return self._rates.momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        self._rates = self._rates._replace(momentum=value).checked()
+
+    @property
+    def weight_decay(self) -> float:
+        return self._rates.weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._rates = self._rates._replace(weight_decay=value).checked()
+
+    def step(self) -> None:
+        """Move every parameter once. Every layer must have been through `backward`.
+
+        Raises
+        ------
+        RuntimeError
+            A parameter has no gradient. No parameter has been moved then, as with every error here.
+        ShapeError
+            A gradient is not of its parameter's shape.
+        DTypeError
+            A parameter is not floating, or a gradient not of real numbers.
+        ValueError
+            A parameter is a read-only NumPy array.
+        FloatingPointError, RuntimeWarning
+            A value overflows, where NumPy has been told to raise that.
+        """
+        moves = [(parameter, *self._moved(parameter)) for parameter in parameters(self.model)]
+        for parameter, value, velocity in moves:
+            put(parameter, value)
+            for slot in parameter.slots:
+                if slot.key != parameter.key or velocity is None:
+                    self.velocity.pop(slot.key, None)
+            if velocity is not None:
+                self._put_velocity(parameter.key, velocity)
+
+    def _moved(self, parameter: Parameter) -> tuple[Array, Array | None]:
+        """The new value and the new velocity of a parameter; nothing is changed yet."""
+        w = parameter.array
+        if not is_floating(w.dtype):
+            raise DTypeError(
+                f"SGD.step: {parameter.key} has dtype {dtype_name(w.dtype)}, wanted float16, bfloat16, float32 or float64; "
+                "convert it, as only those can take small steps"
+            )
+        if isinstance(w, np.ndarray) and not w.flags.writeable:
+            raise ValueError(f"SGD.step: {parameter.key} is read-only; put a writable array into the layer's params, such as a copy of it")
+        rates = self._rates
+        if rates.weight_decay and not any(slot.name == "w" for slot in parameter.slots):
+            rates = rates._replace(weight_decay=0.0)
+        velocity = self._velocity_of(parameter) if rates.momentum else None
+        value, velocity = moved(outside_autograd(w), self._gradient(parameter), velocity, rates)
+        return value, velocity if rates.momentum else None
+
+    def _gradient(self, parameter: Parameter) -> Array:
+        """The sum over what is tied, each layer once, however often it is used."""
+        total = None
+        slots = parameter.slots
+        for slot in slots if len(slots) == 1 else {(id(slot.layer), slot.name): slot for slot in slots}.values():
+            grad = slot.layer.grads.get(slot.name)
+            if grad is None:
+                raise RuntimeError(f"SGD.step: {slot.key} has no gradient; call the model's backward first")
+            grad = turned(self._fitting(slot.key, "gradient", grad, slot.array), slot.axes)
+            total = grad if total is None else total + grad
+        return total
+
+    def _velocity_of(self, parameter: Parameter) -> Array | None:
+        for slot in parameter.slots:
+            if slot.key in self.velocity:
+                return turned(self._fitting(slot.key, "velocity", self.velocity[slot.key], slot.array), slot.axes)
+        return None
+
+    def _fitting(self, key: str, what: str, x: Array, like: Array) -> Array:
+        """x where its parameter is, and in its dtype, but 16 bits widened to the float32 that they are computed in."""
+        if type(x) is np.ndarray and type(like) is np.ndarray and x.dtype is like.dtype and x.shape == like.shape:
+            return _widened(x)
+        x = outside_autograd(bring("SGD.step", f"the {what} of {key}", x, like))
+        if tuple(x.shape) != tuple(like.shape):
+            raise ShapeError(f"SGD.step: the {what} of {key} has shape {tuple(x.shape)}, wanted {tuple(like.shape)}")
+        if not is_real(x.dtype):
+            raise DTypeError(f"SGD.step: the {what} of {key} has dtype {dtype_name(x.dtype)}, wanted real numbers")
+        return _widened(x)
+
+    def _put_velocity(self, key: str, velocity: Array) -> None:
+        held = self.velocity.get(key)
+        if held is None or not overwritten(held, velocity):
+            self.velocity[key] = velocity
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later run needs to go on: ``{"lr", "momentum", "weight_decay", "velocity": {name: NumPy array}}``, all of it copied."""
+        return {**self._rates._asdict(), "velocity": {key: copied(value) for key, value in self.velocity.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take rates and velocity from `state`, each velocity to the library, device and dtype of its parameter.
+
+        Parameters
+        ----------
+        state : mapping
+            As `state_dict` gives it. A parameter without a velocity has not moved yet.
+
+        Raises
+        ------
+        ValueError
+            A rate is missing or out of range, a name is unknown, or tied parameters are given different velocities. Nothing has been
+            changed then, as with every error here.
+        ShapeError, DTypeError
+            A velocity is not of its parameter's shape, or not of real numbers.
+        """
+        self._take(*self._prepared(state))
+
+    def _prepared(self, state: Mapping[str, Any]) -> tuple[Rates, list[tuple[Parameter, Array]]]:
+        names = (*Rates._fields, "velocity")
+        missing, unknown = [name for name in names if name not in state], [str(key) for key in state if key not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"SGD.load_state_dict: missing: {', '.join(missing) or 'nothing'}; unknown: {', '.join(unknown) or 'nothing'}; "
+                f"wanted {', '.join(names)}, as state_dict gives them"
+            )
+        rates = Rates(*(state[name] for name in Rates._fields)).checked()
+        return rates, fitted("SGD.load_state_dict", parameters(self.model), state["velocity"], ())
+
+    def _take(self, rates: Rates, velocities: list[tuple[Parameter, Array]]) -> None:
+        self._rates = rates
+        keys = {parameter.key for parameter, _ in velocities}
+        self.velocity = {key: value for key, value in self.velocity.items() if key in keys}
+        for parameter, velocity in velocities:
+            self._put_velocity(parameter.key, velocity)
+
+
+def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array]:
+    """One parameter's step: its new value and its new velocity, both in w's dtype, from w, dw and v, none of which is written to.
+
+    dw and v are in the dtype that is computed in: w's, or float32 for one of 16 bits.
+    """
+    exact = _widened(w)
+    if rates.weight_decay:
+        move = rates.weight_decay * exact
+        move += dw
+        move *= -rates.lr
+    else:
+        move = -rates.lr * dw
+    if v is not None:
+        move += rates.momentum * v
+    value = exact + move
+    if isinstance(w, np.ndarray) and not w.ndim:
+        value, move = np.asarray(value), np.asarray(move)  # NumPy makes scalars of 0-d arrays
+    if exact is w:
+        return value, move
+    xp = array_namespace(w)
+    return xp.astype(value, w.dtype), xp.astype(move, w.dtype)
+
+
+def _widened(x: Array) -> Array:
+    if dtype_name(x.dtype) not in ("float16", "bfloat16"):
+        return x
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float32)

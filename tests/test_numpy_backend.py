@@ -1,0 +1,91 @@
+"""The numpy backend's own ways of selecting and summing: exact for every size and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rectilinear.backends import numpy_backend
+from rectilinear.backends.numpy_backend import NumpyBackend
+
+BACKEND = NumpyBackend()
+SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0, 1.5, -1.5, 1e-45, -1e-45]
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "C": lambda a: a,
+    "Fortran": lambda a: np.asfortranarray(a),
+    "reversed": lambda a: np.ascontiguousarray(a[..., ::-1])[..., ::-1],
+    "gaps": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["by clip", "by bits"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not numpy_backend._CLIP_SELECTS:
+        return  # this NumPy has the other way alone
+    monkeypatch.setattr(numpy_backend, "_CLIP_SELECTS", request.param)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 25), (41, 25), (0, 5), (5, 0), (2, 30, 50)], ids=str)
+def test_selection_to_the_bit(rng: np.random.Generator, dtype: str, layout: str, shape: tuple[int, ...]) -> None:
+    """The sign of a zero and NaN included, into fresh arrays, into arrays of any layout, and in place."""
+    x = LAYOUTS[layout](rng.choice(np.array(SPECIAL, dtype), shape))
+    dout = LAYOUTS[layout](rng.choice(np.array(SPECIAL, dtype), shape))
+    forward, backward = np.where(x < 0, 0, x).astype(dtype), np.where(x < 0, 0, dout).astype(dtype)
+    assert BACKEND.relu_forward(x, None).tobytes() == forward.tobytes()
+    assert BACKEND.relu_backward(dout, x, None).tobytes() == backward.tobytes()
+    for out in (np.empty(shape, dtype), np.empty(shape[::-1], dtype).T, np.empty((*shape, 2), dtype)[..., 0]):
+        assert BACKEND.relu_forward(x, out) is out
+        assert out.tobytes() == forward.tobytes()
+        assert BACKEND.relu_backward(dout, x, out) is out
+        assert out.tobytes() == backward.tobytes()
+    here = dout.copy("K")
+    assert BACKEND.relu_backward(here, x, here) is here
+    assert here.tobytes() == backward.tobytes()
+
+
+@pytest.mark.usefixtures("_way")
+def test_an_array_without_axes_stays_one() -> None:
+    for value in SPECIAL:
+        result = BACKEND.relu_forward(np.array(value), None)
+        assert type(result) is np.ndarray
+        assert result.tobytes() == np.where(np.array(value) < 0, 0.0, value).tobytes()
+
+
+def test_a_clip_that_loses_zeros_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(np.ndarray):
+        def clip(self, low: Any, high: Any, out: Any = None) -> Any:  # type: ignore[override]
+            return np.minimum(np.where(np.asarray(self) > low, self, low), high)
+
+    assert numpy_backend._CLIP_SELECTS == numpy_backend._clip_selects()
+    array = np.array
+    monkeypatch.setattr(np, "array", lambda *args: array(*args).view(Other))
+    assert not numpy_backend._clip_selects()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 100, 1023, 1024, 1025])
+@pytest.mark.parametrize("n", [0, 1, 31, 127, 128, 129, 255, 256, 1000, 4097])
+def test_sums_of_small_integers_are_exact(rng: np.random.Generator, n: int, m: int, layout: str) -> None:
+    for groups in ((), (2,)):
+        a = LAYOUTS[layout](rng.integers(-8, 8, (*groups, n, m)).astype(np.float32))
+        want = a.sum(axis=-2, dtype=np.float64).astype(np.float32)
+        np.testing.assert_array_equal(BACKEND.bias_backward(a, None), want)
+        out = np.empty((*groups, m, 2), np.float32)[..., 0]
+        assert BACKEND.bias_backward(a, out) is out
+        np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("m", [1, 3, 100])
+def test_long_sums_keep_their_digits(rng: np.random.Generator, m: int) -> None:
+    n = 10**6 if m < 100 else 10**5
+    for a in (np.full((n, m), 0.1, np.float32), rng.random((n, m), np.float32)):
+        want = a.sum(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(BACKEND.bias_backward(a, None), want, rtol=1e-5)
