@@ -603,10 +603,7 @@ def entry(zero: Any) -> Any:
         work = word(job + GROUPS) * word(job + N) * word(job + D) * word(job + M)
         threads = threads_for(work, threads)
         others = let_go_of_gil(work > TINY_WORK)
-        if _plan(zero, job):
-            needed = by_slabs(job, scratch, scratch_bytes, threads)
-        else:
-            needed = by_blocks(job, scratch, scratch_bytes, threads)
+        needed = by_slabs(job, scratch, scratch_bytes, threads) if _plan(zero, job) else by_blocks(job, scratch, scratch_bytes, threads)
         take_gil_back(others)
         return needed
 

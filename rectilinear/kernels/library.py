@@ -189,7 +189,8 @@ def publish_blocks(itemsize: int, **overrides: int) -> None:
     nr = unit.lanes(itemsize) * unit.tile(itemsize)[1]
     kc = overrides.get("kc", blocking.k_block(nr, itemsize, caches))
     mc = blocking.row_block(kc, itemsize, caches)
-    values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART, "cores": os.cpu_count() or 1} | overrides
+    cores = os.cpu_count() or 1
+    values = {"kc": kc, "mc": mc, "l2": caches.l2, "past": caches.l3 // 2, "far": blocking.FAR_APART, "cores": cores} | overrides
     name, words = f"rectilinear_blocks_f{8 * itemsize}", np.array([values[word] for word in BLOCK_WORDS], np.int64)
     publish(name, words.ctypes.data, words)
     _published[name][:] = words

@@ -181,27 +181,34 @@ def _rows_of_tiles(
             set_word(ahead, fetch + k * LINE_BYTES)
         elif following != 0 and t < lines:
             fetch, fetch_step = following + t * LINE_BYTES, b_row
-        tile(
-            zero,
-            index + height,
-            (
-                k,
-                a + first * a_row,
-                a_row,
-                a_col,
-                b,
-                b_row,
-                c + first * c_row,
-                c_row,
-                bias,
-                flags,
-                bits + first * bits_row,
-                bits_row,
-                columns,
-                fetch,
-                fetch_step,
-            ),
-        )
+        # Stretches of equal length: a short one would take as long to be added to C.
+        stretches = block_count(k, STRETCH)
+        k0 = 0
+        for stretch in range(stretches):
+            length = block_start(k, stretches, stretch + 1) - k0
+            begun, done = stretch > 0, stretch == stretches - 1
+            tile(
+                zero,
+                index + height,
+                (
+                    length,
+                    a + first * a_row + k0 * a_col,
+                    a_row,
+                    a_col,
+                    b + k0 * b_row,
+                    b_row,
+                    c + first * c_row,
+                    c_row,
+                    bias if not begun and flags & ADD == 0 else 0 * bias,
+                    (flags if done else flags & ADD) | (ADD if begun else 0),
+                    bits + first * bits_row,
+                    bits_row,
+                    columns,
+                    fetch + k0 * fetch_step,
+                    fetch_step,
+                ),
+            )
+            k0 += length
         first += height
 
 

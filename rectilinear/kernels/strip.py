@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from rectilinear.kernels.emit import I1, I64, Values
 from rectilinear.kernels.simd import Simd
-from rectilinear.kernels.tile import ADD, Tile, TileEmitter
+from rectilinear.kernels.tile import Tile, TileEmitter
 
 STRIP_DEPTH = 8
 """Rows of B taken together."""
@@ -59,11 +59,10 @@ class _StripEmitter(TileEmitter):
         self.arg = strip | moved | {"columns": columns}
         self.full = I1(not masked)
         self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
-        adds = self.flag(ADD)
-        sums = self.choose(self.flag(CONTINUE), self._stretch_so_far, lambda: self._start(adds))
+        sums = self.choose(self.flag(CONTINUE), self._stretch_so_far, self._start)
         for k in range(STRIP_DEPTH):
             sums = self._add_products(k, sums, masked)
-        self._store(self._relu(self._added(adds, sums), I1(1)))
+        self._store(self._relu(self._added(sums)))
         self.arg = strip
 
     def _stretch_so_far(self) -> Values:

@@ -6,9 +6,8 @@ A tile is mr rows by nv vectors of C, held in registers while K runs:
 
 A is read an element at a time and broadcast, through a row and a column stride, so it may lie in rows, in
 columns or in a packed block. B is read nv vectors at a time from consecutive columns, with one stride between
-the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds (the earlier blocks of K).
-K is cut into stretches, whose sums begin at zero and are added to C: one chain of multiply-adds all along would lose digits with
-its length, where a BLAS, which adds up blocks, does not. The epilogue applies ReLU and writes the keep-mask bits, from registers, and stores C once; where fewer
+the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds, which is added at the end: it is the sum
+of the stretches of K so far. One chain of multiply-adds all along K would lose digits with its length. The epilogue applies ReLU and writes the keep-mask bits, from registers, and stores C once; where fewer
 columns than the tile has are wanted, it stores those through a mask and touches nothing beyond them.
 
 All the shapes of a target, widths and dtypes come from the same code here. What is not here: packing, blocking, threads.
@@ -21,16 +20,15 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I1, I8, I64, Emitter, Values, float_vector
+from rectilinear.kernels.emit import I8, I64, Emitter, Values, float_vector
 from rectilinear.kernels.simd import Simd
 
 ADD, RELU, BITS = 1, 2, 4
 """Flags: add to what C holds; apply ReLU; write keep-mask bits (with RELU)."""
 
 STRETCH = 256
-"""The most multiply-adds in one chain. What adding a stretch to C costs, two loads and stores of the tile's vectors, is one part in a
-hundred of the stretch; chains of 256 keep the error of float32 sums of one sign near that of the BLAS libraries, whose blocks of K are
-as long."""
+"""The most multiply-adds in one chain. To add a stretch to C takes two loads and a store of each vector of the tile, 1 to 3 in a hundred of
+the stretch's time; chains of 256 keep the error of float32 sums of one sign near that of the BLAS libraries, whose blocks of K are as long."""
 
 ROWS_PER_BASE = 4
 """Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
@@ -69,43 +67,24 @@ class TileEmitter(Emitter):
         self.tile = tile
 
     def run(self) -> ir.Function:
-        builder, arg, tile = self.builder, self.arg, self.tile
-        self.full = builder.icmp_signed("==", arg["columns"], I64(tile.nr))
-        self.column_masks = [self.lanes_below(arg["columns"], v * tile.lanes) for v in range(tile.nv)]
-        bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, tile.mr, ROWS_PER_BASE)]
-
-        state = [arg["k"], self.flag(ADD), arg["b"], arg["ahead"], *bases]
-        before = builder.block
-        stretch, after = builder.append_basic_block("stretch"), builder.append_basic_block("end")
-        builder.branch(stretch)
-        builder.position_at_end(stretch)
-        left, adds, *pointers = phis = [self.phi(value, before) for value in state]
-        length = builder.select(builder.icmp_signed("<", left, I64(STRETCH)), left, I64(STRETCH))
-        pointers, sums = self._sum_over_k(length, pointers, self._start(adds))
-        left = builder.sub(left, length)
-        done = builder.icmp_signed("==", left, I64(0))
-        self._store(self._relu(self._added(adds, sums), done))
-        for phi, value in zip(phis, (left, I1(1), *pointers), strict=True):
-            phi.add_incoming(value, builder.block)
-        builder.cbranch(done, after, stretch)
-        builder.position_at_end(after)
-        builder.ret_void()
+        self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
+        self.column_masks = [self.lanes_below(self.arg["columns"], v * self.tile.lanes) for v in range(self.tile.nv)]
+        self._store(self._relu(self._added(self._sum_over_k(self._start()))))
+        self.builder.ret_void()
         return self.function
 
-    # Start: zero or the bias, and what C holds added at the end of a stretch.
+    # Start: zero or the bias. End: what C holds is added.
 
-    def _start(self, adds: ir.Value) -> Values:
-        """The bias, if there is one and this is the first stretch; else zeros."""
+    def _start(self) -> Values:
         tile, bias = self.tile, self.arg["bias"]
-        biased = self.builder.and_(self.builder.not_(adds), self.builder.icmp_signed("!=", bias, I64(0)))
         return self.choose(
-            biased,
+            self.builder.icmp_signed("!=", bias, I64(0)),
             lambda: self._full_or_masked(lambda masked: self._row(bias, masked) * tile.mr),
             lambda: [self.zero] * (tile.mr * tile.nv),
         )
 
-    def _added(self, adds: ir.Value, sums: Values) -> Values:
-        """Sums of the stretches so far."""
+    def _added(self, sums: Values) -> Values:
+        """The sums of this stretch, and of those before it."""
 
         def c(masked: bool) -> Values:
             return [value for i in range(self.tile.mr) for value in self._row(self._c_row(i), masked)]
@@ -113,7 +92,7 @@ class TileEmitter(Emitter):
         def add() -> Values:
             return [self.builder.fadd(old, new) for old, new in zip(self._full_or_masked(c), sums, strict=True)]
 
-        return self.choose(adds, add, lambda: sums)
+        return self.choose(self.flag(ADD), add, lambda: sums)
 
     def _row(self, address: ir.Value, masked: bool) -> Values:
         """nv vectors from `address`; where masked, only the wanted columns are read."""
@@ -126,17 +105,18 @@ class TileEmitter(Emitter):
 
     # The inner loop.
 
-    def _sum_over_k(self, length: ir.Value, pointers: Values, start: Values) -> tuple[Values, Values]:
-        """One stretch; the pointers to B, to what is prefetched and to A are moved on by it."""
+    def _sum_over_k(self, start: Values) -> Values:
         # Not unrolled: 28 multiply-adds hide the few address instructions, and two or four steps in one block make
-        # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512).
+        # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512). Nor is the loop over
+        # stretches in here: beside what it needs there are too few registers for addresses.
         builder, arg = self.builder, self.arg
+        bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
         row_offsets = [builder.mul(arg["a_row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
-        state = [length, *pointers, *start]
+        state = [arg["k"], arg["b"], arg["ahead"], *bases, *start]
 
         before = builder.block
         body, after = builder.append_basic_block("k"), builder.append_basic_block("k.end")
-        builder.cbranch(builder.icmp_signed("==", length, I64(0)), after, body)
+        builder.cbranch(builder.icmp_signed("==", arg["k"], I64(0)), after, body)
         builder.position_at_end(body)
         current = [self.phi(value, before) for value in state]
         following = self._step(current, row_offsets)
@@ -144,8 +124,7 @@ class TileEmitter(Emitter):
             phi.add_incoming(value, body)
         builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
         builder.position_at_end(after)
-        _, *moved = [self.phi(value, before, updated, body) for value, updated in zip(state, following, strict=True)]
-        return moved[: len(pointers)], moved[len(pointers) :]
+        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[3 + len(bases) :]]
 
     def _step(self, state: Values, row_offsets: Values) -> Values:
         """One rank-1 update of the tile; pointers moved on by one k."""
@@ -166,13 +145,13 @@ class TileEmitter(Emitter):
 
     # Epilogue.
 
-    def _relu(self, accumulators: Values, done: ir.Value) -> Values:
+    def _relu(self, accumulators: Values) -> Values:
         def apply() -> Values:
             keeps = [self.keeps(value) for value in accumulators]
             self._write_bits(keeps)
             return [self.builder.select(keep, value, self.zero) for keep, value in zip(keeps, accumulators, strict=True)]
 
-        return self.choose(self.builder.and_(self.flag(RELU), done), apply, lambda: accumulators)
+        return self.choose(self.flag(RELU), apply, lambda: accumulators)
 
     def _write_bits(self, keeps: Values) -> None:
         nv = self.tile.nv
