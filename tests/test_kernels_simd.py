@@ -65,7 +65,10 @@ def inner_loop(text: str) -> list[str]:
     def rank(name: str) -> tuple[int, bool]:
         return multiplies(blocks[name]), any(re.search(rf"\s{re.escape(name)}$", line) for line in blocks[name])
 
-    return blocks[max(blocks, key=rank)]
+    name = max(blocks, key=rank)
+    loop = blocks[name]
+    ends = [i for i, line in enumerate(loop) if re.search(rf"\s{re.escape(name)}$", line)]
+    return loop[: ends[0] + 1] if ends else loop  # what follows the jump has no label where nothing else jumps there
 
 
 def inner_loop_of(unit: Simd, emit: Callable[..., ir.Function], *what: Any) -> list[str]:

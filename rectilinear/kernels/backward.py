@@ -44,7 +44,6 @@ from rectilinear.kernels.product import (
     block_start,
     copy_strided,
     depth_for,
-    depth_start,
     pack_panel,
     packed_row,
     product,
@@ -85,7 +84,7 @@ DOTS_VECTORS = 8
 """The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
 
 DOTS_DEPTH = 2048
-"""Elements of a row whose products are summed before they are added to the others': at least eight chains, of STRETCH at most."""
+"""Elements of a row whose products are summed, in a chain for each lane, before they are added to those before."""
 
 DOTS_BLOCK = 24
 """Columns of dx, rows of w, taken through all rows of dz before the next."""
@@ -178,8 +177,8 @@ def _dx_block(zero: Any, job: int, group: int, first: int, count: int, panel: in
     columns = min(d - panel * nr, panels * nr)
     steps = block_count(m, word(job + DX_DEPTH))
     for step in range(steps):
-        k0 = depth_start(m, steps, word(job + DX_DEPTH), step)
-        k = depth_start(m, steps, word(job + DX_DEPTH), step + 1) - k0
+        k0 = block_start(m, steps, step)
+        k = block_start(m, steps, step + 1) - k0
         product(zero, (count, k, columns, z + k0 * size, word(job + LEAD), size,
             packed + k0 * nr * size, m * nr * size, nr * size, 1,
             dx, dx_row, 0, ADD if step > 0 else 0, 0, 0, nv, ahead))  # fmt: skip
@@ -401,8 +400,8 @@ def _dw_task(zero: Any, index: int, job: int, slot: int) -> None:
     nothing = index & 0
     steps = block_count(last - first, word(blocks(zero)))
     for step in range(steps):
-        k0 = depth_start(last - first, steps, word(blocks(zero)), step)
-        k1 = depth_start(last - first, steps, word(blocks(zero)), step + 1)
+        k0 = block_start(last - first, steps, step)
+        k1 = block_start(last - first, steps, step + 1)
         flags = ADD if first + k0 > 0 else 0
         z = word(job + ZP) + k0 * word(job + LEAD)
         _dw_block(zero, job, group, first + k0, k1 - k0, r0, r1 - r0, p0, p1 - p0, z, dw, word(job + DW_ROW), flags, space, nothing)

@@ -1,7 +1,7 @@
 """The affine forward pass: out = x w + b, with ReLU and the keep-mask bits at the store.
 
 One call is one job: the operands' addresses, extents and strides written into a row of words, and tasks that each
-compute a block of rows by a block of columns of one group. Every element of out is a sum of chains of at most STRETCH multiply-adds
+compute a block of rows by a block of columns of one group. Every element of out is a sum of chains of at most LONGEST_CHAIN multiply-adds
 in ascending order of d, the first begun with the bias; where they begin depends on shapes, strides and the host, never on threads.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.blocking import MEETING
+from rectilinear.kernels.blocking import LONGEST_CHAIN, MEETING
 from rectilinear.kernels.cache import jit, jit_inner
 from rectilinear.kernels.library import FAR, L2, PAST, blocks, lanes, most_rows, rows, rows_of_strips, strip, vectors
 from rectilinear.kernels.memory import (
@@ -35,8 +35,6 @@ from rectilinear.kernels.product import (
     block_start,
     copy_strided,
     depth_for,
-    depth_start,
-    half_depth,
     pack_panel,
     packed_row,
     product,
@@ -48,7 +46,7 @@ from rectilinear.kernels.product import (
 from rectilinear.kernels.rows import WRITE
 from rectilinear.kernels.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS
 from rectilinear.kernels.threads import parallel_for
-from rectilinear.kernels.tile import ADD, BITS, STRETCH
+from rectilinear.kernels.tile import ADD, BITS
 
 # The words of a job.
 X, X_GROUP, X_ROW, X_COL = 0, 8, 16, 24
@@ -134,8 +132,8 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
         r0 = block_start(rows_count, row_steps, r)
         r1 = block_start(rows_count, row_steps, r + 1)
         for step in range(steps):
-            k0 = depth_start(d, steps, word(job + DEPTH), step)
-            k = depth_start(d, steps, word(job + DEPTH), step + 1) - k0
+            k0 = block_start(d, steps, step)
+            k = block_start(d, steps, step + 1) - k0
             flags = ADD if step > 0 else 0
             if step == steps - 1:
                 flags |= word(job + FLAGS)
@@ -157,7 +155,7 @@ def _task(zero: Any, index: int, job: int, slot: int) -> None:
                 columns = min(together, last - column - done)
                 if late:
                     pack_panel(zero, (k, columns, w + k0 * w_row + done * word(job + W_COL), w_row, word(job + W_COL), b, nr))
-                panel_bias = bias + done * size if bias != 0 else bias
+                panel_bias = bias + done * size if bias != 0 and step == 0 else bias & 0
                 _multiply(
                     zero, job, r1 - r0, k, columns, a, a_row, a_col, b, b_panel, b_row, padded,
                     c + done * size, panel_bias, flags, bit + (done >> 3), ahead,
@@ -179,10 +177,10 @@ def _by_strips(zero: Any, job: int, m: int, x: int, w: int, out: int, bias: int,
         for j in range(STRIP_DEPTH):
             for i in range(STRIP_ROWS):
                 put(a + (j * STRIP_ROWS + i) * size, get(zero, x + min(i, n - 1) * x_row + (k + j) * x_col))
-        flags = CONTINUE if k % STRETCH != 0 else 0
+        flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
         c, c_row = space, lead
-        if (k + STRIP_DEPTH) % STRETCH == 0 or k + STRIP_DEPTH == whole:
-            flags |= ADD if k >= STRETCH else 0
+        if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
+            flags |= ADD if k >= LONGEST_CHAIN else 0
             flags |= word(job + FLAGS) if k + STRIP_DEPTH == d else 0
             c, c_row = out, out_row
         first = bias if k == 0 else bias & 0  # a plain 0 would compile a second version
@@ -220,8 +218,8 @@ def _pack_task(zero: Any, index: int, job: int, slot: int) -> None:
     w = word(job + W) + group * word(job + W_GROUP) + panel * nr * word(job + W_COL)
     dst = word(job + PACKED) + group * word(job + PACKED_GROUP)
     for step in range(steps):
-        k0 = depth_start(d, steps, word(job + DEPTH), step)
-        k = depth_start(d, steps, word(job + DEPTH), step + 1) - k0
+        k0 = block_start(d, steps, step)
+        k = block_start(d, steps, step + 1) - k0
         place = dst + k0 * panels * nr * size + panel * k * nr * size
         pack_panel(zero, (k, min(nr, m - panel * nr), w + k0 * word(job + W_ROW), word(job + W_ROW), word(job + W_COL), place, nr))
 
@@ -283,7 +281,7 @@ def _plan(zero: Any, job: int, groups: int, threads: int) -> int:
     set_word(job + PACK_A, 1 if x_row != 0 and x_row % MEETING == 0 and panels >= X_REUSE and n >= X_REUSE else 0)
     in_place = word(job + W_COL) == size and w_row >= m * size and (w_row < far or n < W_REUSE * most_rows(zero, nv))
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    depth = half_depth(word(blocks(zero))) if in_place and w_row >= far else depth_for(zero, n)
+    depth = max(1, word(blocks(zero)) // 2) if in_place and w_row >= far else depth_for(zero, n)
     set_word(job + DEPTH, depth)
     row_tasks = block_count(n, rows_at_once(zero, min(d, depth)))
     column_tasks = 1

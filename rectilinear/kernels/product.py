@@ -24,7 +24,7 @@ from rectilinear.kernels.memory import emitted, get, put, room, set_word, size_o
 from rectilinear.kernels.native import c_address
 from rectilinear.kernels.rows import PAD, WRITE
 from rectilinear.kernels.threads import helpers_at_hand
-from rectilinear.kernels.tile import ADD, STRETCH
+from rectilinear.kernels.tile import ADD
 
 product = emitted("rectilinear_product", 18)
 pack_panel = emitted("rectilinear_pack_panel", 7)
@@ -81,21 +81,7 @@ def run_length(tasks: int, threads: int) -> int:
 def depth_for(zero: Any, n: int) -> int:
     """The block of K for an A of n rows: half of kc where twice mc rows are all there are, so that B is read once."""
     kc, mc = word(blocks(zero)), word(blocks(zero) + MC)
-    return half_depth(kc) if n <= 2 * mc else kc
-
-
-@jit_inner
-def half_depth(kc: int) -> int:
-    """Half of a block of K, in whole stretches if it is longer than one."""
-    half = max(1, kc // 2)
-    return half // STRETCH * STRETCH if half > STRETCH else half
-
-
-@jit_inner
-def depth_start(extent: int, count: int, depth: int, index: int) -> int:
-    """Where block `index` of K begins when `extent` is cut into `count` blocks of `depth` at most: whole stretches, the last excepted."""
-    unit = STRETCH if depth % STRETCH == 0 else 1
-    return min(extent, block_start(block_count(extent, unit), count, index) * unit)
+    return max(1, kc // 2) if n <= 2 * mc else kc
 
 
 @jit_inner
@@ -181,34 +167,27 @@ def _rows_of_tiles(
             set_word(ahead, fetch + k * LINE_BYTES)
         elif following != 0 and t < lines:
             fetch, fetch_step = following + t * LINE_BYTES, b_row
-        # Stretches of equal length: a short one would take as long to be added to C.
-        stretches = block_count(k, STRETCH)
-        k0 = 0
-        for stretch in range(stretches):
-            length = block_start(k, stretches, stretch + 1) - k0
-            begun, done = stretch > 0, stretch == stretches - 1
-            tile(
-                zero,
-                index + height,
-                (
-                    length,
-                    a + first * a_row + k0 * a_col,
-                    a_row,
-                    a_col,
-                    b + k0 * b_row,
-                    b_row,
-                    c + first * c_row,
-                    c_row,
-                    bias if not begun and flags & ADD == 0 else 0 * bias,
-                    (flags if done else flags & ADD) | (ADD if begun else 0),
-                    bits + first * bits_row,
-                    bits_row,
-                    columns,
-                    fetch + k0 * fetch_step,
-                    fetch_step,
-                ),
-            )
-            k0 += length
+        tile(
+            zero,
+            index + height,
+            (
+                k,
+                a + first * a_row,
+                a_row,
+                a_col,
+                b,
+                b_row,
+                c + first * c_row,
+                c_row,
+                bias,
+                flags,
+                bits + first * bits_row,
+                bits_row,
+                columns,
+                fetch,
+                fetch_step,
+            ),
+        )
         first += height
 
 
@@ -248,6 +227,7 @@ def _read_past(
         _rows_of_tiles(zero, n, k - last, a, a_row, a_col, b, b_row, c, c_row, bias, early, none, none, columns, nv, none, ahead)
         a += (k - last) * a_col
         flags |= ADD
+        bias = none
     _rows_of_tiles(zero, n, last, a, a_row, a_col, tail, nr * size, c, c_row, bias, flags, bits, bits_row, columns, nv, none, ahead)
 
 

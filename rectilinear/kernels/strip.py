@@ -3,7 +3,7 @@
 For few rows of A and a B that comes from memory: the register tile of `tile` has nothing to use again there, and going
 down a panel of B it touches a page with every k, where hardware does not look ahead. A strip is that same tile with
 the loops changed about. It takes STRIP_DEPTH values of k at once, each row of B a stream of its own, and moves along
-the columns; a stretch's sums are carried on in between, in memory, and added to C at its end, in the same order as a tile's.
+the columns; sums are carried on in between, in memory, and added to C every LONGEST_CHAIN values of k.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTINUE = 8
 """One more flag: start from what `init` holds."""
 
 PARAMETERS = ("rows", "a", "b", "b_row", "init", "init_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
-"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: the sums of a stretch that has begun."""
+"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: the chains so far."""
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
@@ -59,13 +59,13 @@ class _StripEmitter(TileEmitter):
         self.arg = strip | moved | {"columns": columns}
         self.full = I1(not masked)
         self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
-        sums = self.choose(self.flag(CONTINUE), self._stretch_so_far, self._start)
+        sums = self.choose(self.flag(CONTINUE), self._chains_so_far, self._start)
         for k in range(STRIP_DEPTH):
             sums = self._add_products(k, sums, masked)
         self._store(self._relu(self._added(sums)))
         self.arg = strip
 
-    def _stretch_so_far(self) -> Values:
+    def _chains_so_far(self) -> Values:
         def init(masked: bool) -> Values:
             return [value for i in range(self.tile.mr) for value in self._row(self._row_of("init", i), masked)]
 

@@ -6,9 +6,10 @@ A tile is mr rows by nv vectors of C, held in registers while K runs:
 
 A is read an element at a time and broadcast, through a row and a column stride, so it may lie in rows, in
 columns or in a packed block. B is read nv vectors at a time from consecutive columns, with one stride between
-the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds, which is added at the end: it is the sum
-of the stretches of K so far. One chain of multiply-adds all along K would lose digits with its length. The epilogue applies ReLU and writes the keep-mask bits, from registers, and stores C once; where fewer
-columns than the tile has are wanted, it stores those through a mask and touches nothing beyond them.
+the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds, the sum over the earlier blocks of K,
+which is added at the end: one chain of multiply-adds all along K would lose digits with its length. The epilogue applies ReLU and
+writes the keep-mask bits, from registers, and stores C once; where fewer columns than the tile has are wanted, it stores those through
+a mask and touches nothing beyond them.
 
 All the shapes of a target, widths and dtypes come from the same code here. What is not here: packing, blocking, threads.
 """
@@ -25,10 +26,6 @@ from rectilinear.kernels.simd import Simd
 
 ADD, RELU, BITS = 1, 2, 4
 """Flags: add to what C holds; apply ReLU; write keep-mask bits (with RELU)."""
-
-STRETCH = 256
-"""The most multiply-adds in one chain. To add a stretch to C takes two loads and a store of each vector of the tile, 1 to 3 in a hundred of
-the stretch's time; chains of 256 keep the error of float32 sums of one sign near that of the BLAS libraries, whose blocks of K are as long."""
 
 ROWS_PER_BASE = 4
 """Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
@@ -84,7 +81,7 @@ class TileEmitter(Emitter):
         )
 
     def _added(self, sums: Values) -> Values:
-        """The sums of this stretch, and of those before it."""
+        """The sums of this block of K, and of those before it."""
 
         def c(masked: bool) -> Values:
             return [value for i in range(self.tile.mr) for value in self._row(self._c_row(i), masked)]
@@ -107,8 +104,7 @@ class TileEmitter(Emitter):
 
     def _sum_over_k(self, start: Values) -> Values:
         # Not unrolled: 28 multiply-adds hide the few address instructions, and two or four steps in one block make
-        # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512). Nor is the loop over
-        # stretches in here: beside what it needs there are too few registers for addresses.
+        # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512).
         builder, arg = self.builder, self.arg
         bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
         row_offsets = [builder.mul(arg["a_row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
