@@ -380,8 +380,7 @@ def times(check: Check) -> dict[str, Any]:
         z, b, dout = on[3], on[2], on[3]
         y, copy = be._empty((n, m), z.dtype), be._empty((n, m), z.dtype)
         mask = be._empty((n, -(-m // 8)), np.uint8)
-        keep = gpu_cases.mask_of(host[3])
-        keep.bits = be.asarray(keep.bits)
+        keep = be.asarray(gpu_cases.mask_of(host[3]))
         size = n * m * 4
         cases: dict[str, tuple[Callable[[], Any], float]] = {
             "copy": (lambda c=copy, z=z: c.__setitem__(Ellipsis, z), 2 * size),
