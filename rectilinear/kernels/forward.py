@@ -89,8 +89,8 @@ Tiles ask for the next panel of w while they work on one, which makes up for row
 W_REUSE_NARROW = 10
 """The same for w where a row of a panel is one cache line or less (all but AVX-512): so narrow a tile reads w more often for each
 multiply-add, and where its rows meet in L1 they come from L2 or beyond each time. AVX2 on Zen 4, two threads, forward: packed,
-(128, 1024, 1024) ran 1.6 times as fast, (64, 1024, 1024) 1.3, (128, 784, 256) 1.1 to 1.3, 512^3 1.0 to 1.2. At 8 uses (48, 512, 512) ran 0.9 to 1.1
-times as fast. Where rows do not meet, packing gives nothing: (256, 512, 10) 0.9."""
+(128, 1024, 1024) ran 1.6 times as fast, (64, 1024, 1024) 1.3, (128, 784, 256) 1.1 to 1.3, 512^3 1.0 to 1.2. At 8 uses (48, 512, 512) ran
+0.9 to 1.1 times as fast. Where rows do not meet, packing gives nothing: (256, 512, 10) 0.9."""
 
 L1_SETS, L1_WAYS = 64, 8
 """Of Zen 2 to 5 and of Intel's to Skylake; later ones have 12 ways, where a few more layers would do without."""
