@@ -66,12 +66,17 @@ class _DotsEmitter(Emitter):
         for t in range(DOTS_COLUMNS):
             place = self.offset(self.offset(arg["c"], builder.add(j, I64(t)), arg["c_row"]), i, self.itemsize)
             for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
-                total = self.choose(adds, lambda place=place, new=vector: [self._added(place, new)], lambda new=vector: [new])
-                builder.store(total[0], self.pointer(place), align=1)
+                self._put(vector, place, adds)
                 place = builder.add(place, I64(vector.type.count * self.itemsize))
 
-    def _added(self, place: ir.Value, new: ir.Value) -> ir.Value:
-        return self.builder.fadd(self.builder.load(self.pointer(place), align=1, typ=new.type), new)
+    def _put(self, vector: ir.Value, place: ir.Value, adds: ir.Value) -> None:
+        """Store a vector of sums, added to what is there or not."""
+
+        def total() -> Values:
+            return [self.builder.fadd(self.builder.load(self.pointer(place), align=1, typ=vector.type), vector)]
+
+        (result,) = self.choose(adds, total, lambda: [vector])
+        self.builder.store(result, self.pointer(place), align=1)
 
     def _sum_over_k(self, a: Values, b: Values) -> Values:
         builder, lanes = self.builder, self.vector.count
