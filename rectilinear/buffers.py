@@ -2,7 +2,7 @@
 
 A large array from the system comes as pages that fault one by one on first touch, which costs more than most kernels here:
 17 against 46 GB/s for ReLU. A training loop drops each result a step later, so what it gives up serves the next one of about
-that size. Large results are arrays as any other, which own their memory; `kernels.allocator`, which NumPy calls for them, keeps
+that size. Large results are arrays as any other, which own their memory; `kernels.runtime.allocator`, which NumPy calls for them, keeps
 what they give up. It needs numba, so it is imported when the first of them is made.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from rectilinear.threads import call_threads
 
 if TYPE_CHECKING:
-    from rectilinear.kernels.allocator import Allocator
+    from rectilinear.kernels.runtime.allocator import Allocator
 
 VARIABLE = "RECTILINEAR_CACHE_BYTES"
 DEFAULT_BYTES = 192 << 20
@@ -155,7 +155,7 @@ def _made_allocator() -> Allocator | Literal[False]:
 
 def _allocator_with(limit: int) -> Allocator | Literal[False]:
     try:
-        from rectilinear.kernels.allocator import Allocator
+        from rectilinear.kernels.runtime.allocator import Allocator
 
         return Allocator(limit)
     except Exception:  # a NumPy without the hook, a numba that cannot compile: results are slower, and no less right

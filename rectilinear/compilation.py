@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rectilinear.errors import BackendError, DTypeError
-from rectilinear.kernels import forks
+from rectilinear.kernels.runtime import forks
 
-KERNEL_MODULES = ("rectilinear.kernels.passes", "rectilinear.kernels.allocator")
-"""The modules that hold kernels. Importing one registers its jobs (`rectilinear.kernels.cache.warms`)."""
+KERNEL_MODULES = ("rectilinear.kernels.loops.passes", "rectilinear.kernels.runtime.allocator")
+"""The modules that hold kernels. Importing one registers its jobs (`rectilinear.kernels.runtime.cache.warms`)."""
 
 _DTYPES = ("float32", "float64")
 
@@ -45,7 +45,7 @@ def warmup(dtypes: Sequence[Any] = _DTYPES) -> None:
     if forks.frozen:
         raise BackendError(f"warmup: {forks.CannotCompileError()}")
     try:
-        from rectilinear.kernels import cache
+        from rectilinear.kernels.runtime import cache
     except ImportError as error:
         raise BackendError(
             f"warmup: it compiles the kernels of the numba backend, but numba cannot be imported ({error}); "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rectilinear.kernels.cache import jit
+from rectilinear.kernels.runtime.cache import jit
 
 
 @jit()

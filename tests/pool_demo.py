@@ -10,9 +10,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store, symbol_address
-from rectilinear.kernels.threads import _SLEEPERS, helpers_at_hand, parallel_for
+from rectilinear.kernels.runtime.cache import jit, jit_inner
+from rectilinear.kernels.runtime.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store, symbol_address
+from rectilinear.kernels.runtime.threads import _SLEEPERS, helpers_at_hand, parallel_for
 
 SLAB = 1000
 

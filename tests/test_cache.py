@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rectilinear
-from rectilinear.kernels import cache, fingerprint
+from rectilinear.kernels.runtime import cache, fingerprint
 
 from .subprocesses import finish, forks, run, start
 
@@ -23,7 +23,7 @@ USE = "from tests import cache_demo; print(cache_demo.use())"
 # The same for two kernels that are used in earnest: the pool's own, and one that runs on it.
 USE_POOL = """
 from tests import pool_demo
-from rectilinear.kernels import threads
+from rectilinear.kernels.runtime import threads
 pool_demo.check(2)
 print(sum(sum(kernel.stats.cache_hits.values()) for kernel in (pool_demo._slab_sums, threads._entry_points)))
 """
@@ -234,7 +234,7 @@ def test_switches_that_do_not(filled: Path) -> None:
 
 MODULE = """
 import numba
-from rectilinear.kernels.cache import jit
+from rectilinear.kernels.runtime.cache import jit
 
 FACTOR = {factor}
 
@@ -346,7 +346,7 @@ def test_digests_tell_values_apart() -> None:
 
 
 def test_digests_are_equal_in_every_process() -> None:
-    code = "from rectilinear.kernels.fingerprint import digest; print(digest([frozenset('abcdefgh'), {'b': 1, 'a': 2}]))"
+    code = "from rectilinear.kernels.runtime.fingerprint import digest; print(digest([frozenset('abcdefgh'), {'b': 1, 'a': 2}]))"
     assert run(code, PYTHONHASHSEED="1") == run(code, PYTHONHASHSEED="2")
 
 
@@ -386,8 +386,8 @@ def test_a_user_at_a_terminal_is_told_once(tmp_path: Path) -> None:
 WARMUP = """
 from rectilinear import compilation
 from rectilinear.compilation import warmup
-from rectilinear.kernels import cache
-compilation.KERNEL_MODULES = ("rectilinear.kernels.threads",)
+from rectilinear.kernels.runtime import cache
+compilation.KERNEL_MODULES = ("rectilinear.kernels.runtime.threads",)
 done = []
 @cache.warms
 def jobs(dtype):

@@ -16,7 +16,7 @@ import pytest
 
 import rectilinear as r
 from rectilinear import buffers
-from rectilinear.kernels import allocator
+from rectilinear.kernels.runtime import allocator
 
 from .subprocesses import run
 
@@ -398,8 +398,8 @@ def test_no_two_threads_get_the_same_block_without_the_gil_either() -> None:
         """
 from concurrent.futures import ThreadPoolExecutor
 import numba
-from rectilinear.kernels import allocator
-from rectilinear.kernels.native import load, store
+from rectilinear.kernels.runtime import allocator
+from rectilinear.kernels.runtime.native import load, store
 filled(1)
 state = buffers._allocator._state
 
@@ -572,14 +572,14 @@ time.sleep(0.1)
         "allocator._ALLOCATES = False",
         "del np._core.multiarray.get_handler_name",
         "allocator._Handler.version = property(lambda self: 2)",
-        "sys.modules['rectilinear.kernels.allocator'] = None",
+        "sys.modules['rectilinear.kernels.runtime.allocator'] = None",
     ],
 )
 def test_without_the_hook_results_are_plain_and_right(missing: str) -> None:
     run_here(
         STEPS
         + f"""
-from rectilinear.kernels import allocator
+from rectilinear.kernels.runtime import allocator
 {missing}
 steps()
 out, _ = r.affine_forward(x, w, None)
@@ -593,7 +593,7 @@ assert r.held_memory() == buffers.SCRATCH_BYTES == r.release_memory()
 def test_without_mappings_memory_is_kept_as_well(tmp_path: Path) -> None:
     run_here(
         """
-from rectilinear.kernels import allocator
+from rectilinear.kernels.runtime import allocator
 allocator._MAPS = False
 array = filled(3)
 address = array.ctypes.data

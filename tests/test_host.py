@@ -14,7 +14,7 @@ import pytest
 
 import rectilinear
 from rectilinear.backends.numba_backend import NumbaBackend
-from rectilinear.kernels import cache, numba_private
+from rectilinear.kernels.runtime import cache, numba_private
 from rectilinear.measure.machine import thread_pools
 from rectilinear.measure.subjects import backend_subjects
 from rectilinear.measure.turns import started
@@ -113,7 +113,7 @@ import os, signal, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork with threads; surviving it is the point
 import numpy as np
 import rectilinear as r
-from rectilinear.kernels import forks
+from rectilinear.kernels.runtime import forks
 
 rng = np.random.default_rng(0)
 x, w, b, dout = (rng.standard_normal(shape) for shape in ((65, 33), (33, 17), (17,), (65, 17)))
@@ -360,7 +360,7 @@ def test_a_module_hidden_before_the_kernels_are_imported(module: str) -> None:
         sys.modules[{module!r}] = None
         import rectilinear as r
         print([info.reason for info in r.list_backends() if info.name == "numba"][0])
-        assert not any(name.startswith("rectilinear.kernels.cache") for name in sys.modules)
+        assert not any(name.startswith("rectilinear.kernels.runtime.cache") for name in sys.modules)
         assert r.get_backend() == "numpy"
         """,
         RECTILINEAR_BACKEND=None,

@@ -16,7 +16,7 @@ import pytest
 from rectilinear.backends.contract import Wanted
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
-from rectilinear.kernels import library
+from rectilinear.kernels.runtime import library
 from rectilinear.threads import num_threads
 
 from . import subprocesses
@@ -330,7 +330,7 @@ GUARDED = """
 import numpy as np
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
-from rectilinear.kernels import library
+from rectilinear.kernels.runtime import library
 from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.binding as llvm
 
-from rectilinear.kernels.simd import AVX2, AVX512, NEON, SSE2, Simd
+from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2, Simd
 
 FEATURES = {
     AVX512: "+sse2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx512cd",

@@ -16,10 +16,10 @@ from rectilinear.backends.generic import may_underflow
 from rectilinear.backends.numpy_backend import NumpyBackend
 from rectilinear.buffers import empty, with_scratch
 from rectilinear.keepmask import KeepMask, unchecked
-from rectilinear.kernels import forks, numba_private
+from rectilinear.kernels.runtime import forks, numba_private
 from rectilinear.threads import call_threads, get_num_threads
 
-_RELU = 2  # rectilinear.kernels.tile.RELU, whose module would import llvmlite
+_RELU = 2  # rectilinear.kernels.micro.tile.RELU, whose module would import llvmlite
 _BYTE = np.dtype(np.uint8)  # made already, it saves np.empty 40 ns
 _NO_MASK, _BY_Z, _BY_BITS = 0, 1, 2
 
@@ -52,8 +52,8 @@ class NumbaBackend:
             unfit = numba_private.unfit()
             if unfit is not None:
                 return Probe(False, unfit, numba.__version__)
-            from rectilinear.kernels import symbols
-            from rectilinear.kernels.library import describe_host
+            from rectilinear.kernels.runtime import symbols
+            from rectilinear.kernels.micro.library import describe_host
 
             simd, no_pool = describe_host(), symbols.why_no_pool()
         except Exception as error:
@@ -110,7 +110,7 @@ class NumbaBackend:
         if want_dx:
             dx = empty(x.shape, dtype) if to_dx is None else _in_place(to_dx)
         if want_dw:
-            dw = empty(w.shape, dtype) if to_dw is None else _in_place(to_dw)
+            dw = empty(w.shape, dtype) if to_dw is None else to_dw if _in_columns(to_dw) else _in_place(to_dw)
         if want_db:
             db = empty((*w.shape[:-2], w.shape[-1]), dtype) if to_db is None else _in_place(to_db)
         answer = with_scratch(
@@ -199,7 +199,7 @@ def _passes() -> Any:
         if forks.frozen:
             raise forks.CannotCompileError
         with forks.loading():
-            from rectilinear.kernels import passes
+            from rectilinear.kernels.loops import passes
 
             _loaded_passes = passes
     return _loaded_passes
@@ -210,7 +210,7 @@ _loaded_passes: Any = None
 
 def _finished(answer: int) -> None:
     """Look at what a pass answered."""
-    if answer:  # kernels.memory.CHANGED
+    if answer:  # kernels.runtime.memory.CHANGED
         raise RuntimeError("an argument's shape was changed by another thread in the middle of the call; nothing was computed")
 
 
@@ -253,6 +253,11 @@ if hasattr(os, "register_at_fork"):
 def _in_rows(array: Array) -> bool:
     """Whether elements of a row lie side by side, as the kernels store them."""
     return bool(array.strides[-1] == array.itemsize or array.shape[-1] <= 1)
+
+
+def _in_columns(array: Array) -> bool:
+    """Whether elements of a column lie side by side, as the kernels can store dw."""
+    return bool(array.strides[-2] == array.itemsize and array.shape[-2] > 1)
 
 
 def _in_place(out: Array) -> Array:

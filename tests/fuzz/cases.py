@@ -77,8 +77,9 @@ class Machine(NamedTuple):
 def machine(backend: str) -> Machine:
     if backend != "numba":
         return Machine(backend, {4: (4, 8, 16, 64), 8: (4, 8, 16, 64)}, {4: 256, 8: 256})
-    from rectilinear.kernels import blocking, library
-    from rectilinear.kernels.forward import STRIP_ROWS
+    from rectilinear.kernels.loops import plan as blocking
+    from rectilinear.kernels.runtime import library
+    from rectilinear.kernels.loops.forward import STRIP_ROWS
 
     unit = library.host_simd()
     extents, depths = {}, {}
@@ -147,7 +148,7 @@ class Case:
 
     def _publish(self) -> None:
         if self.machine.backend == "numba":
-            from rectilinear.kernels import library
+            from rectilinear.kernels.runtime import library
 
             library.publish_blocks(self.dtype.itemsize, **self.blocks)
 

@@ -27,9 +27,9 @@ from typing import Any
 import llvmlite.binding as llvm
 from numba import types
 
-from rectilinear.kernels import symbols
-from rectilinear.kernels.cache import jit, jit_inner
-from rectilinear.kernels.native import (
+from rectilinear.kernels.runtime import symbols
+from rectilinear.kernels.runtime.cache import jit, jit_inner
+from rectilinear.kernels.runtime.native import (
     c_address,
     call_task,
     compare_exchange,
@@ -388,6 +388,21 @@ helpers_at_hand = types.ExternalFunction("rectilinear_helpers_at_hand", types.in
 
 For jobs that are shorter than waking a helper takes: in a row of such jobs only the first has to wake one.
 """
+
+
+SMALL_WORK = 1 << 20
+"""Multiply-adds that one thread finishes before a helper would have woken up."""
+
+TINY_WORK = 1 << 17
+"""Multiply-adds that one thread finishes before a helper that is awake would have done its part."""
+
+
+@jit_inner
+def threads_for(work: int, threads: int) -> int:
+    """How many of `threads` to use for so many multiply-adds."""
+    if work <= TINY_WORK or (work <= SMALL_WORK and threads > 1 and helpers_at_hand() == 0):
+        return 1
+    return threads
 
 
 def _start() -> Any:

@@ -1,8 +1,10 @@
-"""Generators of the passes that memory bounds: ReLU over a run of elements, softmax over rows.
+"""The generator of softmax by rows, with each row's maximum and sum of exponentials, from which the loss is had.
 
-`emit_relu` writes dst = src where kept, else 0; the keep-set comes from a second run (x for the backward pass, src itself for
-the forward). Where the run is too long for the caches it stores past them: a plain store first reads the line that it
-overwrites, a third of all traffic.
+for i in range(rows):
+    top = max(src[i, :])
+    total = sum(exp(src[i, :] - top))
+    stats[i, :] = top, total
+    dst[i, :] = exp(src[i, :] - top) / (total * samples)
 """
 
 from __future__ import annotations
@@ -12,79 +14,27 @@ from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I32, I64, Emitter, Values, float_vector
-from rectilinear.kernels.simd import Simd
-
-PAST_CACHES = 1
-"""Flag: use non-temporal stores."""
-
-RELU_PARAMETERS = ("count", "src", "keep", "dst", "flags")
-SOFTMAX_PARAMETERS = ("rows", "cols", "src", "src_row", "dst", "dst_row", "stats", "samples")
-
-UNROLL = 4
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, float_vector
+from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.records import record
 
 
-def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
-    """Add ``void name(RELU_PARAMETERS)`` to `module`. dst may be src."""
-    return _ReluEmitter(module, name, RELU_PARAMETERS, float_vector(itemsize, simd.lanes(itemsize))).run()
+@record
+class SoftmaxOperands:
+    """`stats` has two elements for each row. `samples` is what the gradient is divided by."""
+
+    rows: int
+    columns: int
+    src: Rows
+    dst: Rows
+    stats: int
+    samples: int
 
 
 def emit_softmax(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
-    """Add ``void name(SOFTMAX_PARAMETERS)``: dst = softmax(src) / samples by rows, and each row's maximum and sum to stats."""
-    return _SoftmaxEmitter(module, name, SOFTMAX_PARAMETERS, float_vector(itemsize, simd.lanes(itemsize))).run()
-
-
-class _ReluEmitter(Emitter):
-    def run(self) -> ir.Function:
-        builder = self.builder
-        self.choose(self.flag(PAST_CACHES), self._past_caches, lambda: self._run(I64(0), nontemporal=False))
-        builder.ret_void()
-        return self.function
-
-    def _past_caches(self) -> Values:
-        """Up to the first aligned vector of dst by itself, then streams."""
-        builder, width = self.builder, self.vector.count * self.itemsize
-        ahead = builder.and_(builder.neg(self.arg["dst"]), I64(width - 1))
-        head = builder.udiv(ahead, I64(self.itemsize))
-        shorter = builder.icmp_signed("<", head, self.arg["count"])
-        head = builder.select(shorter, head, self.arg["count"])
-        self._vector(I64(0), self.lanes_below(head))
-        # An address that is no multiple of the element's size never comes to be aligned.
-        aligned = builder.icmp_signed("==", builder.urem(ahead, I64(self.itemsize)), I64(0))
-        return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
-
-    def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
-        builder, count = self.builder, self.arg["count"]
-        done = self._loop(start, UNROLL, nontemporal)
-        done = self._loop(done, 1, nontemporal)
-        with builder.if_then(builder.icmp_signed("<", done, count)):
-            self._vector(done, self.lanes_below(builder.sub(count, done)))
-        return []
-
-    def _loop(self, start: ir.Value, vectors: int, nontemporal: bool) -> ir.Value:
-        """Whole groups of `vectors` vectors from `start`; returns where it stopped."""
-        builder, lanes = self.builder, self.vector.count
-        step = vectors * lanes
-        with self.steps(start, self.arg["count"], step) as i:
-            values = [self._value(builder.add(i, I64(v * lanes)), None) for v in range(vectors)]
-            for v, value in enumerate(values):
-                self._store(value, builder.add(i, I64(v * lanes)), nontemporal)
-        whole = builder.sdiv(builder.sub(self.arg["count"], start), I64(step))
-        return builder.add(start, builder.mul(whole, I64(step)))
-
-    def _value(self, index: ir.Value, mask: ir.Value | None) -> ir.Value:
-        keep = self.keeps(self.load(self.offset(self.arg["keep"], index, self.itemsize), mask))
-        return self.builder.select(keep, self.load(self.offset(self.arg["src"], index, self.itemsize), mask), self.zero)
-
-    def _vector(self, index: ir.Value, mask: ir.Value) -> None:
-        self.store(self._value(index, mask), self.offset(self.arg["dst"], index, self.itemsize), mask)
-
-    def _store(self, value: ir.Value, index: ir.Value, nontemporal: bool) -> None:
-        pointer = self.pointer(self.offset(self.arg["dst"], index, self.itemsize))
-        width = self.vector.count * self.itemsize
-        store = self.builder.store(value, pointer, align=width if nontemporal else 1)
-        if nontemporal:
-            store.set_metadata("nontemporal", self.module.add_metadata([I32(1)]))
+    """Add ``void name(SoftmaxOperands *)`` to `module`. dst may be src."""
+    return _SoftmaxEmitter(module, name, SoftmaxOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 class _SoftmaxEmitter(Emitter):
@@ -93,7 +43,7 @@ class _SoftmaxEmitter(Emitter):
         self.bits = ir.VectorType(ir.IntType(8 * self.itemsize), self.vector.count)
         self.accumulator = builder.alloca(self.vector)
         with self.steps(I64(0), arg["rows"], 1) as i:
-            src, dst = self.offset(arg["src"], i, arg["src_row"]), self.offset(arg["dst"], i, arg["dst_row"])
+            src, dst = self.row("src", i), self.row("dst", i)
             stats = self.offset(arg["stats"], i, 2 * self.itemsize)
             self._row(src, dst, stats)
         builder.ret_void()
@@ -129,12 +79,12 @@ class _SoftmaxEmitter(Emitter):
 
     def _vectors(self) -> Iterator[tuple[ir.Value, ir.Value | None]]:
         """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and mask."""
-        builder, cols, lanes = self.builder, self.arg["cols"], self.vector.count
-        whole = builder.and_(cols, I64(-lanes))
+        builder, columns, lanes = self.builder, self.arg["columns"], self.vector.count
+        whole = builder.and_(columns, I64(-lanes))
         with self.steps(I64(0), whole, lanes) as j:
             yield builder.mul(j, I64(self.itemsize)), None
-        with builder.if_then(builder.icmp_signed("<", whole, cols)):
-            yield builder.mul(whole, I64(self.itemsize)), self.lanes_below(builder.sub(cols, whole))
+        with builder.if_then(builder.icmp_signed("<", whole, columns)):
+            yield builder.mul(whole, I64(self.itemsize)), self.lanes_below(builder.sub(columns, whole))
 
     def _reduce(self, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """The accumulator's lanes combined, in a tree."""

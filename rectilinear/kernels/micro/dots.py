@@ -9,12 +9,25 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I64, Emitter, Values, float_vector
-from rectilinear.kernels.simd import Simd
+from rectilinear.kernels.micro.emit import I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.records import record
 
-PARAMETERS = ("k", "rows", "columns", "a", "a_row", "b", "b_row", "c", "c_row", "adds")
-"""All 64-bit integers; addresses and strides in bytes. `rows` of A and `columns`, rows of B. C^T is written in whole tiles: it
-must have room for both counts rounded up. Where `adds` is not 0, to what it holds is added."""
+
+@record
+class DotsOperands:
+    """`rows` of A and `columns`, rows of B. C^T is written in whole tiles: it must have room for both counts rounded up. Where `adds` is
+    not 0, to what it holds is added."""
+
+    k: int
+    rows: int
+    columns: int
+    a: Rows
+    b: Rows
+    c: Rows
+    adds: int
+
 
 DOTS_COLUMNS = 3
 """Rows of B taken together."""
@@ -26,13 +39,13 @@ def dots_rows(simd: Simd) -> int:
 
 
 def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
-    """Add ``void name(PARAMETERS)`` to `module`."""
+    """Add ``void name(DotsOperands *)`` to `module`."""
     return _DotsEmitter(module, simd, itemsize, name).run()
 
 
 class _DotsEmitter(Emitter):
     def __init__(self, module: ir.Module, simd: Simd, itemsize: int, name: str) -> None:
-        super().__init__(module, name, PARAMETERS, float_vector(itemsize, simd.lanes(itemsize)))
+        super().__init__(module, name, DotsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.together = dots_rows(simd)
 
     def run(self) -> ir.Function:
@@ -54,7 +67,7 @@ class _DotsEmitter(Emitter):
         for t in range(taken):
             index = self.builder.add(first, I64(t))
             inside = self.builder.icmp_signed("<", index, self.arg[count])
-            addresses.append(self.offset(self.arg[matrix], self.builder.select(inside, index, first), self.arg[f"{matrix}_row"]))
+            addresses.append(self.row(matrix, self.builder.select(inside, index, first)))
         return addresses
 
     def _tile(self, i: ir.Value, j: ir.Value) -> None:
@@ -64,7 +77,7 @@ class _DotsEmitter(Emitter):
         sums = self._sum_over_k(a, b)
         adds = builder.icmp_signed("!=", arg["adds"], I64(0))
         for t in range(DOTS_COLUMNS):
-            place = self.offset(self.offset(arg["c"], builder.add(j, I64(t)), arg["c_row"]), i, self.itemsize)
+            place = self.offset(self.row("c", builder.add(j, I64(t))), i, self.itemsize)
             for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
                 self._put(vector, place, adds)
                 place = builder.add(place, I64(vector.type.count * self.itemsize))

@@ -1,4 +1,4 @@
-"""What the jitted kernels need to reach memory: elements by address, the fields of an ndarray, the emitted kernels.
+"""What the jitted kernels need to reach memory: elements by address, and the fields of an ndarray.
 
 The jitted functions work on plain addresses and byte strides, so that one compiled version serves every layout,
 alignment and number of dimensions. The dtype T travels as a value, `zero`: its type selects what is loaded and stored.
@@ -10,10 +10,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
-from rectilinear.kernels.cache import jit_inner
-from rectilinear.kernels.native import intrinsic
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.native import intrinsic
+from rectilinear.kernels.runtime.operands import Stack
 
 _WORD = ir.IntType(64)
 
@@ -67,29 +67,18 @@ def size_of(typingctx, zero):  # type: ignore[no-untyped-def]
     return types.intp(zero), codegen
 
 
-def _on_stack(zeroed: bool) -> Any:
-    """A jittable function of a literal count: the address of so many words that live as long as the calling function."""
+@intrinsic
+def room(typingctx, count):  # type: ignore[no-untyped-def]
+    """The address of so many (a literal) words, not zeroed, that live as long as the calling function."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    kind = ir.ArrayType(_WORD, count.literal_value)
 
-    def typed(typingctx, count):  # type: ignore[no-untyped-def]
-        if not isinstance(count, types.IntegerLiteral):
-            return None
-        kind = ir.ArrayType(_WORD, count.literal_value)
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with builder.goto_entry_block():  # not by `alloca_once`, which zeroes: 32 KiB of zeros are all of L1
+            return builder.ptrtoint(builder.alloca(kind), _WORD)
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            with builder.goto_entry_block():  # not by `alloca_once`, which zeroes, asked to or not
-                space = builder.alloca(kind)
-            if zeroed:
-                builder.store(kind(None), space)
-            return builder.ptrtoint(space, _WORD)
-
-        return types.intp(count), codegen
-
-    return intrinsic(typed)
-
-
-words = _on_stack(zeroed=True)
-room = _on_stack(zeroed=False)
-"""For more than a few words: 32 KiB of zeros are all of L1."""
+    return types.intp(count), codegen
 
 
 @intrinsic
@@ -111,42 +100,6 @@ def set_word(typingctx, address, value):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), codegen
-
-
-def emitted(symbol: str, arguments: int) -> Any:
-    """An emitted kernel as a jittable function ``(zero, arguments)``; published as `symbol` with the bits of T appended."""
-
-    def typed(typingctx, zero, parameters):  # type: ignore[no-untyped-def]
-        name = f"{symbol}_f{zero.bitwidth}"
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.FunctionType(ir.VoidType(), [_WORD] * arguments)
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), cgutils.unpack_tuple(builder, args[1]))
-            return context.get_dummy_value()
-
-        return types.void(zero, types.UniTuple(types.intp, arguments)), codegen
-
-    return intrinsic(typed)
-
-
-def emitted_table(symbol: str, arguments: int) -> Any:
-    """As `emitted`, for a table of kernels: ``(zero, index, arguments)``."""
-
-    def typed(typingctx, zero, index, parameters):  # type: ignore[no-untyped-def]
-        name = f"{symbol}_f{zero.bitwidth}"
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.FunctionType(ir.VoidType(), [_WORD] * arguments)
-            table = builder.module.globals.get(name)
-            if table is None:
-                table = ir.GlobalVariable(builder.module, _WORD, name=name)
-            entry = builder.load(builder.gep(table, [args[1]], source_etype=_WORD), typ=_WORD)
-            builder.call(builder.inttoptr(entry, kind.as_pointer()), cgutils.unpack_tuple(builder, args[2]))
-            return context.get_dummy_value()
-
-        return types.void(zero, types.intp, types.UniTuple(types.intp, arguments)), codegen
-
-    return intrinsic(typed)
 
 
 # The fields of an ndarray, given its id(). Axes are counted from the end: -1 the columns, -2 the rows, -3 the groups.
@@ -195,6 +148,15 @@ def count_of(array: int) -> int:
 @jit_inner
 def has_extents(array: int, groups: int, rows: int, columns: int) -> bool:
     return extent_of(array, -3) == groups and extent_of(array, -2) == rows and extent_of(array, -1) == columns
+
+
+@jit_inner
+def read_stack(stack: Stack, array: int, itemsize: int) -> None:
+    """Write where the matrices of an array lie into `stack`."""
+    stack.data = data_of(array)
+    stack.group = stride_of(array, -3, itemsize)
+    stack.row = stride_of(array, -2, itemsize)
+    stack.column = stride_of(array, -1, itemsize)
 
 
 CHANGED = -2

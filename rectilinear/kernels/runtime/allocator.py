@@ -25,9 +25,9 @@ from numba.core.registry import cpu_target
 from numpy import _core  # the hook has no name in Python
 
 from rectilinear.buffers import LARGE_BYTES
-from rectilinear.kernels.cache import Job, jit, jit_inner, warms
-from rectilinear.kernels.memory import set_word, word
-from rectilinear.kernels.native import c_address, compare_exchange, exchange, external, fetch_add, load, store
+from rectilinear.kernels.runtime.cache import Job, jit, jit_inner, warms
+from rectilinear.kernels.runtime.memory import set_word, word
+from rectilinear.kernels.runtime.native import c_address, compare_exchange, exchange, external, fetch_add, load, store
 
 # A block: its header, and then the bytes that are handed out, at a multiple of ALIGNMENT. Offsets from there.
 ALIGNMENT = HEADER = 64

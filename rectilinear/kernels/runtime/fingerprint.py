@@ -129,7 +129,7 @@ def _package(module: str) -> str:
 @functools.cache
 def _kernel_sources() -> str:
     """Digest of all Python files of this package, wherever it was imported from."""
-    return digest(sorted(_python_files(importlib.resources.files(__package__))))
+    return digest(sorted(_python_files(importlib.resources.files("rectilinear.kernels"))))
 
 
 def _python_files(folder: Traversable) -> Iterator[tuple[str, bytes]]:

@@ -10,42 +10,53 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from rectilinear.kernels import backward, elementwise, forward, library, product, reduction, softmax
-from rectilinear.kernels.cache import Job, warms
+from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax
+from rectilinear.kernels.loops.host import publish_host
+from rectilinear.kernels.micro import library
+from rectilinear.kernels.runtime.cache import Job, jit, warms
+from rectilinear.kernels.runtime.linking import Once, publish
+from rectilinear.kernels.runtime.native import c_address
 
 
-@library.Once
+@Once
 def _prepare(itemsize: int) -> Any:
     """The zero that stands for the dtype, once the kernels that passes call by name are there."""
     zero = np.dtype(f"f{itemsize}").type(0)
     library.load[itemsize]
-    addresses = product.addresses(zero)
-    for name, address in zip(("product", "pack_panel", "copy_strided"), addresses(), strict=True):
-        library.publish(f"rectilinear_{name}_f{8 * itemsize}", address, addresses)
+    publish_host(itemsize)
+    kernels = product.kernels(zero) | pack.kernels(zero)
+    (product_of_type, pack_panel_of_type, copy_of_type) = kernels.values()
+
+    @jit()
+    def addresses() -> tuple[int, ...]:
+        return c_address(product_of_type), c_address(pack_panel_of_type), c_address(copy_of_type)
+
+    for name, address in zip(kernels, addresses(), strict=True):
+        publish(f"rectilinear_{name}_f{8 * itemsize}", address, addresses)
     return zero
 
 
-@library.Once
+@Once
 def affine_forward(itemsize: int) -> Any:
     return forward.entry(_prepare[itemsize])
 
 
-@library.Once
+@Once
 def affine_backward(itemsize: int) -> Any:
     return backward.entry(_prepare[itemsize])
 
 
-@library.Once
+@Once
 def bias_reduction(itemsize: int) -> Any:
     return reduction.entry(_prepare[itemsize])
 
 
-@library.Once
+@Once
 def relu(itemsize: int) -> Any:
     return elementwise.entry(_prepare[itemsize])
 
 
-@library.Once
+@Once
 def softmax_loss(itemsize: int) -> Any:
     return softmax.entry(_prepare[itemsize])
 
@@ -65,7 +76,7 @@ def _jobs(dtype: str) -> Iterator[Job]:
         yield f"{name}, {dtype}", partial(_compile, kernels, itemsize)
 
 
-def _compile(kernels: library.Once, itemsize: int) -> None:
+def _compile(kernels: Once, itemsize: int) -> None:
     made = kernels[itemsize]
     for kernel in made if isinstance(made, tuple) else (made,):
         kernel.compile((types.intp,) * len(inspect.signature(kernel.py_func).parameters))

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I8, I64, Emitter, Values, float_vector
-from rectilinear.kernels.simd import Simd
+from rectilinear.kernels.micro.emit import I8, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import record
 
 ADD, RELU, BITS = 1, 2, 4
 """Flags: add to what C holds; apply ReLU; write keep-mask bits (with RELU)."""
@@ -30,9 +32,22 @@ ADD, RELU, BITS = 1, 2, 4
 ROWS_PER_BASE = 4
 """Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
 
-PARAMETERS = ("k", "a", "a_row", "a_col", "b", "b_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns", "ahead", "ahead_step")
-"""All 64-bit integers; addresses and strides in bytes. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache
-line is asked for: first the one at `ahead`, then `ahead_step` bytes further each time."""
+
+@record
+class TileOperands:
+    """`bias` is 0 where there is none. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache line is prefetched:
+    first the one at `prefetch`, then `prefetch_step` bytes further each time."""
+
+    k: int
+    a: Matrix
+    b: Rows
+    c: Rows
+    bias: int
+    flags: int
+    bits: Rows
+    columns: int
+    prefetch: int
+    prefetch_step: int
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,13 @@ class Tile:
 
 
 def emit_tile(module: ir.Module, tile: Tile, name: str) -> ir.Function:
-    """Add the micro-kernel ``void name(PARAMETERS)`` to `module`."""
+    """Add the micro-kernel ``void name(TileOperands *)`` to `module`."""
     return TileEmitter(module, tile, name).run()
 
 
 class TileEmitter(Emitter):
-    def __init__(self, module: ir.Module, tile: Tile, name: str, parameters: tuple[str, ...] = PARAMETERS) -> None:
-        super().__init__(module, name, parameters, float_vector(tile.itemsize, tile.lanes))
+    def __init__(self, module: ir.Module, tile: Tile, name: str, operands: type = TileOperands) -> None:
+        super().__init__(module, name, operands, float_vector(tile.itemsize, tile.lanes))
         self.tile = tile
 
     def run(self) -> ir.Function:
@@ -98,7 +113,7 @@ class TileEmitter(Emitter):
         return [self.load(self.offset(address, v, width), masks[v]) for v in range(self.tile.nv)]
 
     def _c_row(self, i: int) -> ir.Value:
-        return self.offset(self.arg["c"], i, self.arg["c_row"])
+        return self.row("c", i)
 
     # The inner loop.
 
@@ -106,9 +121,9 @@ class TileEmitter(Emitter):
         # Not unrolled: 28 multiply-adds hide the few address instructions, and two or four steps in one block make
         # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512).
         builder, arg = self.builder, self.arg
-        bases = [self.offset(arg["a"], i, arg["a_row"]) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
-        row_offsets = [builder.mul(arg["a_row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
-        state = [arg["k"], arg["b"], arg["ahead"], *bases, *start]
+        bases = [self.row("a", i) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
+        row_offsets = [builder.mul(arg["a.row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
+        state = [arg["k"], arg["b.data"], arg["prefetch"], *bases, *start]
 
         before = builder.block
         body, after = builder.append_basic_block("k"), builder.append_basic_block("k.end")
@@ -126,9 +141,9 @@ class TileEmitter(Emitter):
         """One rank-1 update of the tile; pointers moved on by one k."""
         builder, tile, arg = self.builder, self.tile, self.arg
         first_accumulator = 3 + -(-tile.mr // ROWS_PER_BASE)
-        k, b, ahead, bases, accumulators = *state[:3], state[3:first_accumulator], state[first_accumulator:]
+        k, b, prefetch, bases, accumulators = *state[:3], state[3:first_accumulator], state[first_accumulator:]
         if tile.mr * tile.nv > tile.mr + tile.nv:  # else loads bound the tile, and this would be one more
-            self.prefetch(ahead)
+            self.prefetch(prefetch)
         columns = self._row(b, masked=False)
         updated = []
         for i in range(tile.mr):
@@ -136,8 +151,8 @@ class TileEmitter(Emitter):
             broadcast = self.splat(element)
             for v in range(tile.nv):
                 updated.append(self.multiply_add(broadcast, columns[v], accumulators[i * tile.nv + v]))
-        moved = [builder.add(base, arg["a_col"]) for base in bases]
-        return [builder.sub(k, I64(1)), builder.add(b, arg["b_row"]), builder.add(ahead, arg["ahead_step"]), *moved, *updated]
+        moved = [builder.add(base, arg["a.column"]) for base in bases]
+        return [builder.sub(k, I64(1)), builder.add(b, arg["b.row"]), builder.add(prefetch, arg["prefetch_step"]), *moved, *updated]
 
     # Epilogue.
 
@@ -167,7 +182,7 @@ class TileEmitter(Emitter):
         return self.builder.bitcast(joined[0], ir.IntType(self.tile.nr))
 
     def _bits_row(self, i: int) -> ir.Value:
-        return self.offset(self.arg["bits"], i, self.arg["bits_row"])
+        return self.row("bits", i)
 
     def _write_full_bits(self, rows: Values) -> Values:
         for i, row in enumerate(rows):

@@ -30,9 +30,9 @@ from numba.core import serialize
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 
-from rectilinear.kernels import forks  # noqa: F401  # looks after forks from here on
-from rectilinear.kernels.fingerprint import digest, environment, fingerprint
-from rectilinear.kernels.numba_private import number_functions_apart
+from rectilinear.kernels.runtime import forks  # noqa: F401  # looks after forks from here on
+from rectilinear.kernels.runtime.fingerprint import digest, environment, fingerprint
+from rectilinear.kernels.runtime.numba_private import number_functions_apart
 
 VARIABLE = "RECTILINEAR_CACHE_DIR"
 

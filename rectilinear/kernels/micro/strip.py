@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.emit import I1, I64, Values
-from rectilinear.kernels.simd import Simd
-from rectilinear.kernels.tile import Tile, TileEmitter
+from rectilinear.kernels.micro.emit import I1, I64, Values
+from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.micro.tile import Tile, TileEmitter
+from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.records import record
 
 STRIP_DEPTH = 8
 """Rows of B taken together."""
@@ -23,8 +25,20 @@ STRIP_ROWS = 8
 CONTINUE = 8
 """One more flag: start from what `init` holds."""
 
-PARAMETERS = ("rows", "a", "b", "b_row", "init", "init_row", "c", "c_row", "bias", "flags", "bits", "bits_row", "columns")
-"""As a tile's, but for `rows`, the wanted ones, 1 at least, and `init`: the chains so far."""
+
+@record
+class StripOperands:
+    """As a tile's, but for `rows`, the wanted ones, 1 at least, `a`, which is packed, and `init`: the chains so far."""
+
+    rows: int
+    a: int
+    b: Rows
+    init: Rows
+    c: Rows
+    bias: int
+    flags: int
+    bits: Rows
+    columns: int
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
@@ -34,8 +48,8 @@ def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
 
 
 def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
-    """Add ``void name(PARAMETERS)`` to `module`, for up to mr rows."""
-    return _StripEmitter(module, tile, name, PARAMETERS).run()
+    """Add ``void name(StripOperands *)`` to `module`, for up to mr rows."""
+    return _StripEmitter(module, tile, name, StripOperands).run()
 
 
 class _StripEmitter(TileEmitter):
@@ -53,9 +67,9 @@ class _StripEmitter(TileEmitter):
         """The tile at column j: its arguments are those of the strip, moved on."""
         builder, tile, strip = self.builder, self.tile, self.arg
         at = builder.mul(j, I64(tile.itemsize))
-        moved = {name: builder.add(strip[name], at) for name in ("b", "init", "c", "bias")}
+        moved = {name: builder.add(strip[name], at) for name in ("b.data", "init.data", "c.data", "bias")}
         moved["bias"] = builder.select(builder.icmp_signed("!=", strip["bias"], I64(0)), moved["bias"], I64(0))
-        moved["bits"] = builder.add(strip["bits"], builder.lshr(j, I64(3)))
+        moved["bits.data"] = builder.add(strip["bits.data"], builder.lshr(j, I64(3)))
         self.arg = strip | moved | {"columns": columns}
         self.full = I1(not masked)
         self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
@@ -75,7 +89,7 @@ class _StripEmitter(TileEmitter):
         # A is an operand of the multiply-adds, loaded anew for every panel: for all that LLVM knows C is stored where it lies. Hoisted
         # out of the loop over columns it would be spilled as vectors.
         tile, arg = self.tile, self.arg
-        columns = self._row(self.offset(arg["b"], k, arg["b_row"]), masked)
+        columns = self._row(self.row("b", k), masked)
         updated = []
         for i in range(tile.mr):
             broadcast = self.splat(self.load_scalar(self.offset(arg["a"], k * STRIP_ROWS + i, tile.itemsize)))
@@ -87,7 +101,7 @@ class _StripEmitter(TileEmitter):
     def _row_of(self, matrix: str, i: int) -> ir.Value:
         last = self.builder.sub(self.arg["rows"], I64(1))
         index = self.builder.select(self.builder.icmp_signed("<", I64(i), last), I64(i), last)
-        return self.offset(self.arg[matrix], index, self.arg[f"{matrix}_row"])
+        return self.row(matrix, index)
 
     def _c_row(self, i: int) -> ir.Value:
         return self._row_of("c", i)

@@ -1,6 +1,6 @@
 """What the generators of vector code share: LLVM's building blocks in short form, for vectors of one type.
 
-Every emitted kernel is a C function that takes 64-bit integers (addresses, strides in bytes, counts) and returns nothing.
+Every emitted kernel is a C function that takes the address of a record of operands (`runtime.records`) and returns nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llvmlite import ir
+
+from rectilinear.kernels.runtime.records import offsets_of
 
 I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 PTR = ir.PointerType()
@@ -21,17 +23,18 @@ def float_vector(itemsize: int, lanes: int) -> ir.VectorType:
 
 
 class Emitter:
-    """Writes the function ``void name(parameters)`` into `module`."""
+    """Writes the function ``void name(operands)`` into `module`, where `operands` is the address of a record of that class."""
 
-    def __init__(self, module: ir.Module, name: str, parameters: tuple[str, ...], vector: ir.VectorType) -> None:
+    def __init__(self, module: ir.Module, name: str, operands: type, vector: ir.VectorType) -> None:
         self.module, self.vector = module, vector
         self.itemsize = 4 if isinstance(vector.element, ir.FloatType) else 8
         self.zero = ir.Constant(vector, None)
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(parameters)), name)
-        self.arg: dict[str, ir.Value] = dict(zip(parameters, self.function.args, strict=True))
-        for parameter, argument in self.arg.items():
-            argument.name = parameter
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64]), name)
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        (record,) = self.function.args
+        self.arg: dict[str, ir.Value] = {}
+        for field, offset in offsets_of(operands).items():
+            self.arg[field] = self.builder.load(self.pointer(self.offset(record, offset, 1)), name=field, align=8, typ=I64)
 
     # Memory. Nothing is assumed of alignment: on the machines meant, an aligned address is fast by itself.
 
@@ -43,6 +46,10 @@ class Emitter:
         index = I64(index) if isinstance(index, int) else index
         stride = I64(stride) if isinstance(stride, int) else stride
         return self.builder.add(address, self.builder.mul(index, stride))
+
+    def row(self, matrix: str, index: int | ir.Value) -> ir.Value:
+        """Where a row of an operand begins."""
+        return self.offset(self.arg[f"{matrix}.data"], index, self.arg[f"{matrix}.row"])
 
     def load(self, address: ir.Value, mask: ir.Value | None = None) -> ir.Value:
         """A vector from `address`; where the mask is off nothing is read and the lane is 0."""

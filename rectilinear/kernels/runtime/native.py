@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
-from rectilinear.kernels.cache import jit_inner
+from rectilinear.kernels.runtime.cache import jit_inner
 
 intrinsic: Callable[[Callable[..., Any]], Callable[..., int]] = extending.intrinsic
 """numba's decorator, with the type that callers in jitted code see."""

@@ -1,0 +1,136 @@
+"""The backward pass by blocks, for all but long and narrow operands: dz is packed a stretch of rows at a time, then tasks compute blocks
+of dx and of dw, group after group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
+from rectilinear.kernels.loops.host import host
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, Backward
+from rectilinear.kernels.micro.library import lanes, vectors
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.memory import size_of
+from rectilinear.kernels.runtime.native import c_address
+from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.records import address_of, at
+from rectilinear.kernels.runtime.threads import parallel_for
+
+
+@jit_inner
+def _pack_task(zero: Any, index: int, job: Backward) -> None:
+    """One block of rows of dz with its sums, or one panel of w^T."""
+    size, m = size_of(zero), job.m
+    panels = job.tasks.panels_to_pack
+    if index < panels:
+        pack_w(zero, job, job.group, index, job.packed_w + index * m * vectors(zero) * lanes(zero) * size)
+        return
+    index -= panels
+    first = job.first + index * BLOCK_ROWS
+    b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * job.plan.lead)
+    sums = job.sums + index * round_up(m * size, 64)
+    clear(zero, sums, m)
+    masked_block(zero, job, b, sums)
+
+
+@jit_inner
+def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
+    tasks, m = job.tasks, job.m
+    nr = vectors(zero) * lanes(zero)
+    r, c = index % tasks.dx_rows, index // tasks.dx_rows
+    r0, r1 = block_start(job.last - job.first, tasks.dx_rows, r), block_start(job.last - job.first, tasks.dx_rows, r + 1)
+    panels = block_count(job.d, nr)
+    p0, p1 = block_start(panels, tasks.dx_columns, c), block_start(panels, tasks.dx_columns, c + 1)
+    b = Block(group=job.group, first=job.first + r0, count=r1 - r0, z=job.z + r0 * job.plan.lead, panel=p0, panels=p1 - p0)
+    if job.plan.by_dots != 0:
+        dx_by_dots(zero, job, b)
+    elif tasks.dx_rows > 1:
+        b.packed_w = job.packed_w + p0 * m * nr * size_of(zero)
+        dx_block(zero, job, b)
+    else:
+        b.packed_w = job.slots.data + slot * job.slots.row
+        b.panels = 1
+        for panel in range(p0, p1):
+            b.panel = panel
+            pack_w(zero, job, job.group, panel, b.packed_w)
+            dx_block(zero, job, b)
+
+
+@jit_inner
+def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
+    tasks, nr = job.tasks, vectors(zero) * lanes(zero)
+    by_columns = job.plan.dw_by_columns != 0
+    rows, columns = (job.m, job.d) if by_columns else (job.d, job.m)
+    r, c = index // tasks.dw_columns, index % tasks.dw_columns
+    r0, r1 = block_start(rows, tasks.dw_rows, r), block_start(rows, tasks.dw_rows, r + 1)
+    panels = block_count(columns, nr)
+    p0, p1 = block_start(panels, tasks.dw_columns, c), block_start(panels, tasks.dw_columns, c + 1)
+    b = Block(group=job.group, row=r0, rows=r1 - r0, panel=p0, panels=p1 - p0, space=job.slots.data + slot * job.slots.row)
+    b.dw = Rows(job.dw.data + job.group * job.dw.group, job.dw.column if by_columns else job.dw.row)
+    count = job.last - job.first
+    steps = block_count(count, host(zero).kc)
+    for step in range(steps):
+        k0, k1 = block_start(count, steps, step), block_start(count, steps, step + 1)
+        b.first, b.count, b.z = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead
+        b.adds = 1 if b.first > 0 else 0
+        dw_block(zero, job, b)
+
+
+@jit_inner
+def _slot_bytes(zero: Any, job: Backward) -> int:
+    """Scratch of one thread: a panel of w^T, or a block of x."""
+    size, nr = size_of(zero), vectors(zero) * lanes(zero)
+    if job.plan.dw_by_columns != 0:
+        columns = (block_count(job.d, nr) // max(1, job.tasks.dw_columns) + 1) * nr
+    else:
+        columns = job.d // max(1, job.tasks.dw_rows) + 1
+    return round_up(max(job.m * nr * size, host(zero).kc * packed_row(columns * size)), 64)
+
+
+def runner(zero: Any) -> Any:
+    """A jitted function of the job, scratch, its bytes, and threads: 0, or how many bytes of scratch it needs and has not got."""
+
+    @jit_inner
+    def pack(index: int, address: int, slot: int) -> None:
+        _pack_task(zero, index, at(Backward, address))
+
+    @jit_inner
+    def compute(index: int, address: int, slot: int) -> None:
+        job = at(Backward, address)
+        dx_tasks = job.tasks.dx_rows * job.tasks.dx_columns
+        if index < dx_tasks:
+            _dx_task(zero, index, job, slot)
+        else:
+            _dw_task(zero, index - dx_tasks, job, slot)
+
+    @jit_inner
+    def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:
+        size, n, m, stretch = size_of(zero), job.n, job.m, job.plan.stretch
+        panels = job.tasks.panels_to_pack
+        bytes_of_sums = round_up(m * size, 64)
+        job.z = scratch
+        job.sums = job.z + stretch * job.plan.lead
+        totals = job.sums + stretch // BLOCK_ROWS * bytes_of_sums
+        job.packed_w = totals + round_up(m * 8, 64)
+        job.slots = Rows(job.packed_w + panels * m * vectors(zero) * lanes(zero) * size, _slot_bytes(zero, job))
+        needed = job.slots.data + threads * job.slots.row - scratch
+        if needed > scratch_bytes:
+            return needed
+        for group in range(job.groups):
+            job.group, job.tasks.panels_to_pack = group, panels
+            clear(0.0, totals, m)
+            for first in range(0, max(n, 1), stretch):
+                job.first, job.last = first, min(n, first + stretch)
+                blocks = -(-(job.last - first) // BLOCK_ROWS)
+                parallel_for(c_address(pack), address_of(job), job.tasks.panels_to_pack + blocks, threads)
+                job.tasks.panels_to_pack = 0
+                for block in range(blocks):
+                    add_sums(zero, job.sums + block * bytes_of_sums, totals, m)
+                parallel_for(c_address(compute), address_of(job), job.tasks.count, threads)
+            if job.db.data != 0:
+                write_db(zero, job, group, totals)
+        return 0
+
+    return run

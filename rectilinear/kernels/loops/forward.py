@@ -1,0 +1,245 @@
+"""The affine forward pass: out = x w + b, with ReLU and the keep-mask bits at the store.
+
+One call is one job (`plan.Forward`), cut into tasks that each compute a block of rows by a block of columns of one group. Every element of
+out is a sum of chains of at most LONGEST_CHAIN multiply-adds in ascending order of d, the first begun with the bias; where they begin
+depends on shapes, strides and the host, never on threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
+from rectilinear.kernels.loops.plan import PACKED, PACKED_BY_TASKS, Forward, plan_forward, rows_at_once, schedule_forward
+from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
+from rectilinear.kernels.micro.library import lanes, strip
+from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
+from rectilinear.kernels.micro.tile import ADD, BITS
+from rectilinear.kernels.runtime.cache import jit, jit_inner
+from rectilinear.kernels.runtime.memory import (
+    CHANGED,
+    data_of,
+    extent_of,
+    get,
+    has_extents,
+    put,
+    read_stack,
+    room,
+    size_of,
+    stride_of,
+)
+from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
+from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import address_of, at
+from rectilinear.kernels.runtime.threads import TINY_WORK, parallel_for, threads_for
+
+SMALL_ROWS = 8
+"""Reading w takes as long for fewer rows: two threads, (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4)."""
+
+SCATTERED = -1
+"""What the pass answers to a bias whose elements do not lie side by side."""
+
+STRIP_WORDS = STRIP_DEPTH * STRIP_ROWS
+"""Room for the elements of x that a strip takes."""
+
+
+@jit_inner
+def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
+    """One block of out."""
+    plan, tasks, size = job.plan, job.tasks, size_of(zero)
+    group, index = index // (tasks.rows * tasks.columns), index % (tasks.rows * tasks.columns)
+    nr = plan.width * lanes(zero)
+    panels = block_count(job.m, nr)
+    first_row, last_row = block_start(job.n, tasks.rows, index % tasks.rows), block_start(job.n, tasks.rows, index % tasks.rows + 1)
+    first = block_start(panels, tasks.columns, index // tasks.rows)
+    columns = min(job.m, block_start(panels, tasks.columns, index // tasks.rows + 1) * nr) - first * nr
+    rows = last_row - first_row
+    space = job.slots.data + slot * job.slots.row
+
+    x = Matrix(job.x.data + group * job.x.group + first_row * job.x.row, job.x.row, job.x.column)
+    w = Matrix(job.w.data + group * job.w.group + first * nr * job.w.column, job.w.row, job.w.column)
+    bias = job.bias.data + group * job.bias.row + first * nr * size if job.bias.data != 0 else 0
+    out = job.out.data + group * job.out.group + first_row * job.out.row + first * nr * size
+    bits = job.bits.data + group * job.bits.group + first_row * job.bits.row + (first * nr >> 3)
+    block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width)
+    if plan.by_strips != 0:
+        _by_strips(zero, job, columns, x, w, block, space)
+        return
+    ahead = Prefetch()
+    if tasks.prefetch != 0:
+        # The tiles prefetch what the next task takes, most likely this thread's own: else memory idles meanwhile.
+        next_group, next_row = (group, last_row) if last_row < job.n else (group + 1, 0)
+        count = min(rows, job.n - next_row) if next_group < job.groups else 0
+        prefetch_rows(zero, ahead.now, job.x, next_group, next_row, count, job.d)
+        prefetch_rows(zero, ahead.then, job.out, next_group, next_row, count, job.m)
+        prefetch_rows(zero, ahead.last, job.w, next_group, 0, job.d if count > 0 and next_group > group else 0, job.m)
+    block.prefetch = address_of(ahead)
+    steps = block_count(job.d, plan.depth)
+    row_steps = block_count(rows, rows_at_once(host(zero), min(job.d, plan.depth))) if plan.copy_x != 0 else 1
+    for r in range(row_steps):
+        r0, r1 = block_start(rows, row_steps, r), block_start(rows, row_steps, r + 1)
+        for step in range(steps):
+            k0, k1 = block_start(job.d, steps, step), block_start(job.d, steps, step + 1)
+            block.n, block.k = r1 - r0, k1 - k0
+            block.flags = (ADD if step > 0 else 0) | (job.flags if step == steps - 1 else 0)
+            block.a = Matrix(x.data + r0 * x.row + k0 * x.column, x.row, x.column)
+            if plan.copy_x != 0:
+                packed = Rows(space, packed_row((k1 - k0) * size))
+                copy(zero, Packing(rows=r1 - r0, columns=k1 - k0, src=block.a, dst=packed))
+                block.a = Matrix(packed.data, packed.row, size)
+            block.c.data, block.bits.data = out + r0 * job.out.row, bits + r0 * job.bits.row
+            block.bias = bias if step == 0 else 0
+            packed = job.packed.data + group * job.packed.row + (k0 * panels + first * block.k) * nr * size
+            _columns(zero, job, block, columns, Matrix(w.data + k0 * w.row, w.row, w.column), packed, space + job.copy_bytes)
+
+
+@jit_inner
+def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, packed: int, space: int) -> None:
+    """`columns` columns of a block, whose part of w is `w`, or lies packed at `packed`, or is to be packed into `space`."""
+    size, nr = size_of(zero), job.plan.width * lanes(zero)
+    if job.plan.w == PACKED:
+        block.b = Panels(data=packed, panel=block.k * nr * size, row=nr * size, padded=1)
+    else:
+        block.b = Panels(data=w.data, panel=nr * size, row=w.row, padded=0)
+    if job.plan.w != PACKED_BY_TASKS:
+        block.m = columns
+        product(zero, block)
+        return
+    block.b = Panels(data=space, row=nr * size, padded=1)
+    for j in range(0, columns, nr):
+        block.m = min(nr, columns - j)
+        src = Matrix(w.data + j * w.column, w.row, w.column)
+        pack_panel(zero, Packing(rows=block.k, columns=block.m, src=src, dst=Rows(space, nr * size)))
+        product(zero, block)
+        block.c.data += nr * size
+        block.bits.data += nr >> 3
+        block.bias = block.bias + nr * size if block.bias != 0 else 0
+
+
+@jit_inner
+def _by_strips(zero: Any, job: Forward, columns: int, x: Matrix, w: Matrix, block: Product, space: int) -> None:
+    """`columns` columns of all rows of out, by strips: for a w that comes from memory, where a tile would touch a page with every k."""
+    size, n, d = size_of(zero), job.n, job.d
+    # Sums stay in memory of this task's own: where another one's columns begin, both would write to the same cache lines all along.
+    sums = Rows(space, packed_row(columns * size))
+    a = room(STRIP_WORDS)
+    whole = d // STRIP_DEPTH * STRIP_DEPTH
+    for k in range(0, whole, STRIP_DEPTH):
+        for j in range(STRIP_DEPTH):
+            for i in range(STRIP_ROWS):
+                put(a + (j * STRIP_ROWS + i) * size, get(zero, x.data + min(i, n - 1) * x.row + (k + j) * x.column))
+        s = StripOperands(rows=n, a=a, b=Rows(w.data + k * w.row, w.row), init=sums, c=sums, bits=block.bits, columns=columns)
+        s.flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
+        s.bias = block.bias if k == 0 else 0
+        if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
+            s.c = block.c
+            s.flags |= (ADD if k >= LONGEST_CHAIN else 0) | (job.flags if k + STRIP_DEPTH == d else 0)
+        strip(zero, n, s)
+    if whole < d:
+        block.n, block.k, block.m = n, d - whole, columns
+        block.a = Matrix(x.data + whole * x.column, x.row, x.column)
+        block.b = Panels(data=w.data + whole * w.row, panel=block.width * lanes(zero) * size, row=w.row)
+        block.bias, block.flags = 0, ADD | job.flags
+        product(zero, block)
+
+
+@jit_inner
+def _pack_task(zero: Any, index: int, job: Forward) -> None:
+    """One panel of w, all of d, into the packed B: block after block of K, in each panel after panel."""
+    size, nr = size_of(zero), job.plan.width * lanes(zero)
+    panels = block_count(job.m, nr)
+    group, panel = index // panels, index % panels
+    steps = block_count(job.d, job.plan.depth)
+    w = job.w.data + group * job.w.group + panel * nr * job.w.column
+    packed = job.packed.data + group * job.packed.row
+    for step in range(steps):
+        k0, k1 = block_start(job.d, steps, step), block_start(job.d, steps, step + 1)
+        src = Matrix(w + k0 * job.w.row, job.w.row, job.w.column)
+        dst = Rows(packed + (k0 * panels + panel * (k1 - k0)) * nr * size, nr * size)
+        pack_panel(zero, Packing(rows=k1 - k0, columns=min(nr, job.m - panel * nr), src=src, dst=dst))
+
+
+@jit_inner
+def _read(zero: Any, job: Forward, x: int, w: int, b: int, out: int, bits: int) -> int:
+    """Write the operands into the job; 0, or what there is to say against them."""
+    size = size_of(zero)
+    groups, n, d, m = extent_of(w, -3), extent_of(x, -2), extent_of(x, -1), extent_of(w, -1)
+    if not (has_extents(x, groups, n, d) and has_extents(w, groups, d, m) and has_extents(out, groups, n, m)):
+        return CHANGED
+    job.groups, job.n, job.d, job.m = groups, n, d, m
+    read_stack(job.x, x, size)
+    read_stack(job.w, w, size)
+    read_stack(job.out, out, size)
+    if bits != 0:
+        if not has_extents(bits, groups, n, (m + 7) >> 3):
+            return CHANGED
+        read_stack(job.bits, bits, 1)
+        job.flags |= BITS
+    if b != 0:
+        if not has_extents(b, 1, groups, m):
+            return CHANGED
+        if stride_of(b, -1, size) != size and groups > 0:
+            return SCATTERED
+        job.bias = Rows(data_of(b), stride_of(b, -2, size))
+    return 0
+
+
+@jit_inner
+def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
+    """Say where in the scratch memory everything lies; returns how many bytes that takes."""
+    plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
+    slot = 0
+    if plan.copy_x != 0:
+        depth = min(job.d, plan.depth)
+        slot = rows_at_once(host(zero), depth) * packed_row(depth * size)
+    if plan.by_strips != 0:
+        slot = STRIP_ROWS * packed_row(job.m * size)
+    job.copy_bytes = slot
+    if plan.w == PACKED_BY_TASKS:
+        slot += plan.depth * nr * size
+    packed = round_up(block_count(job.m, nr) * nr * size * job.d, 64) if plan.w == PACKED else 0
+    job.packed = Rows(scratch, packed)
+    job.slots = Rows(scratch + job.groups * packed, slot)
+    return job.groups * packed + threads * slot
+
+
+def entry(zero: Any) -> Any:
+    """The forward pass for zero's dtype: (ids of x, w, b or 0, out, bits or 0; RELU or 0; scratch, its bytes; threads).
+
+    It returns 0, or how many bytes of scratch it needs and has not got, or below 0 SCATTERED or CHANGED.
+    """
+
+    @jit_inner
+    def task(index: int, address: int, slot: int) -> None:
+        job = at(Forward, address)
+        for i in range(index * job.tasks.run, min((index + 1) * job.tasks.run, job.tasks.count)):
+            _task(zero, i, job, slot)
+
+    @jit_inner
+    def pack(index: int, address: int, slot: int) -> None:
+        _pack_task(zero, index, at(Forward, address))
+
+    @jit(nogil=False)
+    def forward(x: int, w: int, b: int, out: int, bits: int, flags: int, scratch: int, scratch_bytes: int, threads: int) -> int:
+        job = Forward(flags=flags)
+        objection = _read(zero, job, x, w, b, out, bits)
+        if objection != 0:
+            return objection
+        work = job.groups * max(job.n, SMALL_ROWS) * job.d * job.m
+        threads = threads_for(work, threads)
+        plan_forward(job, host(zero))
+        schedule_forward(job, host(zero), threads)
+        needed = _lay_out(zero, job, scratch, threads)
+        if needed > scratch_bytes:
+            return needed
+        others = let_go_of_gil(work > TINY_WORK)
+        if job.plan.w == PACKED:
+            panels = block_count(job.m, job.plan.width * lanes(zero))
+            parallel_for(c_address(pack), address_of(job), job.groups * panels, threads)
+        parallel_for(c_address(task), address_of(job), -(-job.tasks.count // job.tasks.run), threads)
+        take_gil_back(others)
+        return 0
+
+    return forward

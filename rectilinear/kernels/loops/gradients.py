@@ -1,0 +1,187 @@
+"""The pieces of the backward pass, of which `slabs` and `blocks` are made: masked dz with its sums, and blocks of dx and of dw.
+
+dz exists a block of rows at a time, in a pack buffer: masking, packing and the column sums of db are one pass over dout, and
+both products read that buffer, dx as rows of A, dw as rows of B. The transposed operands cost nothing (x, whose
+elements are broadcast from wherever they lie) or one transposition while packing (w). Few rows do without that: their dx is inner products.
+A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then the operand that is broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
+from rectilinear.kernels.loops.plan import FEW_ROWS, Backward
+from rectilinear.kernels.loops.product import Panels, Product, product
+from rectilinear.kernels.micro.dots import DOTS_COLUMNS, DotsOperands
+from rectilinear.kernels.micro.library import dots, lanes, rows, rows_of_dots, vectors
+from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
+from rectilinear.kernels.micro.tile import ADD
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.memory import get, put, room, rounded, size_of
+from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import record
+
+DOTS_DEPTH = 2048
+"""Elements of a row whose products are summed, in a chain for each lane, before they are added to those before."""
+
+DOTS_BLOCK = 24
+"""Columns of dx, rows of w, taken through all rows of dz before the next."""
+
+# Their results, rounded up to whole tiles whichever operand is taken as which.
+DOTS_WORDS = (FEW_ROWS + DOTS_COLUMNS - 1) * DOTS_BLOCK
+
+
+@record
+class Block:
+    """What `dx_block` and `dw_block` compute: `count` samples from `first` on of a group, whose dz lies at `z`.
+
+    Of dx: `panels` panels from `panel` on, with w^T packed at `packed_w`. Of dw: `rows` rows from `row` on and `panels` panels, where `dw`
+    is the whole of it; `space` is for a copy of x. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
+    """
+
+    group: int
+    first: int
+    count: int
+    z: int
+    panel: int
+    panels: int
+    packed_w: int
+    row: int
+    rows: int
+    dw: Rows
+    adds: int
+    space: int
+    prefetch: int
+
+
+@jit_inner
+def masked_block(zero: Any, job: Backward, b: Block, sums: int) -> None:
+    """The block's rows of dz to b.z, if a product needs them, and their column sums added to `sums`, if db is wanted."""
+    size, m, lead = size_of(zero), job.m, job.plan.lead
+    kind, keep = job.keep_kind, job.keep
+    mask = Rows(keep.data + b.group * keep.group + b.first * keep.row, keep.row)
+    src = Matrix(job.dout.data + b.group * job.dout.group + b.first * job.dout.row, job.dout.row, job.dout.column)
+    dst = Rows(b.z, lead)
+    z_by_columns = kind == KEEP_Z and keep.column != size
+    if src.column != size or z_by_columns:
+        copy(zero, Packing(rows=b.count, columns=m, src=src, dst=dst))
+        src = Matrix(dst.data, dst.row, size)
+    if z_by_columns:
+        for i in range(b.count):
+            for j in range(m):
+                if get(zero, mask.data + i * mask.row + j * keep.column) < zero:
+                    put(dst.data + i * dst.row + j * size, zero)
+        kind = 0
+    flags = kind | PAD | (WRITE if job.dx.data != 0 or job.dw.data != 0 else 0) | (SUM if job.db.data != 0 else 0)
+    rows(zero, RowsOperands(rows=b.count, columns=m, src=Rows(src.data, src.row), keep=mask, dst=dst, sums=sums, flags=flags))
+
+
+@jit_inner
+def clear(zero: Any, address: int, count: int) -> None:
+    for j in range(count):
+        put(address + j * size_of(zero), zero)
+
+
+@jit_inner
+def add_sums(zero: Any, sums: int, total: int, count: int) -> None:
+    """total (float64) += sums (T), column by column."""
+    for j in range(count):
+        put(total + 8 * j, get(0.0, total + 8 * j) + get(zero, sums + j * size_of(zero)))
+
+
+@jit_inner
+def write_db(zero: Any, job: Backward, group: int, total: int) -> None:
+    """Round the sums into db."""
+    db = job.db.data + group * job.db.group
+    for j in range(job.m):
+        put(db + j * job.db.column, rounded(zero, get(0.0, total + 8 * j)))
+
+
+# dx.
+
+
+@jit_inner
+def pack_w(zero: Any, job: Backward, group: int, panel: int, dst: int) -> None:
+    """Panel `panel` of w^T, all of m, by blocks of k: block after block of nr columns."""
+    nr = vectors(zero) * lanes(zero)
+    j = panel * nr
+    src = Matrix(job.w.data + group * job.w.group + j * job.w.row, job.w.column, job.w.row)
+    pack_panel(zero, Packing(rows=job.m, columns=min(nr, job.d - j), src=src, dst=Rows(dst, nr * size_of(zero))))
+
+
+@jit_inner
+def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
+    """Panels of dx by inner products, from w as it lies."""
+    size, m = size_of(zero), job.m
+    nr = vectors(zero) * lanes(zero)
+    together = rows_of_dots(zero)
+    space = room(DOTS_WORDS)
+    for first in range(b.panel * nr, min(job.d, (b.panel + b.panels) * nr), DOTS_BLOCK):
+        columns = min(DOTS_BLOCK, min(job.d, (b.panel + b.panels) * nr) - first)
+        w = Rows(job.w.data + b.group * job.w.group + first * job.w.row, job.w.row)
+        z = Rows(b.z, job.plan.lead)
+        # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
+        w_first = round_up(b.count, DOTS_COLUMNS) < round_up(b.count, together)
+        c = Rows(space, (DOTS_BLOCK if w_first else round_up(b.count, together)) * size)
+        for k in range(0, m, DOTS_DEPTH):
+            depth = min(DOTS_DEPTH, m - k)
+            z_k, w_k = Rows(z.data + k * size, z.row), Rows(w.data + k * size, w.row)
+            if w_first:
+                dots(zero, DotsOperands(k=depth, rows=columns, columns=b.count, a=w_k, b=z_k, c=c, adds=k))
+            else:
+                dots(zero, DotsOperands(k=depth, rows=b.count, columns=columns, a=z_k, b=w_k, c=c, adds=k))
+        src = Matrix(space, c.row, size) if w_first else Matrix(space, size, c.row)
+        dst = Rows(job.dx.data + b.group * job.dx.group + first * size, job.dx.row)
+        copy(zero, Packing(rows=b.count, columns=columns, src=src, dst=dst))
+
+
+@jit_inner
+def dx_block(zero: Any, job: Backward, b: Block) -> None:
+    """Panels of dx from the block's dz, rows of A, and packed w^T."""
+    size, m = size_of(zero), job.m
+    nr = vectors(zero) * lanes(zero)
+    dx = job.dx.data + b.group * job.dx.group + b.first * job.dx.row + b.panel * nr * size
+    columns = min(job.d - b.panel * nr, b.panels * nr)
+    steps = block_count(m, job.plan.depth)
+    for step in range(steps):
+        k0, k1 = block_start(m, steps, step), block_start(m, steps, step + 1)
+        w = Panels(data=b.packed_w + k0 * nr * size, panel=m * nr * size, row=nr * size, padded=1)
+        block = Product(n=b.count, k=k1 - k0, m=columns, b=w, c=Rows(dx, job.dx.row), width=vectors(zero), prefetch=b.prefetch)
+        block.a = Matrix(b.z + k0 * size, job.plan.lead, size)
+        block.flags = ADD if step > 0 else 0
+        product(zero, block)
+
+
+# dw.
+
+
+@jit_inner
+def dw_block(zero: Any, job: Backward, b: Block) -> None:
+    """Rows and panels of dw, or of dw^T, from the block's samples: added to what is there, if so asked.
+
+    Where the rows of x meet in few sets of L1, or cannot be read as a B, x is copied first.
+    """
+    size, nr = size_of(zero), vectors(zero) * lanes(zero)
+    j = b.panel * nr
+    x = Matrix(job.x.data + b.group * job.x.group + b.first * job.x.row, job.x.row, job.x.column)
+    block = Product(k=b.count, n=b.rows, width=vectors(zero), prefetch=b.prefetch, flags=ADD if b.adds != 0 else 0)
+    block.c = Rows(b.dw.data + b.row * b.dw.row + j * size, b.dw.row)
+    by_columns = job.plan.dw_by_columns != 0
+    start = j if by_columns else b.row
+    columns = min(job.d - j, b.panels * nr) if by_columns else b.rows
+    x.data += start * x.column
+    if job.plan.copy_x != 0:
+        copied = Rows(b.space, packed_row(columns * size))
+        copy(zero, Packing(rows=b.count, columns=columns, src=x, dst=copied))
+        x = Matrix(copied.data, copied.row, size)
+    if by_columns:
+        block.m = columns
+        block.a = Matrix(b.z + b.row * size, size, job.plan.lead)
+        block.b = Panels(data=x.data, panel=nr * size, row=x.row)
+    else:
+        block.m = min(job.m - j, b.panels * nr)
+        block.a = Matrix(x.data, x.column, x.row)
+        block.b = Panels(data=b.z + j * size, panel=nr * size, row=job.plan.lead, padded=1)
+    product(zero, block)

@@ -1,0 +1,78 @@
+"""Packing: panels of B from operands of any layout, and blocks of A that keep their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import round_up
+from rectilinear.kernels.micro.library import lanes_of_rows, rows, transpose
+from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
+from rectilinear.kernels.micro.transpose import TransposeOperands
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.linking import by_name
+from rectilinear.kernels.runtime.memory import get, put, size_of
+from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import at, record
+
+pack_panel = by_name("rectilinear_pack_panel")
+copy = by_name("rectilinear_copy")
+"""`_pack_panel` and `_copy`, compiled once for a dtype and called by name."""
+
+
+@record
+class Packing:
+    """`rows` by `columns` elements of `src`, to `dst`."""
+
+    rows: int
+    columns: int
+    src: Matrix
+    dst: Rows
+
+
+@jit_inner
+def _pack_panel(zero: Any, p: Packing) -> None:
+    """A panel of B, padded to whole vectors, from a matrix with any strides."""
+    size = size_of(zero)
+    src = Rows(p.src.data, p.src.row)
+    if p.src.column == size:
+        rows(zero, RowsOperands(rows=p.rows, columns=p.columns, src=src, dst=p.dst, flags=WRITE | PAD))
+    elif p.src.row == size:
+        transpose(zero, TransposeOperands(k=p.rows, columns=p.columns, src=Rows(p.src.data, p.src.column), dst=p.dst))
+    else:
+        _by_elements(zero, p)
+        for i in range(p.rows):
+            for j in range(p.columns, round_up(p.columns, lanes_of_rows(zero))):
+                put(p.dst.data + i * p.dst.row + j * size, zero)
+
+
+@jit_inner
+def _copy(zero: Any, p: Packing) -> None:
+    """The block as it is, with its elements side by side along rows; what lies beyond its columns stays as it was."""
+    if p.src.column == size_of(zero):
+        src = Rows(p.src.data, p.src.row)
+        rows(zero, RowsOperands(rows=p.rows, columns=p.columns, src=src, dst=p.dst, flags=WRITE))
+    else:
+        _by_elements(zero, p)
+
+
+@jit_inner
+def _by_elements(zero: Any, p: Packing) -> None:
+    """The slow way, for layouts that nobody is fast on."""
+    size, src, dst = size_of(zero), p.src, p.dst
+    for i in range(p.rows):
+        for j in range(p.columns):
+            put(dst.data + i * dst.row + j * size, get(zero, src.data + i * src.row + j * src.column))
+
+
+def kernels(zero: Any) -> dict[str, Any]:
+    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
+
+    @jit_inner
+    def pack_panel_of_type(operands: int) -> None:
+        _pack_panel(zero, at(Packing, operands))
+
+    @jit_inner
+    def copy_of_type(operands: int) -> None:
+        _copy(zero, at(Packing, operands))
+
+    return {"pack_panel": pack_panel_of_type, "copy": copy_of_type}

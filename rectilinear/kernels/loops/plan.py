@@ -1,0 +1,397 @@
+"""What each pass decides before it computes: packing, tiles, blocks, slabs, tasks. Nothing is decided elsewhere, nothing is computed here.
+
+A job is a record: operands, extents, and the plan. ``plan_*`` writes what shapes, strides and the host decide: how operands are packed
+and where sums are cut, and with it every bit of the result. ``schedule_*`` cuts the work into tasks for so many threads, which no bit
+depends on. The functions run in jitted code on every call, and in plain Python, where `plan` shows what they would do anywhere::
+
+    plan("forward", (128, 784, 256), "float32", host_of(AVX2, 4, caches, cores=2))
+
+The words are those of the BLIS papers: C (n, m) = A (n, k) B (k, m) by tiles of mr rows and nr columns; B in panels of nr columns and kc
+rows, A in blocks of mc rows and kc columns. See Low et al., "Analytical modeling is enough for high-performance BLIS", 2016.
+"""
+
+from __future__ import annotations
+
+from numba.extending import register_jitable
+
+from rectilinear.kernels.loops.arithmetic import block_count, packed_row, round_up
+from rectilinear.kernels.loops.host import Host
+from rectilinear.kernels.micro.strip import STRIP_DEPTH
+from rectilinear.kernels.runtime.operands import Rows, Stack
+from rectilinear.kernels.runtime.records import record
+
+IN_PLACE, PACKED, PACKED_BY_TASKS = 0, 1, 2
+"""How w is read: where it lies, packed into panels once, or packed by each task, a panel at a time, where all of it would be too much."""
+
+PACK_AT_ONCE = 1 << 30
+"""Bytes of packed w beyond which each task packs for itself: a narrow w is padded to whole vectors."""
+
+X_USES = 4
+"""How many panels must use a copied block of x for the copy to pay."""
+
+TURNS = 8
+"""Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
+
+STRIP_BYTES = 2048
+"""The least of a row of w for one thread to move along."""
+
+FEW_ROWS = 16
+"""Rows up to which dx is computed by inner products, and dw is mostly a matter of writing it."""
+
+DOTS_VECTORS = 8
+"""The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
+
+BLOCK_ROWS = 128
+"""Rows of dz that are packed and summed at a time."""
+
+SLAB_ROWS = 1024
+"""The shortest slab: shorter ones would spend their time adding up partial dw."""
+
+MOST_SLABS = 32
+"""Enough for the cores of a desktop to share; more slabs mean more partial dw to add up."""
+
+STRIPE_COLUMNS = 2048
+"""Columns of a task of the bias reduction: their sums stay in L1 beside the rows that stream by."""
+
+SLAB_ELEMENTS = 1 << 16
+"""The least work of its slabs; below it the sums to be added up would cost as much as the rows."""
+
+MOST_SLABS_OF_SUMS = 64
+
+FOLD_COLUMNS = 512
+"""Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
+
+DW_ROWS = 28
+"""The least rows of dw in a task: two tall tiles of AVX-512."""
+
+
+@record
+class ForwardPlan:
+    width: int
+    """Vectors of a panel."""
+    depth: int
+    """kc."""
+    copy_x: int
+    """1 where x is copied, a block at a time, before use."""
+    w: int
+    """IN_PLACE, PACKED or PACKED_BY_TASKS."""
+    by_strips: int
+    """1 where rows are so few that w is read along its rows."""
+
+
+@record
+class ForwardTasks:
+    rows: int
+    columns: int
+    prefetch: int
+    """1 where tiles prefetch the next task's rows."""
+    count: int
+    run: int
+    """Tasks handed out together."""
+
+
+@record
+class Forward:
+    """The job of a forward pass: out (n, m) = x (n, d) w (d, m) + bias, in groups."""
+
+    x: Stack
+    w: Stack
+    out: Stack
+    bits: Stack
+    bias: Rows
+    """Its data, or 0, and the bytes from one group's to the next."""
+    n: int
+    d: int
+    m: int
+    groups: int
+    flags: int
+    plan: ForwardPlan
+    tasks: ForwardTasks
+    packed: Rows
+    """Packed w, and its bytes for each group."""
+    slots: Rows
+    """Scratch of the threads, and the bytes of each."""
+    copy_bytes: int
+    """What of a slot is for x, or for the sums of strips."""
+
+
+@record
+class BackwardPlan:
+    lead: int
+    """Bytes between rows of packed dz."""
+    part_row: int
+    """Bytes between rows of a partial dw."""
+    copy_x: int
+    by_dots: int
+    """1 where dx is made of inner products."""
+    depth: int
+    """kc of dx."""
+    dw_by_columns: int
+    """1 where dw is stored by columns, so that dw^T = dz^T x is computed."""
+    by_slabs: int
+    slabs: int
+    stretch: int
+    """Rows of dz that are packed before dx and dw are computed from them, where it is not by slabs."""
+
+
+@record
+class BackwardTasks:
+    dx_rows: int
+    dx_columns: int
+    dw_rows: int
+    dw_columns: int
+    panels_to_pack: int
+    """Panels of w^T that are packed once, for all tasks."""
+    count: int
+    run: int
+
+
+@record
+class Backward:
+    """The job of a backward pass; operands whose data is 0 are not there or not wanted."""
+
+    dout: Stack
+    keep: Stack
+    x: Stack
+    w: Stack
+    dx: Stack
+    dw: Stack
+    db: Stack
+    keep_kind: int
+    """0, KEEP_Z or KEEP_BITS."""
+    n: int
+    d: int
+    m: int
+    groups: int
+    plan: BackwardPlan
+    tasks: BackwardTasks
+    slots: Rows
+    parts: int
+    """Partial dw of slabs."""
+    sums: int
+    packed_w: int
+    z: int
+    """Packed dz, of rows first to last of a group."""
+    group: int
+    first: int
+    last: int
+
+
+@record
+class ReductionPlan:
+    """The matrix as it is summed, `fold` rows taken as one of `columns` columns, `row` bytes apart, with `left` rows left over."""
+
+    fold: int
+    left: int
+    rows: int
+    columns: int
+    row: int
+    slabs: int
+    stripes: int
+    slot_bytes: int
+
+
+@record
+class Reduction:
+    """The job of a bias reduction: out (m) = sum of src (n, m) over rows, in groups."""
+
+    src: Stack
+    out: Stack
+    n: int
+    m: int
+    groups: int
+    plan: ReductionPlan
+    totals: int
+    """Sums of slabs, in float64."""
+    slots: Rows
+
+
+@register_jitable
+def lines_kept(host: Host, stride: int) -> int:
+    """How many lines `stride` bytes apart L1 keeps: all ways of the sets that they fall into."""
+    apart = stride & -stride  # the power of two in it
+    return min(host.l1_sets, max(1, host.l1_sets * host.line // max(apart, host.line))) * host.l1_ways
+
+
+@register_jitable
+def depth_for(host: Host, n: int) -> int:
+    """kc for an A of n rows: half of it where twice mc rows are all there are, so that B is read once."""
+    return max(1, host.kc // 2) if n <= 2 * host.mc else host.kc
+
+
+@register_jitable
+def rows_at_once(host: Host, depth: int) -> int:
+    """mc for such a depth: rows of A that L2 holds along it, up to twice as many where it is less than kc."""
+    return max(1, host.mc * host.kc // max(min(depth, host.kc), host.kc // 2))
+
+
+@register_jitable
+def run_length(tasks: int, threads: int) -> int:
+    """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
+    return max(1, tasks // (16 * threads))
+
+
+# The forward pass.
+
+
+@register_jitable
+def plan_forward(job: Forward, host: Host) -> None:
+    plan, n, d, m = job.plan, job.n, job.d, job.m
+    size = host.itemsize
+    plan.width = 2 * host.vectors if n <= host.rows_of_wide else host.vectors
+    mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
+    panels = block_count(m, plan.width * host.lanes)
+    # A tile reads a line of each of its rows of x for several k: twice as many must find room beside what streams past. 1024^3 went
+    # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
+    # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast).
+    meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
+    plan.copy_x = 1 if meets and panels >= X_USES and n >= X_USES else 0
+    uses = n // mr
+    far = job.w.row >= host.page
+    kept = lines_kept(host, job.w.row)
+    w_meets = kept < min(d, host.kc) and (far or kept < host.l1_sets * host.l1_ways)
+    packs = w_meets and uses >= host.w_uses
+    in_rows = job.w.column == size and job.w.row >= m * size
+    plan.w = IN_PLACE if in_rows and not packs else PACKED
+    if job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE and plan.w == PACKED:
+        plan.w = PACKED_BY_TASKS
+    # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
+    plan.depth = max(1, host.kc // 2) if plan.w == IN_PLACE and far else depth_for(host, n)
+    few = job.w.column == size and 1 <= n <= host.rows_of_strips and d >= STRIP_DEPTH
+    plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
+
+
+@register_jitable
+def schedule_forward(job: Forward, host: Host, threads: int) -> None:
+    plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
+    size = host.itemsize
+    panels = block_count(m, plan.width * host.lanes)
+    mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
+    rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
+    wanted = TURNS * threads
+    if threads == 1:
+        rows = 1
+    elif job.groups * rows < wanted:
+        most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
+        columns = min(most, block_count(wanted, job.groups * rows))
+        tiles = 2 if plan.copy_x != 0 else 4
+        rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
+    if rows > 1:
+        # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
+        columns = max(columns, min(panels, block_count(d * m * size, host.past // 2)))
+    if plan.by_strips != 0:
+        rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
+    tasks.rows, tasks.columns = rows, columns
+    # A narrow w stays in the caches while x streams by.
+    tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
+    tasks.count = job.groups * rows * columns
+    tasks.run = run_length(tasks.count, threads)
+
+
+# The backward pass.
+
+
+@register_jitable
+def plan_backward(job: Backward, host: Host) -> None:
+    plan, n, d, m = job.plan, job.n, job.d, job.m
+    size, nr = host.itemsize, host.vectors * host.lanes
+    plan.lead = packed_row(round_up(m, nr) * size)
+    plan.dw_by_columns = 1 if job.dw.data != 0 and job.dw.column != size else 0
+    plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
+    # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
+    meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
+    plan.copy_x = 1 if meets and block_count(m, nr) >= X_USES and n > X_USES else 0
+    if plan.dw_by_columns != 0 and (job.x.column != size or job.x.row < d * size):
+        plan.copy_x = 1  # it is read as vectors along its rows, past their ends
+    plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
+    plan.depth = depth_for(host, n)
+    narrow = d * m * size <= host.l2 // 4
+    plan.slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
+    plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
+    most = max(4 * BLOCK_ROWS, host.past // plan.lead // BLOCK_ROWS * BLOCK_ROWS)
+    plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
+
+
+@register_jitable
+def _cut(extent: int, least: int, most: int, wanted: int) -> int:
+    """How many blocks to cut `extent` into: none longer than `most`, then up to `wanted`, but none shorter than `least`."""
+    return max(block_count(extent, most), min(wanted, extent // least))
+
+
+@register_jitable
+def schedule_backward(job: Backward, host: Host, threads: int) -> None:
+    plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
+    size, nr = host.itemsize, host.vectors * host.lanes
+    if plan.by_slabs != 0:
+        tasks.count = plan.slabs * job.groups
+        tasks.run = run_length(tasks.count, threads)
+        return
+    wanted = TURNS * threads if threads > 1 else 1
+    stretch = min(n, plan.stretch)
+    tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
+    dx_columns = -(-wanted // max(tasks.dx_rows, 1))
+    if tasks.dx_rows > 1:
+        # As in the forward pass: no more of w at a time than the last cache holds with ease.
+        dx_columns = max(dx_columns, block_count(d * m * size, host.past // 2))
+    tasks.dx_columns = min(block_count(d, nr), dx_columns)
+    tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 else 0
+    rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
+    # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
+    scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
+    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
+    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
+    tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
+
+
+# The bias reduction.
+
+
+@register_jitable
+def plan_reduction(job: Reduction, host: Host, block_rows: int) -> None:
+    """Fold short rows; choose slabs and stripes, by shape and strides alone. Rows are summed so many at a time."""
+    plan, size, n, m = job.plan, host.itemsize, job.n, job.m
+    whole = max(8, host.lanes)  # as in micro.rows
+    fold = 1
+    side_by_side = job.src.column == size and job.src.row == m * size
+    if side_by_side and m % whole != 0 and m * whole <= STRIPE_COLUMNS:
+        # A whole number of vectors, and enough of them that the sums are not added to at once again.
+        fold = max(1, FOLD_COLUMNS // (m * whole)) * whole
+        fold = fold if n >= 4 * fold else 1
+    plan.fold, plan.left = fold, n % fold
+    plan.rows, plan.columns, plan.row = n // fold, m * fold, job.src.row * fold
+    plan.stripes = block_count(plan.columns, STRIPE_COLUMNS)
+    width = -(-plan.columns // plan.stripes)
+    slab_rows = max(block_rows, SLAB_ELEMENTS // width)
+    plan.slabs = max(1, min(-(-MOST_SLABS_OF_SUMS // plan.stripes), plan.rows // slab_rows))
+    copied = 0 if job.src.column == size else block_rows * width * size
+    plan.slot_bytes = round_up(width * size, 64) + round_up(copied, 64)
+
+
+# In plain Python.
+
+
+def plan(op: str, shape: tuple[int, ...], host: Host, *, threads: int = 1, w_by_columns: bool = False) -> Forward | Backward:
+    """The job of a pass as it would be planned on `host`, with operands in C order (w in Fortran order, if asked for).
+
+    `op` is ``"forward"`` or ``"backward"``; `shape` is (n, d, m) or (groups, n, d, m). The job's operands have strides and no addresses.
+    """
+    *lead, n, d, m = shape
+    size = host.itemsize
+
+    def stack(rows: int, columns: int, *, by_columns: bool = False) -> Stack:
+        row, column = (size, rows * size) if by_columns else (columns * size, size)
+        return Stack(data=1, group=rows * columns * size, row=row, column=column)
+
+    extents = {"n": n, "d": d, "m": m, "groups": lead[0] if lead else 1}
+    x, w = stack(n, d), stack(d, m, by_columns=w_by_columns)
+    if op == "forward":
+        forward = Forward(x=x, w=w, out=stack(n, m), **extents)
+        plan_forward(forward, host)
+        schedule_forward(forward, host, threads)
+        return forward
+    if op == "backward":
+        backward = Backward(dout=stack(n, m), x=x, w=w, dx=stack(n, d), dw=w, **extents)
+        plan_backward(backward, host)
+        schedule_backward(backward, host, threads)
+        return backward
+    raise ValueError(f'op is {op!r}, and should be "forward" or "backward"')

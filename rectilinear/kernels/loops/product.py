@@ -1,0 +1,183 @@
+"""The product over the micro-kernel: C (n, m) = init + A (n, k) B (k, m), one block of K, panel after panel of B, tile after tile of A.
+
+    for j in range(0, m, nr):               a panel of B, nr columns
+        for i in range(0, n, mr):           a tile of C, its sums in registers
+            for k in range(k):              micro/tile.py
+
+Everything works on addresses and byte strides. The loops over blocks of K and of rows are the passes'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import LINE_BYTES, block_count, block_start
+from rectilinear.kernels.micro.library import MAX_ROWS, lanes, least_vectors, most_rows, rows, tile
+from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
+from rectilinear.kernels.micro.tile import ADD, TileOperands
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.linking import by_name
+from rectilinear.kernels.runtime.memory import room, size_of
+from rectilinear.kernels.runtime.operands import Matrix, Rows, Stack
+from rectilinear.kernels.runtime.records import at, record
+
+product = by_name("rectilinear_product")
+"""`_product`, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
+
+TAIL_WORDS = 4096
+"""Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_read_past`)."""
+
+
+@record
+class Panels:
+    """B: panels lie `panel` bytes apart, the rows of one `row`. `padded` is 1 where every panel can be read to its full width, as packed
+    ones can; else B is read where it lies."""
+
+    data: int
+    panel: int
+    row: int
+    padded: int
+
+
+@record
+class Stretch:
+    """Memory from `start` to `end`."""
+
+    start: int
+    end: int
+
+
+@record
+class Prefetch:
+    """What comes next: memory that tiles prefetch, as much with each as it has steps of k."""
+
+    now: Stretch
+    then: Stretch
+    last: Stretch
+
+
+@record
+class Product:
+    """`bias` is 0 where there is none; `prefetch` is the address of a `Prefetch`, or 0 to prefetch the panel that follows."""
+
+    n: int
+    k: int
+    m: int
+    a: Matrix
+    b: Panels
+    c: Rows
+    bias: int
+    flags: int
+    bits: Rows
+    width: int
+    prefetch: int
+
+
+@jit_inner
+def prefetch_rows(zero: Any, stretch: Stretch, matrix: Stack, group: int, first: int, count: int, columns: int) -> None:
+    """Write the stretch of so many rows.
+
+    Nothing, where rows lie so far apart that most of what is between them would be something else.
+    """
+    stretch.start = matrix.data + group * matrix.group + first * matrix.row
+    stretch.end = stretch.start + (count * matrix.row if 0 < matrix.row <= 2 * columns * size_of(zero) else 0)
+
+
+@jit_inner
+def _vectors_for(zero: Any, left: int, nv: int) -> int:
+    """The narrowest panel, up to nv vectors, that holds `left` columns."""
+    while nv > least_vectors(zero) and left * 2 <= nv * lanes(zero):
+        nv //= 2
+    return nv
+
+
+@jit_inner
+def _tile_index(nv: int) -> int:
+    index = 0
+    while nv > 1:
+        nv //= 2
+        index += MAX_ROWS
+    return index
+
+
+@jit_inner
+def _panel(zero: Any, n: int, nv: int, t: TileOperands, following: int, prefetch: int) -> None:
+    """One panel of B, nv vectors wide, against all n rows of A, in tiles of nearly equal height; `t` is moved on from one to the next.
+
+    The tiles prefetch what `prefetch` says, else the panel that follows (at `following`, not 0), a line of each row of k at a time.
+    """
+    count = block_count(n, most_rows(zero, nv))
+    index = _tile_index(nv)
+    lines = max(1, nv * lanes(zero) * size_of(zero) // LINE_BYTES)
+    first = 0
+    for i in range(count if n > 0 else 0):
+        height = block_start(n, count, i + 1) - first
+        t.prefetch, t.prefetch_step = t.b.data, 0
+        if prefetch != 0:
+            wanted = at(Prefetch, prefetch)
+            if wanted.now.start >= wanted.now.end:
+                wanted.now = wanted.then
+                wanted.then = wanted.last
+                wanted.last.end = 0
+        if prefetch != 0 and at(Prefetch, prefetch).now.start < at(Prefetch, prefetch).now.end:
+            now = at(Prefetch, prefetch).now
+            t.prefetch, t.prefetch_step = now.start, LINE_BYTES
+            now.start += t.k * LINE_BYTES
+        elif following != 0 and i < lines:
+            t.prefetch, t.prefetch_step = following + i * LINE_BYTES, t.b.row
+        tile(zero, index + height, t)
+        t.a.data += height * t.a.row
+        t.c.data += height * t.c.row
+        t.bits.data += height * t.bits.row
+        first += height
+
+
+@jit_inner
+def _read_past(zero: Any, n: int, nv: int, t: TileOperands, prefetch: int) -> None:
+    """The last panel of a B that lies in memory as it is: its vectors reach past the columns of B.
+
+    Within B that is harmless (what is read lands in columns that are not stored), but the last rows would reach past
+    its end. Those, one or a few, are copied and summed in a second call.
+    """
+    size = size_of(zero)
+    nr, k = nv * lanes(zero), t.k
+    last = min(k, -(-(nr - t.columns) * size // t.b.row))
+    tail = Rows(room(TAIL_WORDS), nr * size)
+    src = Rows(t.b.data + (k - last) * t.b.row, t.b.row)
+    rows(zero, RowsOperands(rows=last, columns=t.columns, src=src, dst=tail, flags=WRITE | PAD))
+    if last < k:
+        early = TileOperands(k=k - last, a=t.a, b=t.b, c=t.c, bias=t.bias, flags=t.flags & ADD, columns=t.columns)
+        _panel(zero, n, nv, early, 0, prefetch)
+        t.a.data += (k - last) * t.a.column
+        t.flags |= ADD
+        t.bias = 0
+    t.k, t.b = last, tail
+    _panel(zero, n, nv, t, 0, prefetch)
+
+
+@jit_inner
+def _product(zero: Any, p: Product) -> None:
+    size = size_of(zero)
+    nr = p.width * lanes(zero)
+    for j in range(0, p.m, nr):
+        columns = min(nr, p.m - j)
+        nv = _vectors_for(zero, columns, p.width)
+        b = Rows(p.b.data + j // nr * p.b.panel, p.b.row)
+        c = Rows(p.c.data + j * size, p.c.row)
+        bits = Rows(p.bits.data + (j >> 3), p.bits.row)
+        bias = p.bias + j * size if p.bias != 0 else 0
+        t = TileOperands(k=p.k, a=p.a, b=b, c=c, bias=bias, flags=p.flags, bits=bits, columns=columns)
+        if p.b.padded != 0 or columns == nv * lanes(zero):
+            _panel(zero, p.n, nv, t, b.data + p.b.panel if j + nr < p.m else 0, p.prefetch)
+        else:
+            _read_past(zero, p.n, nv, t, p.prefetch)
+
+
+def kernels(zero: Any) -> dict[str, Any]:
+    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
+
+    @jit_inner
+    def product_of_type(operands: int) -> None:
+        _product(zero, at(Product, operands))
+
+    return {"product": product_of_type}

@@ -1,0 +1,1 @@
+"""What emits vector code: one micro-kernel a file, each with the loop it stands for in its docstring."""

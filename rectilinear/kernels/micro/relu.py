@@ -1,0 +1,87 @@
+"""The generator of ReLU over a run of elements: dst[i] = src[i] where keep[i] is kept, else 0; `keep` is x, or src itself in the forward.
+
+    for i in range(count):
+        dst[i] = 0 if keep[i] < 0 else src[i]
+
+Where the run is too long for the caches it stores past them: a plain store first reads the line that it overwrites, a third of all traffic.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.runtime.records import record
+
+PAST_CACHES = 1
+"""Flag: use non-temporal stores."""
+
+UNROLL = 4
+
+
+@record
+class ReluOperands:
+    count: int
+    src: int
+    keep: int
+    dst: int
+    flags: int
+
+
+def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
+    """Add ``void name(ReluOperands *)`` to `module`. dst may be src."""
+    return _ReluEmitter(module, name, ReluOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+
+
+class _ReluEmitter(Emitter):
+    def run(self) -> ir.Function:
+        builder = self.builder
+        self.choose(self.flag(PAST_CACHES), self._past_caches, lambda: self._run(I64(0), nontemporal=False))
+        builder.ret_void()
+        return self.function
+
+    def _past_caches(self) -> Values:
+        """Up to the first aligned vector of dst by itself, then streams."""
+        builder, width = self.builder, self.vector.count * self.itemsize
+        ahead = builder.and_(builder.neg(self.arg["dst"]), I64(width - 1))
+        head = builder.udiv(ahead, I64(self.itemsize))
+        shorter = builder.icmp_signed("<", head, self.arg["count"])
+        head = builder.select(shorter, head, self.arg["count"])
+        self._vector(I64(0), self.lanes_below(head))
+        # An address that is no multiple of the element's size never comes to be aligned.
+        aligned = builder.icmp_signed("==", builder.urem(ahead, I64(self.itemsize)), I64(0))
+        return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
+
+    def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
+        builder, count = self.builder, self.arg["count"]
+        done = self._loop(start, UNROLL, nontemporal)
+        done = self._loop(done, 1, nontemporal)
+        with builder.if_then(builder.icmp_signed("<", done, count)):
+            self._vector(done, self.lanes_below(builder.sub(count, done)))
+        return []
+
+    def _loop(self, start: ir.Value, vectors: int, nontemporal: bool) -> ir.Value:
+        """Whole groups of `vectors` vectors from `start`; returns where it stopped."""
+        builder, lanes = self.builder, self.vector.count
+        step = vectors * lanes
+        with self.steps(start, self.arg["count"], step) as i:
+            values = [self._value(builder.add(i, I64(v * lanes)), None) for v in range(vectors)]
+            for v, value in enumerate(values):
+                self._store(value, builder.add(i, I64(v * lanes)), nontemporal)
+        whole = builder.sdiv(builder.sub(self.arg["count"], start), I64(step))
+        return builder.add(start, builder.mul(whole, I64(step)))
+
+    def _value(self, index: ir.Value, mask: ir.Value | None) -> ir.Value:
+        keep = self.keeps(self.load(self.offset(self.arg["keep"], index, self.itemsize), mask))
+        return self.builder.select(keep, self.load(self.offset(self.arg["src"], index, self.itemsize), mask), self.zero)
+
+    def _vector(self, index: ir.Value, mask: ir.Value) -> None:
+        self.store(self._value(index, mask), self.offset(self.arg["dst"], index, self.itemsize), mask)
+
+    def _store(self, value: ir.Value, index: ir.Value, nontemporal: bool) -> None:
+        pointer = self.pointer(self.offset(self.arg["dst"], index, self.itemsize))
+        width = self.vector.count * self.itemsize
+        store = self.builder.store(value, pointer, align=width if nontemporal else 1)
+        if nontemporal:
+            store.set_metadata("nontemporal", self.module.add_metadata([I32(1)]))

@@ -1,0 +1,32 @@
+"""What micro-kernels and the loops around them are given: where matrices lie. Addresses and strides are in bytes."""
+
+from __future__ import annotations
+
+from rectilinear.kernels.runtime.records import record
+
+
+@record
+class Rows:
+    """A matrix whose elements lie side by side along its rows."""
+
+    data: int
+    row: int
+
+
+@record
+class Matrix:
+    """A matrix of any strides."""
+
+    data: int
+    row: int
+    column: int
+
+
+@record
+class Stack:
+    """Matrices of any strides, `group` bytes apart."""
+
+    data: int
+    group: int
+    row: int
+    column: int

@@ -1,0 +1,162 @@
+"""Records: 64-bit integers with names, in memory, for jitted code, emitted code and plain Python alike.
+
+    @record
+    class Rows:
+        data: int
+        row: int
+
+In Python `Rows` is a dataclass of integers, all 0 unless told otherwise. In jitted code ``Rows(data=place)`` is the same fields on the
+stack of the function that makes it, passed by address: reading and assigning fields costs a load and a store, nested records are parts
+of the record they stand in, and assigning to one copies it. A record must not be returned, since it ends with the function that made it.
+Emitted code finds the fields by `offsets_of`. This is the one place that lays them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, lower_getattr_generic, lower_setattr_generic, models, register_model
+
+WORD = ir.IntType(64)
+WORD_BYTES = 8
+
+_Record = TypeVar("_Record")
+
+
+class Layout(types.Type):  # type: ignore[misc]  # numba is untyped
+    """The type of a record in jitted code: offset in bytes and type of each field."""
+
+    def __init__(self, cls: type, fields: dict[str, tuple[int, Any]], size: int) -> None:
+        self.fields, self.size = fields, size
+        super().__init__(f"{cls.__module__}.{cls.__qualname__}")
+
+
+@dataclass_transform()
+def record(cls: type[_Record]) -> type[_Record]:
+    """Make a record of a class whose annotations are all ``int`` or records."""
+    hints, fields, size = get_type_hints(cls), {}, 0
+    for name, hint in hints.items():
+        kind = types.intp if hint is int else hint.layout
+        fields[name] = (size, kind)
+        size += WORD_BYTES if hint is int else kind.size
+        setattr(cls, name, 0 if hint is int else dataclasses.field(default_factory=hint))
+    made: Any = dataclasses.dataclass(cls)
+    made.layout = Layout(cls, fields, size)
+    _make_constructor(made)
+    return made  # type: ignore[no-any-return]
+
+
+def offsets_of(cls: type) -> dict[str, int]:
+    """Where each integer of a record lies, in bytes, by its name, as in ``"src.row"``."""
+    return dict(_offsets(cls.layout, "", 0))  # type: ignore[attr-defined]
+
+
+def _offsets(layout: Layout, prefix: str, start: int) -> Iterator[tuple[str, int]]:
+    for name, (offset, kind) in layout.fields.items():
+        if isinstance(kind, Layout):
+            yield from _offsets(kind, f"{prefix}{name}.", start + offset)
+        else:
+            yield prefix + name, start + offset
+
+
+def words_of(value: Any) -> list[int]:
+    """The integers of a record that Python made, in their order in memory."""
+    words: list[int] = []
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        words += [part] if isinstance(part, int) else words_of(part)
+    return words
+
+
+@intrinsic  # type: ignore[misc]
+def at(typingctx: Any, cls: Any, address: Any) -> Any:
+    """The record of class `cls` at `address`."""
+    return cls.typing_key.layout(cls, types.intp), lambda context, builder, signature, args: args[1]
+
+
+@intrinsic  # type: ignore[misc]
+def address_of(typingctx: Any, value: Any) -> Any:
+    """Where a record lies."""
+    return types.intp(value), lambda context, builder, signature, args: args[0]
+
+
+# What numba has to be told.
+
+
+@register_model(Layout)
+class _Address(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, layout: Layout) -> None:
+        super().__init__(manager, layout, WORD)
+
+
+@infer_getattr
+class _Fields(AttributeTemplate):  # type: ignore[misc]
+    key = Layout
+
+    def generic_resolve(self, layout: Layout, name: str) -> Any:
+        return layout.fields[name][1] if name in layout.fields else None
+
+
+@lower_getattr_generic(Layout)  # type: ignore[misc]
+def _get(context: Any, builder: Any, layout: Layout, address: Any, name: str) -> Any:
+    offset, kind = layout.fields[name]
+    place = builder.add(address, WORD(offset))
+    return place if isinstance(kind, Layout) else _load(builder, place)
+
+
+@lower_setattr_generic(Layout)  # type: ignore[misc]
+def _set(context: Any, builder: Any, signature: Any, args: Any, name: str) -> None:
+    offset, kind = signature.args[0].fields[name]
+    _put(builder, builder.add(args[0], WORD(offset)), kind, context.cast(builder, args[1], signature.args[1], kind))
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, WORD.as_pointer())
+
+
+def _load(builder: Any, address: Any) -> Any:
+    return builder.load(_pointer(builder, address), align=WORD_BYTES)
+
+
+def _put(builder: Any, place: Any, kind: Any, value: Any) -> None:
+    """Store a word, or copy a record."""
+    if isinstance(kind, Layout):
+        words = [_load(builder, builder.add(value, WORD(offset))) for offset in range(0, kind.size, WORD_BYTES)]
+    else:
+        words = [value]
+    for index, word in enumerate(words):
+        builder.store(word, _pointer(builder, builder.add(place, WORD(index * WORD_BYTES))), align=WORD_BYTES)
+
+
+def _make_constructor(cls: Any) -> None:
+    """Let jitted code call the class, with any of its fields by position or name."""
+    layout = cls.layout
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=0) for name in layout.fields]
+    pysig = inspect.Signature(parameters)
+
+    class Constructor(AbstractTemplate):  # type: ignore[misc]
+        key = cls
+
+        def generic(self, args: Any, kws: Any) -> Any:
+            given = pysig.bind(*args, **kws).arguments
+            kinds = [kind if name in given else types.Omitted(0) for name, (_, kind) in layout.fields.items()]
+            return signature(layout, *kinds).replace(pysig=pysig)
+
+    infer_global(cls, types.Function(Constructor))
+
+    @lower_builtin(cls, types.VarArg(types.Any))  # type: ignore[misc]
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with builder.goto_entry_block():
+            space = builder.alloca(ir.ArrayType(WORD, layout.size // WORD_BYTES))
+        builder.store(space.type.pointee(None), space)
+        address = builder.ptrtoint(space, WORD)
+        for (offset, kind), given, value in zip(layout.fields.values(), signature.args, args, strict=True):
+            if not isinstance(given, types.Omitted):
+                _put(builder, builder.add(address, WORD(offset)), kind, value)
+        return address
