@@ -16,7 +16,8 @@ import pytest
 from rectilinear.backends.contract import Wanted
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
-from rectilinear.kernels.runtime import library
+from rectilinear.kernels.loops import host, passes
+from rectilinear.kernels.micro import library
 from rectilinear.threads import num_threads
 
 from . import subprocesses
@@ -38,11 +39,11 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
 def small_blocks() -> Iterator[None]:
     """Block boundaries where small extents meet them."""
     for itemsize in (4, 8):
-        library.load[itemsize]
-        library.publish_blocks(itemsize, kc=KC, mc=24)
+        passes.prepare[itemsize]
+        host.publish_host(itemsize, kc=KC, mc=24)
     yield
     for itemsize in (4, 8):
-        library.publish_blocks(itemsize)
+        host.publish_host(itemsize)
 
 
 def whole(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -164,11 +165,11 @@ def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np
 def far_memory() -> Iterator[None]:
     """Few rows by strips, however small w is."""
     for itemsize in (4, 8):
-        library.load[itemsize]
-        library.publish_blocks(itemsize, past=2, far=1)
+        passes.prepare[itemsize]
+        host.publish_host(itemsize, past=2, page=1)
     yield
     for itemsize in (4, 8):
-        library.publish_blocks(itemsize)
+        host.publish_host(itemsize)
 
 
 @pytest.mark.smoke
@@ -211,14 +212,14 @@ def test_strips_give_the_same_bits_for_any_threads(dtype: np.dtype[Any], shape: 
 
 @pytest.mark.parametrize("n", [511, 512, 513, 1300])
 def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
-    library.load[dtype.itemsize]
-    library.publish_blocks(dtype.itemsize, past=1, l2=1)  # stretches as short as they get, and no slabs
+    passes.prepare[dtype.itemsize]
+    host.publish_host(dtype.itemsize, past=1, l2=1)  # stretches as short as they get, and no slabs
     try:
         for d, m in ((70, 90), (33, 64), (17, 1100)):  # the last with dz in panels too
             x, w, dout = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
             check_step(x, w, whole(rng, (m,), dtype), dout, frames=True)
     finally:
-        library.publish_blocks(dtype.itemsize)
+        host.publish_host(dtype.itemsize)
 
 
 @pytest.mark.smoke
@@ -330,7 +331,7 @@ GUARDED = """
 import numpy as np
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
-from rectilinear.kernels.runtime import library
+from rectilinear.kernels.loops import host, passes
 from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
@@ -338,8 +339,8 @@ SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 
 SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33)]
 for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
     size = np.dtype(T).itemsize
-    library.load[size]
-    library.publish_blocks(size, **({"past": 2, "far": 1} if few_by_strips else {}))
+    passes.prepare[size]
+    host.publish_host(size, **({"past": 2, "page": 1} if few_by_strips else {}))
     for n, d, m in SHAPES:
         for at_end in (False, True):
             x, w, b, dout = (rng.integers(-3, 4, s).astype(T) for s in ((n, d), (d, m), (m,), (n, m)))
@@ -397,8 +398,8 @@ def test_relu_keeps_every_bit_of_what_it_keeps(dtype: np.dtype[Any], count: int)
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_relu_of_a_run_longer_than_the_caches(dtype: np.dtype[Any], offset: int, rng: np.random.Generator) -> None:
-    library.load[dtype.itemsize]
-    library.publish_blocks(dtype.itemsize, past=1000)
+    passes.prepare[dtype.itemsize]
+    host.publish_host(dtype.itemsize, past=1000)
     try:
         x = np.resize(edges(dtype), 200_000 + offset)[offset:]
         out = np.full(x.size + 8, CANARY, dtype)
@@ -407,7 +408,7 @@ def test_relu_of_a_run_longer_than_the_caches(dtype: np.dtype[Any], offset: int,
         assert (out[:3] == CANARY).all()
         assert (out[-5:] == CANARY).all()
     finally:
-        library.publish_blocks(dtype.itemsize)
+        host.publish_host(dtype.itemsize)
 
 
 @pytest.mark.smoke

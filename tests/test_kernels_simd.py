@@ -17,12 +17,14 @@ from llvmlite import ir
 
 from rectilinear.kernels.micro import simd
 from rectilinear.kernels.micro.dots import DOTS_COLUMNS, dots_rows, emit_dots
-from rectilinear.kernels.runtime.library import host_simd
-from rectilinear.kernels.micro.rows import emit_rows, emit_transpose
+from rectilinear.kernels.micro.library import host_simd
+from rectilinear.kernels.micro.relu import emit_relu
+from rectilinear.kernels.micro.rows import emit_rows
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2, Simd
-from rectilinear.kernels.micro.stream import emit_relu, emit_softmax
+from rectilinear.kernels.micro.softmax import emit_softmax
 from rectilinear.kernels.micro.strip import STRIP_DEPTH, emit_strip, strip_tiles
 from rectilinear.kernels.micro.tile import Tile, emit_tile
+from rectilinear.kernels.micro.transpose import emit_transpose
 
 from .widths import FEATURES
 
@@ -185,7 +187,7 @@ def test_each_width_computes_right(unit: Simd) -> None:
     The width that numba takes by itself here is tested by test_kernels.py as it is.
     """
     environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": FEATURES[unit]}
-    asked = [sys.executable, "-c", "from rectilinear.kernels.runtime.library import describe_host; print(describe_host())"]
+    asked = [sys.executable, "-c", "from rectilinear.kernels.micro.library import describe_host; print(describe_host())"]
     assert subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=60).stdout.startswith(unit.name)
     tests = Path(__file__).with_name("test_kernels.py")
     chosen = "tail or few_rows or depth or edges or relu or (any_layout and 30) or stacked or every_way or (bits and 333)"

@@ -52,8 +52,8 @@ class NumbaBackend:
             unfit = numba_private.unfit()
             if unfit is not None:
                 return Probe(False, unfit, numba.__version__)
-            from rectilinear.kernels.runtime import symbols
             from rectilinear.kernels.micro.library import describe_host
+            from rectilinear.kernels.runtime import symbols
 
             simd, no_pool = describe_host(), symbols.why_no_pool()
         except Exception as error:

@@ -52,11 +52,11 @@ BLOCKS: tuple[dict[str, int], ...] = (
     {},
     {"kc": 8, "mc": 24},
     {"kc": 8, "mc": 24},
-    {"past": 2, "far": 1},
+    {"past": 2, "page": 1},
     {"past": 1, "l2": 1},
     {"past": 1000},
 )
-"""What `library.publish_blocks` is told: the host's block sizes, block edges at small extents, the ways for long and far memory."""
+"""What `host.publish_host` is told: the host's block sizes, block edges at small extents, the ways for long and far memory."""
 
 MIXED = ("f4", "f8", "f2", ">f4", ">f8", "i1", "i8", "?")
 """Dtypes of operands but the first, in one call of 20."""
@@ -77,9 +77,9 @@ class Machine(NamedTuple):
 def machine(backend: str) -> Machine:
     if backend != "numba":
         return Machine(backend, {4: (4, 8, 16, 64), 8: (4, 8, 16, 64)}, {4: 256, 8: 256})
-    from rectilinear.kernels.loops import plan as blocking
-    from rectilinear.kernels.runtime import library
+    from rectilinear.kernels.loops import host
     from rectilinear.kernels.loops.forward import STRIP_ROWS
+    from rectilinear.kernels.micro import library
 
     unit = library.host_simd()
     extents, depths = {}, {}
@@ -87,7 +87,7 @@ def machine(backend: str) -> Machine:
         mr, nv = unit.tile(size)
         lanes = unit.lanes(size)
         extents[size] = (mr, 2 * mr, lanes, nv * lanes, 2 * nv * lanes, 8 * lanes, STRIP_ROWS, 16)
-        depths[size] = blocking.k_block(nv * lanes, size, blocking.host_caches())
+        depths[size] = host.this_host(size).kc
     return Machine(backend, extents, depths)
 
 
@@ -148,9 +148,10 @@ class Case:
 
     def _publish(self) -> None:
         if self.machine.backend == "numba":
-            from rectilinear.kernels.runtime import library
+            from rectilinear.kernels.loops import host, passes
 
-            library.publish_blocks(self.dtype.itemsize, **self.blocks)
+            passes.prepare[self.dtype.itemsize]
+            host.publish_host(self.dtype.itemsize, **self.blocks)
 
     # ------------------------------------------------------------ extents
 

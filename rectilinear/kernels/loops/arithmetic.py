@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from numba.extending import register_jitable
+from rectilinear.kernels.runtime.cache import jit_too
 
 LINE_BYTES = 64
 
 
-@register_jitable
+@jit_too
 def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-@register_jitable
+@jit_too
 def packed_row(length: int) -> int:
     """Bytes between the rows of a packed block: an odd number of cache lines, so that rows do not meet in one set."""
     return (round_up(length, LINE_BYTES) // LINE_BYTES | 1) * LINE_BYTES
 
 
-@register_jitable
+@jit_too
 def block_count(extent: int, block: int) -> int:
     """Blocks of nearly equal length, none longer than `block`; one empty block where there is nothing."""
     return max(1, -(-extent // block))
 
 
-@register_jitable
+@jit_too
 def block_start(extent: int, count: int, index: int) -> int:
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)

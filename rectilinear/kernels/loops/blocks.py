@@ -4,6 +4,7 @@ of dx and of dw, group after group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
@@ -89,7 +90,7 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     return round_up(max(job.m * nr * size, host(zero).kc * packed_row(columns * size)), 64)
 
 
-def runner(zero: Any) -> Any:
+def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     """A jitted function of the job, scratch, its bytes, and threads: 0, or how many bytes of scratch it needs and has not got."""
 
     @jit_inner

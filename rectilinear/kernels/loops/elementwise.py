@@ -29,13 +29,13 @@ SHARED_BYTES = 128 << 10
 class Elementwise:
     """The job: dst = src where `keep` says so, else 0. `count` is of elements, or of rows of `columns` each; a task takes `run` of them."""
 
-    src: Stack
-    keep: Stack
-    dst: Stack
-    count: int
-    columns: int
-    flags: int
-    run: int
+    src: Stack = Stack()
+    keep: Stack = Stack()
+    dst: Stack = Stack()
+    count: int = 0
+    columns: int = 0
+    flags: int = 0
+    run: int = 0
 
 
 @jit_inner

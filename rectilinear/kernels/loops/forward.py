@@ -91,8 +91,8 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
                 block.a = Matrix(packed.data, packed.row, size)
             block.c.data, block.bits.data = out + r0 * job.out.row, bits + r0 * job.bits.row
             block.bias = bias if step == 0 else 0
-            packed = job.packed.data + group * job.packed.row + (k0 * panels + first * block.k) * nr * size
-            _columns(zero, job, block, columns, Matrix(w.data + k0 * w.row, w.row, w.column), packed, space + job.copy_bytes)
+            panel = job.packed.data + group * job.packed.row + (k0 * panels + first * block.k) * nr * size
+            _columns(zero, job, block, columns, Matrix(w.data + k0 * w.row, w.row, w.column), panel, space + job.copy_bytes)
 
 
 @jit_inner

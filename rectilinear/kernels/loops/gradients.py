@@ -41,19 +41,19 @@ class Block:
     is the whole of it; `space` is for a copy of x. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
     """
 
-    group: int
-    first: int
-    count: int
-    z: int
-    panel: int
-    panels: int
-    packed_w: int
-    row: int
-    rows: int
-    dw: Rows
-    adds: int
-    space: int
-    prefetch: int
+    group: int = 0
+    first: int = 0
+    count: int = 0
+    z: int = 0
+    panel: int = 0
+    panels: int = 0
+    packed_w: int = 0
+    row: int = 0
+    rows: int = 0
+    dw: Rows = Rows()
+    adds: int = 0
+    space: int = 0
+    prefetch: int = 0
 
 
 @jit_inner

@@ -66,27 +66,27 @@ def host_caches() -> Caches:
 class Host:
     """What decides a plan besides shapes and strides. Sizes are in bytes."""
 
-    itemsize: int
-    lanes: int
-    vectors: int
+    itemsize: int = 0
+    lanes: int = 0
+    vectors: int = 0
     """Vectors along a row of the full register tile."""
-    rows: int
+    rows: int = 0
     """mr: of the tallest tiles of so many vectors."""
-    rows_of_wide: int
+    rows_of_wide: int = 0
     """mr of the tallest tiles of twice as many vectors."""
-    rows_of_strips: int
-    line: int
-    l1_sets: int
-    l1_ways: int
-    l2: int
-    past: int
+    rows_of_strips: int = 0
+    line: int = 0
+    l1_sets: int = 0
+    l1_ways: int = 0
+    l2: int = 0
+    past: int = 0
     """Half of the last cache: a longer result could not stay in the caches."""
-    page: int
-    cores: int
+    page: int = 0
+    cores: int = 0
     """Of the machine, whichever of them this process may use."""
-    kc: int
-    mc: int
-    w_uses: int
+    kc: int = 0
+    mc: int = 0
+    w_uses: int = 0
     """How often a line of w must be read for packing it to pay, where its lines push one another out of L1."""
 
 

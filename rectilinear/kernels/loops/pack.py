@@ -23,10 +23,10 @@ copy = by_name("rectilinear_copy")
 class Packing:
     """`rows` by `columns` elements of `src`, to `dst`."""
 
-    rows: int
-    columns: int
-    src: Matrix
-    dst: Rows
+    rows: int = 0
+    columns: int = 0
+    src: Matrix = Matrix()
+    dst: Rows = Rows()
 
 
 @jit_inner

@@ -19,7 +19,7 @@ from rectilinear.kernels.runtime.native import c_address
 
 
 @Once
-def _prepare(itemsize: int) -> Any:
+def prepare(itemsize: int) -> Any:
     """The zero that stands for the dtype, once the kernels that passes call by name are there."""
     zero = np.dtype(f"f{itemsize}").type(0)
     library.load[itemsize]
@@ -38,34 +38,34 @@ def _prepare(itemsize: int) -> Any:
 
 @Once
 def affine_forward(itemsize: int) -> Any:
-    return forward.entry(_prepare[itemsize])
+    return forward.entry(prepare[itemsize])
 
 
 @Once
 def affine_backward(itemsize: int) -> Any:
-    return backward.entry(_prepare[itemsize])
+    return backward.entry(prepare[itemsize])
 
 
 @Once
 def bias_reduction(itemsize: int) -> Any:
-    return reduction.entry(_prepare[itemsize])
+    return reduction.entry(prepare[itemsize])
 
 
 @Once
 def relu(itemsize: int) -> Any:
-    return elementwise.entry(_prepare[itemsize])
+    return elementwise.entry(prepare[itemsize])
 
 
 @Once
 def softmax_loss(itemsize: int) -> Any:
-    return softmax.entry(_prepare[itemsize])
+    return softmax.entry(prepare[itemsize])
 
 
 @warms
 def _jobs(dtype: str) -> Iterator[Job]:
     """What `rectilinear.warmup` compiles for a dtype."""
     itemsize = np.dtype(dtype).itemsize
-    yield f"tiles and packing, {dtype}", lambda: _prepare[itemsize]
+    yield f"tiles and packing, {dtype}", lambda: prepare[itemsize]
     for name, kernels in (
         ("affine forward", affine_forward),
         ("affine backward", affine_backward),

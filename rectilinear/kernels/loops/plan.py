@@ -12,11 +12,10 @@ rows, A in blocks of mc rows and kc columns. See Low et al., "Analytical modelin
 
 from __future__ import annotations
 
-from numba.extending import register_jitable
-
 from rectilinear.kernels.loops.arithmetic import block_count, packed_row, round_up
 from rectilinear.kernels.loops.host import Host
 from rectilinear.kernels.micro.strip import STRIP_DEPTH
+from rectilinear.kernels.runtime.cache import jit_too
 from rectilinear.kernels.runtime.operands import Rows, Stack
 from rectilinear.kernels.runtime.records import record
 
@@ -67,26 +66,26 @@ DW_ROWS = 28
 
 @record
 class ForwardPlan:
-    width: int
+    width: int = 0
     """Vectors of a panel."""
-    depth: int
+    depth: int = 0
     """kc."""
-    copy_x: int
+    copy_x: int = 0
     """1 where x is copied, a block at a time, before use."""
-    w: int
+    w: int = 0
     """IN_PLACE, PACKED or PACKED_BY_TASKS."""
-    by_strips: int
+    by_strips: int = 0
     """1 where rows are so few that w is read along its rows."""
 
 
 @record
 class ForwardTasks:
-    rows: int
-    columns: int
-    prefetch: int
+    rows: int = 0
+    columns: int = 0
+    prefetch: int = 0
     """1 where tiles prefetch the next task's rows."""
-    count: int
-    run: int
+    count: int = 0
+    run: int = 0
     """Tasks handed out together."""
 
 
@@ -94,138 +93,138 @@ class ForwardTasks:
 class Forward:
     """The job of a forward pass: out (n, m) = x (n, d) w (d, m) + bias, in groups."""
 
-    x: Stack
-    w: Stack
-    out: Stack
-    bits: Stack
-    bias: Rows
+    x: Stack = Stack()
+    w: Stack = Stack()
+    out: Stack = Stack()
+    bits: Stack = Stack()
+    bias: Rows = Rows()
     """Its data, or 0, and the bytes from one group's to the next."""
-    n: int
-    d: int
-    m: int
-    groups: int
-    flags: int
-    plan: ForwardPlan
-    tasks: ForwardTasks
-    packed: Rows
+    n: int = 0
+    d: int = 0
+    m: int = 0
+    groups: int = 0
+    flags: int = 0
+    plan: ForwardPlan = ForwardPlan()
+    tasks: ForwardTasks = ForwardTasks()
+    packed: Rows = Rows()
     """Packed w, and its bytes for each group."""
-    slots: Rows
+    slots: Rows = Rows()
     """Scratch of the threads, and the bytes of each."""
-    copy_bytes: int
+    copy_bytes: int = 0
     """What of a slot is for x, or for the sums of strips."""
 
 
 @record
 class BackwardPlan:
-    lead: int
+    lead: int = 0
     """Bytes between rows of packed dz."""
-    part_row: int
+    part_row: int = 0
     """Bytes between rows of a partial dw."""
-    copy_x: int
-    by_dots: int
+    copy_x: int = 0
+    by_dots: int = 0
     """1 where dx is made of inner products."""
-    depth: int
+    depth: int = 0
     """kc of dx."""
-    dw_by_columns: int
+    dw_by_columns: int = 0
     """1 where dw is stored by columns, so that dw^T = dz^T x is computed."""
-    by_slabs: int
-    slabs: int
-    stretch: int
+    by_slabs: int = 0
+    slabs: int = 0
+    stretch: int = 0
     """Rows of dz that are packed before dx and dw are computed from them, where it is not by slabs."""
 
 
 @record
 class BackwardTasks:
-    dx_rows: int
-    dx_columns: int
-    dw_rows: int
-    dw_columns: int
-    panels_to_pack: int
+    dx_rows: int = 0
+    dx_columns: int = 0
+    dw_rows: int = 0
+    dw_columns: int = 0
+    panels_to_pack: int = 0
     """Panels of w^T that are packed once, for all tasks."""
-    count: int
-    run: int
+    count: int = 0
+    run: int = 0
 
 
 @record
 class Backward:
     """The job of a backward pass; operands whose data is 0 are not there or not wanted."""
 
-    dout: Stack
-    keep: Stack
-    x: Stack
-    w: Stack
-    dx: Stack
-    dw: Stack
-    db: Stack
-    keep_kind: int
+    dout: Stack = Stack()
+    keep: Stack = Stack()
+    x: Stack = Stack()
+    w: Stack = Stack()
+    dx: Stack = Stack()
+    dw: Stack = Stack()
+    db: Stack = Stack()
+    keep_kind: int = 0
     """0, KEEP_Z or KEEP_BITS."""
-    n: int
-    d: int
-    m: int
-    groups: int
-    plan: BackwardPlan
-    tasks: BackwardTasks
-    slots: Rows
-    parts: int
+    n: int = 0
+    d: int = 0
+    m: int = 0
+    groups: int = 0
+    plan: BackwardPlan = BackwardPlan()
+    tasks: BackwardTasks = BackwardTasks()
+    slots: Rows = Rows()
+    parts: int = 0
     """Partial dw of slabs."""
-    sums: int
-    packed_w: int
-    z: int
+    sums: int = 0
+    packed_w: int = 0
+    z: int = 0
     """Packed dz, of rows first to last of a group."""
-    group: int
-    first: int
-    last: int
+    group: int = 0
+    first: int = 0
+    last: int = 0
 
 
 @record
 class ReductionPlan:
     """The matrix as it is summed, `fold` rows taken as one of `columns` columns, `row` bytes apart, with `left` rows left over."""
 
-    fold: int
-    left: int
-    rows: int
-    columns: int
-    row: int
-    slabs: int
-    stripes: int
-    slot_bytes: int
+    fold: int = 0
+    left: int = 0
+    rows: int = 0
+    columns: int = 0
+    row: int = 0
+    slabs: int = 0
+    stripes: int = 0
+    slot_bytes: int = 0
 
 
 @record
 class Reduction:
     """The job of a bias reduction: out (m) = sum of src (n, m) over rows, in groups."""
 
-    src: Stack
-    out: Stack
-    n: int
-    m: int
-    groups: int
-    plan: ReductionPlan
-    totals: int
+    src: Stack = Stack()
+    out: Stack = Stack()
+    n: int = 0
+    m: int = 0
+    groups: int = 0
+    plan: ReductionPlan = ReductionPlan()
+    totals: int = 0
     """Sums of slabs, in float64."""
-    slots: Rows
+    slots: Rows = Rows()
 
 
-@register_jitable
+@jit_too
 def lines_kept(host: Host, stride: int) -> int:
     """How many lines `stride` bytes apart L1 keeps: all ways of the sets that they fall into."""
     apart = stride & -stride  # the power of two in it
     return min(host.l1_sets, max(1, host.l1_sets * host.line // max(apart, host.line))) * host.l1_ways
 
 
-@register_jitable
+@jit_too
 def depth_for(host: Host, n: int) -> int:
     """kc for an A of n rows: half of it where twice mc rows are all there are, so that B is read once."""
     return max(1, host.kc // 2) if n <= 2 * host.mc else host.kc
 
 
-@register_jitable
+@jit_too
 def rows_at_once(host: Host, depth: int) -> int:
     """mc for such a depth: rows of A that L2 holds along it, up to twice as many where it is less than kc."""
     return max(1, host.mc * host.kc // max(min(depth, host.kc), host.kc // 2))
 
 
-@register_jitable
+@jit_too
 def run_length(tasks: int, threads: int) -> int:
     """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
     return max(1, tasks // (16 * threads))
@@ -234,7 +233,7 @@ def run_length(tasks: int, threads: int) -> int:
 # The forward pass.
 
 
-@register_jitable
+@jit_too
 def plan_forward(job: Forward, host: Host) -> None:
     plan, n, d, m = job.plan, job.n, job.d, job.m
     size = host.itemsize
@@ -261,7 +260,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
 
 
-@register_jitable
+@jit_too
 def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
     size = host.itemsize
@@ -291,7 +290,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
 # The backward pass.
 
 
-@register_jitable
+@jit_too
 def plan_backward(job: Backward, host: Host) -> None:
     plan, n, d, m = job.plan, job.n, job.d, job.m
     size, nr = host.itemsize, host.vectors * host.lanes
@@ -312,13 +311,13 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 
 
-@register_jitable
+@jit_too
 def _cut(extent: int, least: int, most: int, wanted: int) -> int:
     """How many blocks to cut `extent` into: none longer than `most`, then up to `wanted`, but none shorter than `least`."""
     return max(block_count(extent, most), min(wanted, extent // least))
 
 
-@register_jitable
+@jit_too
 def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
     size, nr = host.itemsize, host.vectors * host.lanes
@@ -346,7 +345,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
 # The bias reduction.
 
 
-@register_jitable
+@jit_too
 def plan_reduction(job: Reduction, host: Host, block_rows: int) -> None:
     """Fold short rows; choose slabs and stripes, by shape and strides alone. Rows are summed so many at a time."""
     plan, size, n, m = job.plan, host.itemsize, job.n, job.m
@@ -382,15 +381,15 @@ def plan(op: str, shape: tuple[int, ...], host: Host, *, threads: int = 1, w_by_
         row, column = (size, rows * size) if by_columns else (columns * size, size)
         return Stack(data=1, group=rows * columns * size, row=row, column=column)
 
-    extents = {"n": n, "d": d, "m": m, "groups": lead[0] if lead else 1}
+    groups = lead[0] if lead else 1
     x, w = stack(n, d), stack(d, m, by_columns=w_by_columns)
     if op == "forward":
-        forward = Forward(x=x, w=w, out=stack(n, m), **extents)
+        forward = Forward(x=x, w=w, out=stack(n, m), n=n, d=d, m=m, groups=groups)
         plan_forward(forward, host)
         schedule_forward(forward, host, threads)
         return forward
     if op == "backward":
-        backward = Backward(dout=stack(n, m), x=x, w=w, dx=stack(n, d), dw=w, **extents)
+        backward = Backward(dout=stack(n, m), x=x, w=w, dx=stack(n, d), dw=w, n=n, d=d, m=m, groups=groups)
         plan_backward(backward, host)
         schedule_backward(backward, host, threads)
         return backward

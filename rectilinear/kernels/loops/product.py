@@ -33,44 +33,44 @@ class Panels:
     """B: panels lie `panel` bytes apart, the rows of one `row`. `padded` is 1 where every panel can be read to its full width, as packed
     ones can; else B is read where it lies."""
 
-    data: int
-    panel: int
-    row: int
-    padded: int
+    data: int = 0
+    panel: int = 0
+    row: int = 0
+    padded: int = 0
 
 
 @record
 class Stretch:
     """Memory from `start` to `end`."""
 
-    start: int
-    end: int
+    start: int = 0
+    end: int = 0
 
 
 @record
 class Prefetch:
     """What comes next: memory that tiles prefetch, as much with each as it has steps of k."""
 
-    now: Stretch
-    then: Stretch
-    last: Stretch
+    now: Stretch = Stretch()
+    then: Stretch = Stretch()
+    last: Stretch = Stretch()
 
 
 @record
 class Product:
     """`bias` is 0 where there is none; `prefetch` is the address of a `Prefetch`, or 0 to prefetch the panel that follows."""
 
-    n: int
-    k: int
-    m: int
-    a: Matrix
-    b: Panels
-    c: Rows
-    bias: int
-    flags: int
-    bits: Rows
-    width: int
-    prefetch: int
+    n: int = 0
+    k: int = 0
+    m: int = 0
+    a: Matrix = Matrix()
+    b: Panels = Panels()
+    c: Rows = Rows()
+    bias: int = 0
+    flags: int = 0
+    bits: Rows = Rows()
+    width: int = 0
+    prefetch: int = 0
 
 
 @jit_inner

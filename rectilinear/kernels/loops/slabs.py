@@ -4,6 +4,7 @@ db of its own; these are added in the order of the slabs. A stack of many small 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
@@ -24,12 +25,12 @@ from rectilinear.kernels.runtime.threads import parallel_for
 class Space:
     """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, packed w^T; and its end."""
 
-    z: int
-    sums: int
-    total: int
-    x: int
-    packed_w: int
-    end: int
+    z: int = 0
+    sums: int = 0
+    total: int = 0
+    x: int = 0
+    packed_w: int = 0
+    end: int = 0
 
 
 @jit_inner
@@ -117,7 +118,7 @@ def _combine_task(zero: Any, group: int, job: Backward) -> None:
         write_db(zero, job, group, total)
 
 
-def runner(zero: Any) -> Any:
+def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     """A jitted function of the job, scratch, its bytes, and threads: 0, or how many bytes of scratch it needs and has not got."""
 
     @jit_inner

@@ -39,14 +39,14 @@ BLOCK_ROWS = 128
 class Loss:
     """The job: scores `src` (n, c), int64 labels, gradient `dst`, and the loss of each block of rows, in float64."""
 
-    src: Stack
-    dst: Stack
-    labels: int
-    n: int
-    c: int
-    blocks: int
-    losses: int
-    slots: Rows
+    src: Stack = Stack()
+    dst: Stack = Stack()
+    labels: int = 0
+    n: int = 0
+    c: int = 0
+    blocks: int = 0
+    losses: int = 0
+    slots: Rows = Rows()
 
 
 @jit_inner

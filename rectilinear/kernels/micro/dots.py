@@ -20,13 +20,13 @@ class DotsOperands:
     """`rows` of A and `columns`, rows of B. C^T is written in whole tiles: it must have room for both counts rounded up. Where `adds` is
     not 0, to what it holds is added."""
 
-    k: int
-    rows: int
-    columns: int
-    a: Rows
-    b: Rows
-    c: Rows
-    adds: int
+    k: int = 0
+    rows: int = 0
+    columns: int = 0
+    a: Rows = Rows()
+    b: Rows = Rows()
+    c: Rows = Rows()
+    adds: int = 0
 
 
 DOTS_COLUMNS = 3

@@ -48,6 +48,14 @@ def host_simd() -> simd.Simd:
     return simd.of_target(llvm.get_process_triple(), codegen._tm_features)
 
 
+@cache
+def tiles(unit: simd.Simd, itemsize: int) -> tuple[Tile, ...]:
+    """Every register tile that the products use: full width, half of it for narrow outputs, twice for few rows."""
+    _, full = unit.tile(itemsize)
+    widths = [nv for nv in (full // 2, full, 2 * full) if nv >= 1 and nv * unit.lanes(itemsize) % 8 == 0]
+    return tuple(Tile(unit, itemsize, mr, nv) for nv in widths for mr in range(1, unit.rows(nv) + 1))
+
+
 lanes = constant_of(lambda itemsize: host_simd().lanes(itemsize))
 vectors = constant_of(lambda itemsize: host_simd().tile(itemsize)[1])
 least_vectors = constant_of(lambda itemsize: min(tile.nv for tile in tiles(host_simd(), itemsize)))
@@ -69,14 +77,6 @@ def most_rows(typingctx, zero, nv):  # type: ignore[no-untyped-def]
         return result
 
     return types.intp(zero, types.intp), codegen
-
-
-@cache
-def tiles(unit: simd.Simd, itemsize: int) -> tuple[Tile, ...]:
-    """Every register tile that the products use: full width, half of it for narrow outputs, twice for few rows."""
-    _, full = unit.tile(itemsize)
-    widths = [nv for nv in (full // 2, full, 2 * full) if nv >= 1 and nv * unit.lanes(itemsize) % 8 == 0]
-    return tuple(Tile(unit, itemsize, mr, nv) for nv in widths for mr in range(1, unit.rows(nv) + 1))
 
 
 def _addresses(itemsize: int) -> Any:

@@ -22,11 +22,11 @@ UNROLL = 4
 
 @record
 class ReluOperands:
-    count: int
-    src: int
-    keep: int
-    dst: int
-    flags: int
+    count: int = 0
+    src: int = 0
+    keep: int = 0
+    dst: int = 0
+    flags: int = 0
 
 
 def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:

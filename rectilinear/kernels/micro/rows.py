@@ -29,13 +29,13 @@ PREFETCH is for a src that lies in memory: hardware looks ahead along a row, and
 class RowsOperands:
     """`keep` is where z or the bits lie."""
 
-    rows: int
-    columns: int
-    src: Rows
-    keep: Rows
-    dst: Rows
-    sums: int
-    flags: int
+    rows: int = 0
+    columns: int = 0
+    src: Rows = Rows()
+    keep: Rows = Rows()
+    dst: Rows = Rows()
+    sums: int = 0
+    flags: int = 0
 
 
 ROW_GROUP = 4

@@ -24,12 +24,12 @@ from rectilinear.kernels.runtime.records import record
 class SoftmaxOperands:
     """`stats` has two elements for each row. `samples` is what the gradient is divided by."""
 
-    rows: int
-    columns: int
-    src: Rows
-    dst: Rows
-    stats: int
-    samples: int
+    rows: int = 0
+    columns: int = 0
+    src: Rows = Rows()
+    dst: Rows = Rows()
+    stats: int = 0
+    samples: int = 0
 
 
 def emit_softmax(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:

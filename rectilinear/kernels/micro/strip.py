@@ -30,15 +30,15 @@ CONTINUE = 8
 class StripOperands:
     """As a tile's, but for `rows`, the wanted ones, 1 at least, `a`, which is packed, and `init`: the chains so far."""
 
-    rows: int
-    a: int
-    b: Rows
-    init: Rows
-    c: Rows
-    bias: int
-    flags: int
-    bits: Rows
-    columns: int
+    rows: int = 0
+    a: int = 0
+    b: Rows = Rows()
+    init: Rows = Rows()
+    c: Rows = Rows()
+    bias: int = 0
+    flags: int = 0
+    bits: Rows = Rows()
+    columns: int = 0
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:

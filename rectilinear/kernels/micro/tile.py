@@ -38,16 +38,16 @@ class TileOperands:
     """`bias` is 0 where there is none. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache line is prefetched:
     first the one at `prefetch`, then `prefetch_step` bytes further each time."""
 
-    k: int
-    a: Matrix
-    b: Rows
-    c: Rows
-    bias: int
-    flags: int
-    bits: Rows
-    columns: int
-    prefetch: int
-    prefetch_step: int
+    k: int = 0
+    a: Matrix = Matrix()
+    b: Rows = Rows()
+    c: Rows = Rows()
+    bias: int = 0
+    flags: int = 0
+    bits: Rows = Rows()
+    columns: int = 0
+    prefetch: int = 0
+    prefetch_step: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from rectilinear.kernels.runtime.records import record
 
 @record
 class TransposeOperands:
-    k: int
-    columns: int
-    src: Rows
-    dst: Rows
+    k: int = 0
+    columns: int = 0
+    src: Rows = Rows()
+    dst: Rows = Rows()
 
 
 def emit_transpose(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:

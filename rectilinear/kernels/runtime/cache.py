@@ -29,6 +29,7 @@ import numba
 from numba.core import serialize
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.extending import register_jitable
 
 from rectilinear.kernels.runtime import forks  # noqa: F401  # looks after forks from here on
 from rectilinear.kernels.runtime.fingerprint import digest, environment, fingerprint
@@ -73,6 +74,12 @@ def jit_inner(function: _Function) -> _Function:
     """Compile the decorated function into the jitted functions that call it."""
     dispatcher: _Function = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     return dispatcher
+
+
+def jit_too(function: _Function) -> _Function:
+    """Leave the decorated function one of plain Python that jitted functions can call, too."""
+    callable_by_both: _Function = register_jitable(error_model="numpy")(function)
+    return callable_by_both
 
 
 class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here

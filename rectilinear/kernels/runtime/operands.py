@@ -9,24 +9,24 @@ from rectilinear.kernels.runtime.records import record
 class Rows:
     """A matrix whose elements lie side by side along its rows."""
 
-    data: int
-    row: int
+    data: int = 0
+    row: int = 0
 
 
 @record
 class Matrix:
     """A matrix of any strides."""
 
-    data: int
-    row: int
-    column: int
+    data: int = 0
+    row: int = 0
+    column: int = 0
 
 
 @record
 class Stack:
     """Matrices of any strides, `group` bytes apart."""
 
-    data: int
-    group: int
-    row: int
-    column: int
+    data: int = 0
+    group: int = 0
+    row: int = 0
+    column: int = 0

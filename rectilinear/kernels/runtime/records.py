@@ -2,10 +2,10 @@
 
     @record
     class Rows:
-        data: int
-        row: int
+        data: int = 0
+        row: int = 0
 
-In Python `Rows` is a dataclass of integers, all 0 unless told otherwise. In jitted code ``Rows(data=place)`` is the same fields on the
+In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the
 stack of the function that makes it, passed by address: reading and assigning fields costs a load and a store, nested records are parts
 of the record they stand in, and assigning to one copies it. A record must not be returned, since it ends with the function that made it.
 Emitted code finds the fields by `offsets_of`. This is the one place that lays them out.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hints
 
 from llvmlite import ir
 from numba import types
@@ -39,7 +39,7 @@ class Layout(types.Type):  # type: ignore[misc]  # numba is untyped
 
 @dataclass_transform()
 def record(cls: type[_Record]) -> type[_Record]:
-    """Make a record of a class whose annotations are all ``int`` or records."""
+    """Make a record of a class whose fields are all ``int`` or records, with a default each, which is 0 or an empty record."""
     hints, fields, size = get_type_hints(cls), {}, 0
     for name, hint in hints.items():
         kind = types.intp if hint is int else hint.layout
@@ -74,16 +74,25 @@ def words_of(value: Any) -> list[int]:
     return words
 
 
-@intrinsic  # type: ignore[misc]
-def at(typingctx: Any, cls: Any, address: Any) -> Any:
-    """The record of class `cls` at `address`."""
-    return cls.typing_key.layout(cls, types.intp), lambda context, builder, signature, args: args[1]
+if TYPE_CHECKING:
 
+    def at(cls: type[_Record], address: int) -> _Record:
+        """The record of class `cls` at `address`, in jitted code."""
 
-@intrinsic  # type: ignore[misc]
-def address_of(typingctx: Any, value: Any) -> Any:
-    """Where a record lies."""
-    return types.intp(value), lambda context, builder, signature, args: args[0]
+    def address_of(value: object) -> int:
+        """Where a record lies, in jitted code."""
+
+else:
+
+    @intrinsic
+    def at(typingctx, cls, address):
+        """The record of class `cls` at `address`."""
+        return cls.typing_key.layout(cls, types.intp), lambda context, builder, signature, args: args[1]
+
+    @intrinsic
+    def address_of(typingctx, value):
+        """Where a record lies."""
+        return types.intp(value), lambda context, builder, signature, args: args[0]
 
 
 # What numba has to be told.
@@ -103,14 +112,14 @@ class _Fields(AttributeTemplate):  # type: ignore[misc]
         return layout.fields[name][1] if name in layout.fields else None
 
 
-@lower_getattr_generic(Layout)  # type: ignore[misc]
+@lower_getattr_generic(Layout)  # type: ignore[untyped-decorator]
 def _get(context: Any, builder: Any, layout: Layout, address: Any, name: str) -> Any:
     offset, kind = layout.fields[name]
     place = builder.add(address, WORD(offset))
     return place if isinstance(kind, Layout) else _load(builder, place)
 
 
-@lower_setattr_generic(Layout)  # type: ignore[misc]
+@lower_setattr_generic(Layout)  # type: ignore[untyped-decorator]
 def _set(context: Any, builder: Any, signature: Any, args: Any, name: str) -> None:
     offset, kind = signature.args[0].fields[name]
     _put(builder, builder.add(args[0], WORD(offset)), kind, context.cast(builder, args[1], signature.args[1], kind))
@@ -150,7 +159,7 @@ def _make_constructor(cls: Any) -> None:
 
     infer_global(cls, types.Function(Constructor))
 
-    @lower_builtin(cls, types.VarArg(types.Any))  # type: ignore[misc]
+    @lower_builtin(cls, types.VarArg(types.Any))  # type: ignore[untyped-decorator]
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():
             space = builder.alloca(ir.ArrayType(WORD, layout.size // WORD_BYTES))
