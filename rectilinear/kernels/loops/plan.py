@@ -268,9 +268,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
     wanted = TURNS * threads
-    if threads == 1:
-        rows = 1
-    elif job.groups * rows < wanted:
+    if threads > 1 and job.groups * rows < wanted:
         most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
         columns = min(most, block_count(wanted, job.groups * rows))
         tiles = 2 if plan.copy_x != 0 else 4
