@@ -354,6 +354,18 @@ def test_the_page_is_whole_and_fetches_nothing():
         ElementTree.fromstring(drawing)
 
 
+def test_the_report_compares_fortran_order_with_c_order():
+    record = made_up(patterns=("step*-128x784x256-float32",))
+    c_order, fortran = record.figures
+    fortran.seconds["numpy"] = [2 * s for s in c_order.seconds["numpy"]]
+    del fortran.seconds["torch"]
+    section = report.markdown(record).partition("## w in Fortran order")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert rows[0][:2] == ["shape", "numpy"]
+    assert rows[2][:2] == ["128x784x256", "0.50"]
+    assert "torch" not in rows[0]
+
+
 def test_what_went_wrong_comes_first():
     record = made_up()
     record.complete, record.others = False, 1.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ HOST_BOUND = 0.8
 
 def sections(record: Record) -> list[Section]:
     """Everything the report says, in its order; what was not measured is not there."""
-    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _throughput(record)]
+    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _fortran(record), _throughput(record)]
     made += [_latency(record), _memory_bound(record), _gpu(record), _everything(record), _least_work(record), _machine(record)]
     made.append(_absent(record))
     return [section for section in made if section.tables or section.charts or section.text]
@@ -131,6 +132,28 @@ def _ratio_cell(figure: Figure, subject: str, peer: str) -> Cell | str:
     return Cell(f"{found.mid:.2f}", found.mid)
 
 
+def _fortran(record: Record) -> Section:
+    """What w in Fortran order costs each subject: its own time in C order over its time there."""
+    section = Section("w in Fortran order", "The whole step in C order over the same with w in Fortran order, each subject's own times. ")
+    section.text += "Below 1, Fortran order is slower. The two were measured one after the other, not in the same turns."
+    steps = {f.case: f for f in record.figures if f.kind == "step"}
+    for dtype in ITEMSIZE:
+        fortran = [f for f in record.figures if f.kind == "step_fortran" and f.dtype == dtype]
+        pairs = [(steps[case], f) for f in fortran if (case := replace(f.case, kind="step")) in steps]
+        names = [name for name in record.subjects if any(name in c.seconds and name in f.seconds for c, f in pairs)]
+        rows: list[list[Cell | str]] = [[f.case.size, *(_cost_of_layout(c, f, name) for name in names)] for c, f in pairs]
+        if names:
+            section.tables.append(Table(["shape", *names], rows, dtype))
+    return section if section.tables else Section("")
+
+
+def _cost_of_layout(c_order: Figure, fortran: Figure, subject: str) -> Cell | str:
+    if subject not in c_order.seconds or subject not in fortran.seconds:
+        return ""
+    value = median(c_order.seconds[subject]) / median(fortran.seconds[subject])
+    return Cell(f"{value:.2f}", value)
+
+
 def _throughput(record: Record) -> Section:
     section = Section("Throughput of the whole step against its size")
     if not record.ceilings:
@@ -232,6 +255,7 @@ def _least_work(record: Record) -> Section:
         ("forward", shape, "2NDM", "(ND + DM + M) s", "NM s"),
         ("backward", shape, "4NDM + NM", "(NM + ND + DM) s + k", "(ND + DM + M) s"),
         ("step", shape, "6NDM + NM", "(ND + DM + M + NM) s", "(NM + ND + DM + M) s"),
+        ("step_fortran", shape, "6NDM + NM", "(ND + DM + M + NM) s", "(NM + ND + DM + M) s"),
         ("stacked", (8, *shape), "B (6NDM + NM)", "B (ND + DM + M + NM) s", "B (NM + ND + DM + M) s"),
         ("relu_forward", (n, m), "0", "NM s", "NM s"),
         ("relu_backward", (n, m), "0", "2NM s", "NM s"),
