@@ -19,7 +19,7 @@ from rectilinear.measure.cases import Case, full_grid, named
 from rectilinear.measure.cli import main
 from rectilinear.measure.figures import advice, bandwidth, best_peer, broken_ceilings, geometric_mean, headline, ratio, roof
 from rectilinear.measure.record import Figure, Record, load
-from rectilinear.measure.run import _probe
+from rectilinear.measure.run import Plan, _probe
 
 CEILINGS = {
     "probe": "made up",
@@ -473,7 +473,7 @@ def test_a_budget_that_is_over_leaves_cases_out_by_name(tmp_path):
 def test_ceilings_that_cannot_be_measured_are_missing_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("rectilinear.measure.run.sys.executable", "false")
     record = Record("now", {}, {})
-    assert _probe(1, record) == {}
+    assert _probe(Plan([], [], {}, 1, 0.1), 1, record) == {}
     assert record.missing == {"ceilings": "the probe ended with status 1"}
     assert "ended with status 1" in report.html(record)
 
