@@ -4,7 +4,7 @@ A job is a record: operands, extents, and the plan. ``plan_*`` writes what shape
 and where sums are cut, and with it every bit of the result. ``schedule_*`` cuts the work into tasks for so many threads, which no bit
 depends on. The functions run in jitted code on every call, and in plain Python, where `plan` shows what they would do anywhere::
 
-    plan("forward", (128, 784, 256), "float32", host_of(AVX2, 4, caches, cores=2))
+    plan("forward", (128, 784, 256), host_of(AVX2, 4, caches, cores=2))
 
 The words are those of the BLIS papers: C (n, m) = A (n, k) B (k, m) by tiles of mr rows and nr columns; B in panels of nr columns and kc
 rows, A in blocks of mc rows and kc columns. See Low et al., "Analytical modeling is enough for high-performance BLIS", 2016.
