@@ -11,7 +11,6 @@ import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Probe, Wanted
 from rectilinear.backends.generic import SUM_BLOCK, GenericBackend, may_underflow
-from rectilinear.keepmask import KeepMask
 
 
 class NumpyBackend(GenericBackend):
@@ -160,8 +159,10 @@ def _select(dout: Array, drop: Array, out: Array | None) -> Array:
     if dout.size <= _FEW:
         if out is None:
             result = dout.copy("K")
+        elif out is dout:
+            result = out
         else:
-            result = out if out is dout else np.positive(dout, out)
+            result = np.positive(dout, out)
         np.putmask(result, drop, _ZERO[dout.dtype])
         return result
     keep = drop.view(np.int8)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
+from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import (
@@ -16,7 +17,6 @@ from rectilinear.nn.parameters import (
     Parameter,
     bring,
     copied,
-    dtype_name,
     fitted,
     is_floating,
     is_real,
