@@ -74,14 +74,14 @@ class NumpyBackend(GenericBackend):
         rows = np.arange(n)
         # Far apart finite scores may overflow to -inf here, whose exp is the right 0.
         with np.errstate(over="ignore", invalid="ignore"):
-            dx = np.subtract(x, x.max(axis=1, keepdims=True), out=out)
+            dx = np.subtract(x, np.maximum.reduce(x, 1, keepdims=True), out)
             picked = dx[rows, y]
-            np.exp(dx, out=dx)
-            total = dx.sum(axis=1, keepdims=True)
+            np.exp(dx, dx)
+            total = np.add.reduce(dx, 1, keepdims=True)
             # Divided first: the sum of a mean within range may be beyond it.
-            loss = ((np.log(total[:, 0]) - picked) / x.dtype.type(n)).sum()
+            loss = np.add.reduce((np.log(total[:, 0]) - picked) / n)
             dx /= total
-            dx[rows, y] -= 1
+            dx[rows, y] -= _ONE[x.dtype]
             dx /= n
         return loss, dx
 
@@ -97,7 +97,7 @@ _FLOATS: list[Any] = [np.dtype(np.float32), np.dtype(np.float64)]
 _ZERO = {dtype: np.zeros((), dtype) for dtype in _FLOATS}
 _BITS = {dtype: np.dtype(f"i{dtype.itemsize}") for dtype in _FLOATS}
 _INFINITY = {dtype: np.full((), np.inf, dtype) for dtype in _FLOATS}
-_ONE = np.ones((), np.int8)
+_ONE = {dtype: np.ones((), dtype) for dtype in (*_FLOATS, np.dtype(np.int8))}
 
 
 def _clip_selects() -> bool:
@@ -166,7 +166,7 @@ def _select(dout: Array, drop: Array, out: Array | None) -> Array:
         np.putmask(result, drop, _ZERO[dout.dtype])
         return result
     keep = drop.view(np.int8)
-    np.subtract(keep, _ONE, keep)  # all ones where kept
+    np.subtract(keep, _ONE[keep.dtype], keep)  # all ones where kept
     bits = _BITS[dout.dtype]
     if out is not None and np.may_share_memory(dout, out):  # then it is dout, be it seen through another view
         whole = dout.view(bits)
