@@ -142,8 +142,11 @@ def _product(a: Array, b: Array, out: Array | None) -> Array:
     """
     if _DOT_REPORTS and a.ndim == 2:
         (n, k), m = a.shape, b.shape[1]
-        if (n * m <= _SMALL_PRODUCT if k != 1 else n > 1 and m > 1) and (out is None or out.flags.c_contiguous):
-            return a.dot(b, out)
+        if n * m <= _SMALL_PRODUCT if k != 1 else n > 1 and m > 1:
+            try:
+                return a.dot(b, out)
+            except ValueError:  # it writes to C-contiguous arrays alone
+                pass
     return np.matmul(a, b, out)
 
 
