@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,9 +79,18 @@ def _product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(numpy_backend, "_DOT_REPORTS", request.param)
 
 
-def products(x: np.ndarray, w: np.ndarray, dout: np.ndarray, empty: Callable[[tuple[int, ...]], Any]) -> tuple[Any, ...]:
+EMPTY: dict[str, Callable[[tuple[int, ...], np.dtype], Any]] = {
+    "fresh": lambda shape, dtype: None,
+    "C": lambda shape, dtype: np.empty(shape, dtype),
+    "Fortran": lambda shape, dtype: np.empty(shape[::-1], dtype).T,
+    "gaps": lambda shape, dtype: np.empty((*shape, 2), dtype)[..., 0],
+    "unaligned": lambda shape, dtype: np.empty(math.prod(shape) * dtype.itemsize + 1, np.uint8)[1:].view(dtype).reshape(shape),
+}
+
+
+def products(x: np.ndarray, w: np.ndarray, dout: np.ndarray, empty: Callable[[tuple[int, ...], np.dtype], Any]) -> tuple[Any, ...]:
     """out, dx and dw of an affine layer without bias, into what `empty` makes for a shape."""
-    outs = [empty(shape) for shape in (dout.shape, x.shape, w.shape)]
+    outs = [empty(shape, x.dtype) for shape in (dout.shape, x.shape, w.shape)]
     out = BACKEND.affine_forward(x, w, None, outs[0])
     dx, dw, _ = BACKEND.affine_backward(dout, x, w, None, (True, True, False), (outs[1], outs[2], None))
     got = (out, dx, dw)
@@ -100,7 +110,7 @@ def test_products_keep_nan_and_infinity(rng: np.random.Generator, dtype: str, la
             x, w, dout = (LAYOUTS[layout](rng.choice(values, shape)) for shape in ((n, d), (d, m), (n, m)))
             with np.errstate(invalid="ignore"):
                 want = [(a[:, :, None] * b).sum(axis=1) for a, b in ((x, w), (dout, w.T), (x.T, dout))]
-                for empty in (lambda _: None, lambda shape: np.empty(shape, dtype), lambda shape: np.empty((*shape, 2), dtype)[..., 0]):
+                for empty in EMPTY.values():
                     for got, wish in zip(products(x, w, dout, empty), want, strict=True):
                         np.testing.assert_array_equal(got, wish)
 
@@ -110,7 +120,7 @@ def test_products_keep_nan_and_infinity(rng: np.random.Generator, dtype: str, la
 def test_products_of_small_integers_are_exact(rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
     n, d, m = shape
     x, w, dout = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((n, d), (d, m), (n, m)))
-    for empty in (lambda _: None, lambda shape: np.empty(shape, np.float32), lambda shape: np.empty(shape[::-1], np.float32).T):
+    for empty in EMPTY.values():
         for got, wish in zip(products(x, w, dout, empty), (x @ w, dout @ w.T, x.T @ dout), strict=True):
             np.testing.assert_array_equal(got, wish)
 
