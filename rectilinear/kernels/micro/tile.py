@@ -140,7 +140,7 @@ class TileEmitter(Emitter):
         builder.cbranch(builder.icmp_signed("==", arg["k"], I64(0)), after, body)
         builder.position_at_end(body)
         current = [self.phi(value, before) for value in state]
-        following = self._step(*current[:3], current[3 : 3 + len(moving)], current[3 + len(moving) :])
+        following = self._step(current[:3], current[3 : 3 + len(moving)], current[3 + len(moving) :])
         for phi, value in zip(current, following, strict=True):
             phi.add_incoming(value, body)
         back = builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
@@ -150,9 +150,10 @@ class TileEmitter(Emitter):
         sums = list(zip(state, following, strict=True))[3 + len(moving) :]
         return [self.phi(value, before, updated, body) for value, updated in sums]
 
-    def _step(self, k: ir.Value, b: ir.Value, prefetch: ir.Value, moving: Values, accumulators: Values) -> Values:
+    def _step(self, counters: Values, moving: Values, accumulators: Values) -> Values:
         """One rank-1 update of the tile; pointers moved on by one k."""
         builder, tile, arg = self.builder, self.tile, self.arg
+        k, b, prefetch = counters
         if tile.mr * tile.nv > tile.mr + tile.nv:  # else loads bound the tile, and this would be one more
             self.prefetch(prefetch)
         columns = self._row(b, masked=False)
