@@ -9,8 +9,8 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
-from rectilinear.kernels.loops.host import host
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, Backward
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
+from rectilinear.kernels.loops.product import packed_step, tiles_of
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
@@ -71,7 +71,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     b = Block(group=job.group, row=r0, rows=r1 - r0, panel=p0, panels=p1 - p0, space=job.slots.data + slot * job.slots.row)
     b.dw = Rows(job.dw.data + job.group * job.dw.group, job.dw.column if by_columns else job.dw.row)
     count = job.last - job.first
-    steps = block_count(count, host(zero).kc)
+    steps = block_count(count, job.plan.dw_depth)
     for step in range(steps):
         k0, k1 = block_start(count, steps, step), block_start(count, steps, step + 1)
         b.first, b.count, b.z = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead
@@ -87,7 +87,10 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
         columns = (block_count(job.d, nr) // max(1, job.tasks.dw_columns) + 1) * nr
     else:
         columns = job.d // max(1, job.tasks.dw_rows) + 1
-    return round_up(max(job.m * nr * size, host(zero).kc * packed_row(columns * size)), 64)
+    row = packed_row(columns * size)
+    if job.plan.x == PACKED:
+        row = tiles_of(zero, columns, vectors(zero)) * packed_step(zero, vectors(zero))
+    return round_up(max(job.m * nr * size, job.plan.dw_depth * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:

@@ -12,7 +12,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
-from rectilinear.kernels.loops.plan import PACKED, PACKED_BY_TASKS, Forward, plan_forward, rows_at_once, schedule_forward
+from rectilinear.kernels.loops.plan import COPIED, PACKED, PACKED_BY_TASKS, Forward, plan_forward, rows_at_once, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
 from rectilinear.kernels.micro.library import lanes, strip
 from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
@@ -82,7 +82,7 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
         block.n, block.k = rows, k1 - k0
         block.flags = (ADD if step > 0 else 0) | (job.flags if step == steps - 1 else 0)
         block.a = Matrix(x.data + k0 * x.column, x.row, x.column)
-        if plan.copy_x != 0:
+        if plan.x == COPIED:
             copied = Rows(space, packed_row(block.k * size))
             copy(zero, Packing(rows=rows, columns=block.k, src=block.a, dst=copied))
             block.a = Matrix(copied.data, copied.row, size)
@@ -188,7 +188,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     """Say where in the scratch memory everything lies; returns how many bytes that takes."""
     plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
     slot = 0
-    if plan.copy_x != 0:
+    if plan.x == COPIED:
         depth = min(job.d, plan.depth)
         slot = rows_at_once(host(zero), depth) * packed_row(depth * size)
     if plan.by_strips != 0:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
-from rectilinear.kernels.loops.plan import FEW_ROWS, Backward
-from rectilinear.kernels.loops.product import Panels, Product, product
+from rectilinear.kernels.loops.plan import COPIED, FEW_ROWS, PACKED, Backward
+from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
 from rectilinear.kernels.micro.dots import DOTS_COLUMNS, DotsOperands
 from rectilinear.kernels.micro.library import dots, lanes, rows, rows_of_dots, vectors
 from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
@@ -161,7 +161,7 @@ def dx_block(zero: Any, job: Backward, b: Block) -> None:
 def dw_block(zero: Any, job: Backward, b: Block) -> None:
     """Rows and panels of dw, or of dw^T, from the block's samples: added to what is there, if so asked.
 
-    Where the rows of x meet in few sets of L1, or cannot be read as a B, x is copied first.
+    x is copied or packed first where the plan says so.
     """
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     j = b.panel * nr
@@ -172,7 +172,7 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
     start = j if by_columns else b.row
     columns = min(job.d - j, b.panels * nr) if by_columns else b.rows
     x.data += start * x.column
-    if job.plan.copy_x != 0:
+    if job.plan.x == COPIED:
         copied = Rows(b.space, packed_row(columns * size))
         copy(zero, Packing(rows=b.count, columns=columns, src=x, dst=copied))
         x = Matrix(copied.data, copied.row, size)
@@ -183,5 +183,7 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
     else:
         block.m = min(job.m - j, b.panels * nr)
         block.a = Matrix(x.data, x.column, x.row)
+        if job.plan.x == PACKED:
+            pack_a(zero, block, b.space)
         block.b = Panels(data=b.z + j * size, panel=nr * size, row=job.plan.lead, padded=1)
     product(zero, block)

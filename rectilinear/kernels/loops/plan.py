@@ -22,11 +22,18 @@ from rectilinear.kernels.runtime.records import record
 IN_PLACE, PACKED, PACKED_BY_TASKS = 0, 1, 2
 """How w is read: where it lies, packed into panels once, or packed by each task, a panel at a time, where all of it would be too much."""
 
+COPIED = 2
+"""How x is read: IN_PLACE, COPIED a block at a time with its rows as they are, or for dw PACKED into what its tiles read."""
+
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w beyond which each task packs for itself: a narrow w is padded to whole vectors."""
 
-X_USES = 4
-"""How many panels must use a copied block of x for the copy to pay."""
+X_USES, PACKED_X_USES = 4, 16
+"""How many panels must use a copied or packed block of x for that to pay. dw on AVX2 with x packed, one thread: 7 panels 0.95, 16
+panels 1.0, 32 panels and more 1.05 to 1.15 (Zen 4)."""
+
+L2_RATE = 16
+"""Bytes a cycle that tiles get from L2 without waiting."""
 
 TURNS = 8
 """Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
@@ -70,8 +77,8 @@ class ForwardPlan:
     """Vectors of a panel."""
     depth: int = 0
     """kc."""
-    copy_x: int = 0
-    """1 where x is copied, a block at a time, before use."""
+    x: int = 0
+    """IN_PLACE or COPIED."""
     w: int = 0
     """IN_PLACE, PACKED or PACKED_BY_TASKS."""
     by_strips: int = 0
@@ -120,11 +127,13 @@ class BackwardPlan:
     """Bytes between rows of packed dz."""
     part_row: int = 0
     """Bytes between rows of a partial dw."""
-    copy_x: int = 0
+    x: int = 0
+    """IN_PLACE, COPIED or PACKED for dw."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
     depth: int = 0
     """kc of dx."""
+    dw_depth: int = 0
     dw_by_columns: int = 0
     """1 where dw is stored by columns, so that dw^T = dz^T x is computed."""
     by_slabs: int = 0
@@ -244,7 +253,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
     # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast).
     meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
-    plan.copy_x = 1 if meets and panels >= X_USES and n >= X_USES else 0
+    plan.x = COPIED if meets and panels >= X_USES and n >= X_USES else IN_PLACE
     uses = n // mr
     far = job.w.row >= host.page
     kept = lines_kept(host, job.w.row)
@@ -269,9 +278,9 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
     wanted = TURNS * threads
     if threads > 1 and job.groups * rows < wanted:
-        most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
+        most = max(1, panels // X_USES) if plan.x == COPIED else panels
         columns = min(most, block_count(wanted, job.groups * rows))
-        tiles = 2 if plan.copy_x != 0 else 4
+        tiles = 2 if plan.x == COPIED else 4
         rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
@@ -297,14 +306,25 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
-    plan.copy_x = 1 if meets and block_count(m, nr) >= X_USES and n > X_USES else 0
-    if plan.dw_by_columns != 0 and (job.x.column != size or job.x.row < d * size):
-        plan.copy_x = 1  # it is read as vectors along its rows, past their ends
     plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
     plan.depth = depth_for(host, n)
     narrow = d * m * size <= host.l2 // 4
     plan.slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
+    panels = block_count(m, nr)
+    plan.x = COPIED if meets and panels >= X_USES and n > X_USES else IN_PLACE
+    plan.dw_depth = host.kc
+    l1 = host.l1_sets * host.l1_ways * host.line
+    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part. Where L2 does not deliver that meanwhile, and L1
+    # does not hold it, x is packed, which leaves that part alone, and half of L1 holds the panel of dz.
+    bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
+    k = min(n, BLOCK_ROWS if plan.by_slabs != 0 else host.kc)
+    streams = bytes_of_k > L2_RATE * cycles_of_k and bytes_of_k * k > l1 // 2
+    if plan.dw_by_columns != 0:
+        if job.x.column != size or job.x.row < d * size:
+            plan.x = COPIED  # it is read as vectors along its rows, past their ends
+    elif streams and panels >= PACKED_X_USES:
+        plan.x, plan.dw_depth = PACKED, min(host.kc, l1 // 2 // (nr * size))
     most = max(4 * BLOCK_ROWS, host.past // plan.lead // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import LINE_BYTES, block_count, block_start
-from rectilinear.kernels.micro.library import MAX_ROWS, lanes, least_vectors, most_rows, rows, tile
+from rectilinear.kernels.loops.arithmetic import LINE_BYTES, block_count, block_start, round_up
+from rectilinear.kernels.loops.pack import Packing, pack_panel
+from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, least_vectors, most_rows, rows, tile
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD, TileOperands
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -58,12 +59,14 @@ class Prefetch:
 
 @record
 class Product:
-    """`bias` is 0 where there is none; `prefetch` is the address of a `Prefetch`, or 0 to prefetch the panel that follows."""
+    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. `bias` is 0 where there is none. `prefetch` is the address of a
+    `Prefetch`, or 0 to prefetch the panel that follows."""
 
     n: int = 0
     k: int = 0
     m: int = 0
     a: Matrix = Matrix()
+    a_panel: int = 0
     b: Panels = Panels()
     c: Rows = Rows()
     bias: int = 0
@@ -84,6 +87,33 @@ def prefetch_rows(zero: Any, stretch: Stretch, matrix: Stack, group: int, first:
 
 
 @jit_inner
+def tiles_of(zero: Any, n: int, nv: int) -> int:
+    """Into how many tiles, nv vectors wide, n rows are cut."""
+    return block_count(n, most_rows(zero, nv))
+
+
+@jit_inner
+def pack_a(zero: Any, p: Product, dst: int) -> None:
+    """Pack the rows of A for the product's tiles: of each, for every k, one element of each of its rows, and set p.a to it."""
+    size = size_of(zero)
+    count = tiles_of(zero, p.n, p.width)
+    step = packed_step(zero, p.width)
+    a, p.a_panel = Matrix(p.a.data, p.a.row, p.a.column), p.k * step
+    for i in range(count if p.n > 0 else 0):
+        first = block_start(p.n, count, i)
+        src = Matrix(a.data + first * a.row, a.column, a.row)
+        height = block_start(p.n, count, i + 1) - first
+        pack_panel(zero, Packing(rows=p.k, columns=height, src=src, dst=Rows(dst + i * p.a_panel, step)))
+    p.a = Matrix(dst, size, step)
+
+
+@jit_inner
+def packed_step(zero: Any, nv: int) -> int:
+    """Bytes from one k to the next of an A that is packed for tiles nv vectors wide: whole vectors."""
+    return round_up(most_rows(zero, nv), lanes_of_rows(zero)) * size_of(zero)
+
+
+@jit_inner
 def _vectors_for(zero: Any, left: int, nv: int) -> int:
     """The narrowest panel, up to nv vectors, that holds `left` columns."""
     while nv > least_vectors(zero) and left * 2 <= nv * lanes(zero):
@@ -101,12 +131,13 @@ def _tile_index(nv: int) -> int:
 
 
 @jit_inner
-def _panel(zero: Any, n: int, nv: int, t: TileOperands, following: int, prefetch: int) -> None:
-    """One panel of B, nv vectors wide, against all n rows of A, in tiles of nearly equal height; `t` is moved on from one to the next.
+def _panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> None:
+    """One panel of B, nv vectors wide, against all rows of A, in tiles of nearly equal height; `t` is moved on from one to the next.
 
-    The tiles prefetch what `prefetch` says, else the panel that follows (at `following`, not 0), a line of each row of k at a time.
+    The tiles prefetch what p.prefetch says, else the panel that follows (at `following`, not 0), a line of each row of k at a time.
     """
-    count = block_count(n, most_rows(zero, nv))
+    n, prefetch = p.n, p.prefetch
+    count = tiles_of(zero, n, p.width if p.a_panel != 0 else nv)
     index = _tile_index(nv)
     lines = max(1, nv * lanes(zero) * size_of(zero) // LINE_BYTES)
     first = 0
@@ -126,14 +157,14 @@ def _panel(zero: Any, n: int, nv: int, t: TileOperands, following: int, prefetch
         elif following != 0 and i < lines:
             t.prefetch, t.prefetch_step = following + i * LINE_BYTES, t.b.row
         tile(zero, index + height, t)
-        t.a.data += height * t.a.row
+        t.a.data += p.a_panel if p.a_panel != 0 else height * t.a.row
         t.c.data += height * t.c.row
         t.bits.data += height * t.bits.row
         first += height
 
 
 @jit_inner
-def _read_past(zero: Any, n: int, nv: int, t: TileOperands, prefetch: int) -> None:
+def _read_past(zero: Any, p: Product, nv: int, t: TileOperands) -> None:
     """The last panel of a B that lies in memory as it is: its vectors reach past the columns of B.
 
     Within B that is harmless (what is read lands in columns that are not stored), but the last rows would reach past
@@ -147,12 +178,12 @@ def _read_past(zero: Any, n: int, nv: int, t: TileOperands, prefetch: int) -> No
     rows(zero, RowsOperands(rows=last, columns=t.columns, src=src, dst=tail, flags=WRITE | PAD))
     if last < k:
         early = TileOperands(k=k - last, a=t.a, b=t.b, c=t.c, bias=t.bias, flags=t.flags & ADD, columns=t.columns)
-        _panel(zero, n, nv, early, 0, prefetch)
+        _panel(zero, p, nv, early, 0)
         t.a.data += (k - last) * t.a.column
         t.flags |= ADD
         t.bias = 0
     t.k, t.b = last, tail
-    _panel(zero, n, nv, t, 0, prefetch)
+    _panel(zero, p, nv, t, 0)
 
 
 @jit_inner
@@ -168,9 +199,9 @@ def _product(zero: Any, p: Product) -> None:
         bias = p.bias + j * size if p.bias != 0 else 0
         t = TileOperands(k=p.k, a=p.a, b=b, c=c, bias=bias, flags=p.flags, bits=bits, columns=columns)
         if p.b.padded != 0 or columns == nv * lanes(zero):
-            _panel(zero, p.n, nv, t, b.data + p.b.panel if j + nr < p.m else 0, p.prefetch)
+            _panel(zero, p, nv, t, b.data + p.b.panel if j + nr < p.m else 0)
         else:
-            _read_past(zero, p.n, nv, t, p.prefetch)
+            _read_past(zero, p, nv, t)
 
 
 def kernels(zero: Any) -> dict[str, Any]:
