@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat as compat
@@ -26,6 +27,8 @@ _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
 _OPTIONAL = frozenset({"b", "relu cache"})
 _MASKS = frozenset({"cache", "relu cache"})  # where a KeepMask may stand for an array
 _NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
+
+_ndarray = np.ndarray  # one look-up less at every call
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
 _OVERLAP_WORK = 10_000
@@ -162,21 +165,21 @@ def plain_backend(
 
     For anything else, errors too, None: `resolve` then asks everyone, and says what is wrong, if anything is.
     """
-    if type(first) is not np.ndarray:
+    if type(first) is not _ndarray:
         return None
     dtype = first.dtype
     if dtype not in _NATIVE:
         return None
     for other in others:
-        if type(other) is not np.ndarray or other.dtype is not dtype:
+        if type(other) is not _ndarray or other.dtype is not dtype:
             return None
-    if b is not None and (type(b) is not np.ndarray or b.dtype is not dtype):
+    if b is not None and (type(b) is not _ndarray or b.dtype is not dtype):
         return None
     if keep is not None:
-        if type(keep) is KeepMask:
-            if type(keep._bits) is not np.ndarray:
+        if type(keep) is _ndarray:
+            if keep.dtype is not dtype:
                 return None
-        elif type(keep) is not np.ndarray or keep.dtype is not dtype:
+        elif type(keep) is not KeepMask or type(keep._bits) is not _ndarray:
             return None
     backend = registry.active()
     return backend if backend.library == "numpy" else None
@@ -278,10 +281,11 @@ def _device(x: Array) -> Any:
 
 def _common_dtype(function: str, xp: Any, given: Sequence[tuple[str, Array]]) -> Any:
     dtypes = [array.dtype for _, array in given]
-    met = ", ".join(f"{name} {dtype_name(array.dtype)}" for name, array in given)
     odd = [name for name, array in given if dtype_name(array.dtype) not in _NUMBERS]
     if odd:
-        raise DTypeError(f"{function}: cannot compute in these dtypes: {met}; convert {odd[0]} to float32, float64, float16 or bfloat16")
+        raise DTypeError(
+            f"{function}: cannot compute in these dtypes: {_dtypes_text(given)}; convert {odd[0]} to float32, float64, float16 or bfloat16"
+        )
     floats = [dtype for dtype in dtypes if dtype_name(dtype) in _FLOATS]
     try:
         dtype = _promote(xp, dtypes)
@@ -289,10 +293,14 @@ def _common_dtype(function: str, xp: Any, given: Sequence[tuple[str, Array]]) ->
         try:
             dtype = _promote(xp, floats or dtypes)
         except Exception as error:
-            raise DTypeError(f"{function}: these dtypes have no common dtype: {met}; convert one of them") from error
+            raise DTypeError(f"{function}: these dtypes have no common dtype: {_dtypes_text(given)}; convert one of them") from error
     if dtype_name(dtype) not in _FLOATS:
         dtype = floats[0] if floats else xp.zeros(()).dtype
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _dtypes_text(given: Sequence[tuple[str, Array]]) -> str:
+    return ", ".join(f"{name} {dtype_name(array.dtype)}" for name, array in given)
 
 
 def _promote(xp: Any, dtypes: Sequence[Any]) -> Any:
@@ -301,7 +309,17 @@ def _promote(xp: Any, dtypes: Sequence[Any]) -> Any:
 
 
 def dtype_name(dtype: Any) -> str:
-    """Name of a dtype of any library, as the standard spells it: ``float32``."""
+    """Name of a dtype of any library, as the standard spells it: ``float32``.
+
+    Remembered: NumPy works it out anew each time, in 5 us, which is what a call on small arrays takes.
+    """
+    kind: Any = type(dtype)
+    return _named(kind, dtype)
+
+
+@lru_cache(maxsize=256)
+def _named(kind: Any, dtype: Any) -> str:
+    """kind comes first in the key, for array_api_strict warns when its dtypes are compared with NumPy's."""
     return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
 
 
@@ -323,29 +341,47 @@ def _a(noun: str) -> str:
 # ---------------------------------------------------------------- out
 
 
-def fits_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any, arguments: Sequence[Array | None]) -> bool:
-    """Whether `outs` can take results of these shapes and dtype, as nearly always; if not, `check_outs` says why not, if anything is.
+def fits_at_once(out: Array, shape: Any, dtype: Any, arguments: Sequence[Array | None]) -> bool:
+    """Whether `out` can take a result of this shape and dtype, as nearly always; if not, `check_outs` says why not, if anything is.
 
     Arguments are base NumPy arrays, or None. Arrays that own their memory share none of it unless they are one object: to see that
     all of them are of that kind takes a third of the time that comparing bounds does.
     """
-    seen, owners = arguments, True
-    for i, out in enumerate(outs):
-        if out is not None:
-            if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != shapes[i]:
-                return False
-            flags = out.flags
-            if not flags.writeable or not (flags.c_contiguous or _elements_apart(out)):
-                return False
-            owners = owners and flags.owndata
-            for other in seen:
-                if other is out:
-                    return False
-            seen = (*seen, out)
-    for other in arguments:
-        if other is not None and not other.flags.owndata:
-            owners = False
-    return owners or _lie_apart(outs, arguments)
+    owns = _takes(out, shape, dtype)
+    if owns is None:
+        return False
+    if owns:
+        for other in arguments:
+            if other is not None and (other is out or not other.flags.owndata):
+                break
+        else:
+            return True
+    return _lie_apart((out,), arguments)
+
+
+def all_fit_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any, arguments: Sequence[Array | None]) -> bool:
+    """`fits_at_once` for three results, or those of them that have an out."""
+    (dx, dw, db), (dx_shape, dw_shape, db_shape) = outs, shapes
+    dx_owns = dx is None or _takes(dx, dx_shape, dtype)
+    dw_owns = dw is None or _takes(dw, dw_shape, dtype)
+    db_owns = db is None or _takes(db, db_shape, dtype)
+    if dx_owns is None or dw_owns is None or db_owns is None:
+        return False
+    if dx_owns and dw_owns and db_owns and (dx is None or (dx is not dw and dx is not db)) and (dw is None or dw is not db):
+        for other in arguments:
+            if other is not None and (other is dx or other is dw or other is db or not other.flags.owndata):
+                break
+        else:
+            return True
+    return _lie_apart(outs, arguments)
+
+
+def _takes(out: Array, shape: Any, dtype: Any) -> bool | None:
+    """None if a result of this shape and dtype cannot go there, or not at once; else whether `out` owns its memory."""
+    if type(out) is not _ndarray or out.dtype is not dtype or out.shape != shape:
+        return None
+    flags = out.flags
+    return flags.owndata if flags.carray or (flags.writeable and elements_apart(out)) else None
 
 
 def _lie_apart(outs: Sequence[Array | None], arguments: Sequence[Array | None]) -> bool:
@@ -376,8 +412,14 @@ def check_outs(
 
     `in_place` is the one argument that an out may be.
     """
-    if call.plain and fits_at_once(outs, shapes, call.dtype, [x._bits if type(x) is KeepMask else x for x in call.arrays]):
-        return
+    if call.plain:
+        arguments = [x._bits if type(x) is KeepMask else x for x in call.arrays]
+        if len(outs) == 1:
+            fit = fits_at_once(outs[0], shapes[0], call.dtype, arguments)
+        else:
+            fit = all_fit_at_once(outs, shapes, call.dtype, arguments)
+        if fit:
+            return
     given = call.given
     for name, out, shape in zip(names, outs, shapes, strict=True):
         if out is not None:
@@ -405,7 +447,7 @@ def _check_out(
         order = ", in another byte order" if dtype_name(out.dtype) == dtype_name(call.dtype) else ""
         raise DTypeError(f"{function}: {name} has dtype {dtype_name(out.dtype)}{order} but the result has {dtype_name(call.dtype)}")
     memory = memory_of(out)
-    if memory is not None and not _elements_apart(memory):
+    if memory is not None and not elements_apart(memory):
         how = "a stride of 0" if 0 in memory.strides else f"shape {memory.shape}, strides {memory.strides}"
         raise ValueError(f"{function}: elements of {name} share memory with one another ({how}); pass another array")
     for other_name, other in given:
@@ -413,11 +455,11 @@ def _check_out(
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
 
 
-def _elements_apart(array: np.ndarray) -> bool:
+def elements_apart(array: np.ndarray) -> bool:
     """Whether no two elements share a byte, as far as this can tell: each axis steps over all that those of shorter strides span.
 
     The exact question is hard. Layouts that pass are all those of slices and permuted axes; refused without need are only some whose
-    strides interleave, such as elements 0, 2, 4 and 3, 5, 7 as one array.
+    strides interleave, such as elements 0, 2, 4 and 3, 5, 7 as one array. Memory is not read, so that `memory_of` will do.
     """
     if not array.size:
         return True

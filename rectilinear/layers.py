@@ -25,6 +25,7 @@ from rectilinear.backends.contract import Array, Keep, Wanted
 from rectilinear.backends.generic import beside, known
 from rectilinear.dispatch import (
     Call,
+    all_fit_at_once,
     check_outs,
     common_namespace,
     dtype_name,
@@ -100,7 +101,7 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
            [3.5, 4. , 1. ]])
     """
     backend = plain_backend(x, (w,), b)
-    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once((out,), (shape,), x.dtype, (x, w, b))):
+    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once(out, shape, x.dtype, (x, w, b))):
         return backend.affine_forward(x, w, b, out), (x, w, b)
     call = resolve("affine_forward", _AFFINE, (x, w, b), backend)
     flat, shape = _affine_shapes(call, x, w, b)
@@ -144,7 +145,7 @@ def affine_backward(
     >>> db  # every row of out had b added to it
     array([2., 2., 2.])
     """
-    x, w, b = _affine_cache("affine_backward", cache)
+    x, w, b = cache if type(cache) is tuple and len(cache) == 3 else _affine_cache("affine_backward", cache)
     return _affine_backward("affine_backward", dout, x, w, b, None, needs, out)
 
 
@@ -173,7 +174,7 @@ def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Array]:
     array([0., 0., 2.])
     """
     backend = plain_backend(x)
-    if backend is not None and (out is None or fits_at_once((out,), (x.shape,), x.dtype, (x,))):
+    if backend is not None and (out is None or fits_at_once(out, x.shape, x.dtype, (x,))):
         return backend.relu_forward(x, out), x
     call = resolve("relu_forward", _RELU, (x,), backend)
     target = _target(call, out, x.shape)
@@ -214,7 +215,7 @@ def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = N
     backend = plain_backend(dout, keep=cache)
     if backend is not None and dout.shape == cache.shape:
         apart_from = (_array_of(cache),) if out is dout else (dout, _array_of(cache))
-        if out is None or fits_at_once((out,), (dout.shape,), dout.dtype, apart_from):
+        if out is None or fits_at_once(out, dout.shape, dout.dtype, apart_from):
             return backend.relu_backward(dout, cache, out)
     call = resolve("relu_backward", _RELU_BACKWARD, (dout, cache), backend)
     if not same_shape(dout.shape, cache.shape):
@@ -251,7 +252,7 @@ def affine_relu_forward(
     array([[0., 2.]])
     """
     backend = plain_backend(x, (w,), b)
-    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once((out,), (shape,), x.dtype, (x, w, b))):
+    if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once(out, shape, x.dtype, (x, w, b))):
         result, keep = backend.affine_relu_forward(x, w, b, out)
         return result, ((x, w, b), keep)
     call = resolve("affine_relu_forward", _AFFINE, (x, w, b), backend)
@@ -344,7 +345,7 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
            [ 0.25, -0.25]])
     """
     backend = plain_backend(x)
-    if backend is not None and _plain_labels(x, y) and (out is None or fits_at_once((out,), (x.shape,), x.dtype, (x, y))):
+    if backend is not None and _plain_labels(x, y) and (out is None or fits_at_once(out, x.shape, x.dtype, (x, y))):
         return backend.softmax_loss(x, y, out)
     call = resolve("softmax_loss", _RELU, (x,), backend)
     if x.ndim != 2 or x.shape[1] == 0:
@@ -362,8 +363,10 @@ def _plain_labels(x: Array, y: Any) -> bool:
     if type(y) is not np.ndarray or x.ndim != 2 or y.shape != x.shape[:1]:
         return False
     unsigned = _UNSIGNED.get(y.dtype)
-    # Without its sign a label below 0 is a large one.
-    return unsigned is not None and x.size > 0 and bool(np.maximum.reduce(y.view(unsigned)) < x.shape[1])
+    if unsigned is None or x.size == 0:
+        return False
+    labels = y.view(unsigned)  # without its sign a label below 0 is a large one
+    return bool(labels.item(labels.argmax()) < x.shape[1])  # argmax saves setting up a reduction, 0.6 us
 
 
 def _labels(call: Call, x: Array, y: Any) -> Array:
@@ -400,9 +403,10 @@ def _check_labels(x: Array, labels: Any, wrong: np.ndarray, wanted: str) -> None
 
 def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
     """Shape of the output if these are NumPy arrays of the plain form, samples flat, whose extents fit."""
-    if x.ndim != 2 or w.ndim != 2:
+    try:
+        (n, d), (rows, m) = x.shape, w.shape
+    except ValueError:  # another number of axes
         return None
-    (n, d), (rows, m) = x.shape, w.shape
     return (n, m) if d == rows and (b is None or b.shape == (m,)) else None
 
 
@@ -475,13 +479,15 @@ def _affine_backward(
     function: str, dout: Array, x: Array, w: Array, b: Array | None, keep: Any, needs: Any, out: Any
 ) -> tuple[Array | None, Array | None, Array | None]:
     backend = plain_backend(dout, (x, w), b, keep)
-    if backend is not None and dout.shape == _plain_shape(x, w, b) and (keep is None or keep.shape == dout.shape):
-        wanted = _wanted(function, needs, b)
-        outs = _gradient_outs(function, out, wanted)
-        if out is None or fits_at_once(outs, (x.shape, w.shape, w.shape[1:]), x.dtype, (dout, x, w, b, _array_of(keep))):
-            if keep is None and wanted == _BIAS_ALONE:
-                return None, None, backend.bias_backward(dout, outs[2])
-            return _NOWHERE if wanted == _NOTHING else backend.affine_backward(dout, x, w, keep, wanted, outs)
+    if backend is not None and dout.shape == (shape := _plain_shape(x, w, b)) and (keep is None or keep.shape == shape):
+        wanted = needs if needs is _EVERYTHING and b is not None else _wanted(function, needs, b)
+        outs = _NOWHERE if out is None else _gradient_outs(function, out, wanted)
+        if out is None or all_fit_at_once(
+            outs, (x.shape, w.shape, () if b is None else b.shape), x.dtype, (dout, x, w, b, _array_of(keep))
+        ):
+            if wanted is _EVERYTHING or keep is not None or wanted != _BIAS_ALONE:
+                return _NOWHERE if wanted == _NOTHING else backend.affine_backward(dout, x, w, keep, wanted, outs)
+            return None, None, backend.bias_backward(dout, outs[2])
     call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     if dout.shape != shape and not same_shape(dout.shape, shape):
@@ -510,6 +516,8 @@ def _wanted(function: str, needs: object, b: Array | None) -> Wanted:
         return _EVERYTHING
     if isinstance(needs, _SEQUENCE) and len(needs) == 3:
         dx, dw, db = needs
+        if type(dx) is type(dw) is type(db) is bool:
+            return dx, dw, db and b is not None
         if isinstance(dx, _BOOL) and isinstance(dw, _BOOL) and isinstance(db, _BOOL):
             return bool(dx), bool(dw), bool(db) and b is not None
     raise TypeError(f"{function}: needs is {needs!r}; it takes three bools, for dx, dw and db")
@@ -521,10 +529,10 @@ def _gradient_outs(function: str, out: Any, wanted: Wanted) -> tuple[Array | Non
     if not isinstance(out, _SEQUENCE) or len(out) != 3:
         raise TypeError(f"{function}: out is {_met(out)}; it takes a tuple (dx, dw, db), with None where no array is given")
     dx, dw, db = out
-    if wanted is not _EVERYTHING:
-        for buffer, want, name in zip(out, wanted, _GRADIENTS, strict=True):
-            if buffer is not None and not want:
-                raise ValueError(f"{function}: out has an array for {name}, which is not computed (needs, or b is None); put None there")
+    (want_dx, want_dw, want_db) = wanted
+    if not ((dx is None or want_dx) and (dw is None or want_dw) and (db is None or want_db)):
+        name = next(name for name, buffer, want in zip(_GRADIENTS, out, wanted, strict=True) if buffer is not None and not want)
+        raise ValueError(f"{function}: out has an array for {name}, which is not computed (needs, or b is None); put None there")
     return dx, dw, db
 
 

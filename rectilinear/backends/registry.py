@@ -193,7 +193,10 @@ def serving(library: str) -> Backend:
 
 def active() -> Backend:
     """The backend that serves NumPy arrays here and now."""
-    return _choice.current().backend
+    chosen = _choice.settled
+    if chosen is None or _choice.ever_open:
+        chosen = _choice.current()
+    return chosen.backend
 
 
 def _by_variable() -> _Chosen:

@@ -7,7 +7,6 @@ in place, where nothing can.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,9 +14,8 @@ from array_api_compat import array_namespace, is_array_api_obj, is_dask_array, i
 from array_api_compat import device as device_of
 from numpy.lib.array_utils import byte_bounds
 
-from rectilinear import dispatch
 from rectilinear.arrays import asarray, to_numpy
-from rectilinear.dispatch import common_namespace, library_name, memory_of
+from rectilinear.dispatch import common_namespace, dtype_name, elements_apart, library_name, memory_of
 from rectilinear.errors import DTypeError, ShapeError
 
 if TYPE_CHECKING:
@@ -123,7 +121,7 @@ def _share(a: Any, b: Any) -> bool:
 def _identity(x: Array) -> object:
     """What is equal for two arrays that are the same memory, be it with their axes in another order."""
     memory = memory_of(x)
-    if memory is None or not memory.size or not _apart(memory):
+    if memory is None or not memory.size or not elements_apart(memory):
         return id(x)
     address = memory.__array_interface__["data"][0]
     return address, str(x.dtype), memory.ndim, tuple(sorted(_long_axes(memory)))
@@ -145,16 +143,6 @@ def _axes(x: Array, like: Array) -> Axes:
 def _long_axes(memory: np.ndarray) -> list[tuple[int, int]]:
     """(stride, extent) of every axis on which the stride means something."""
     return [(stride, n) for n, stride in zip(memory.shape, memory.strides, strict=True) if n > 1]
-
-
-def _apart(memory: np.ndarray) -> bool:
-    """Whether no two elements lie on the same memory. May say no where axes interleave."""
-    reach = memory.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in _long_axes(memory)):
-        if stride < reach:
-            return False
-        reach += stride * (n - 1)
-    return True
 
 
 def turned(x: Array, axes: Axes) -> Array:
@@ -209,6 +197,8 @@ def overwritten(x: Array, value: Array) -> bool:
 
 def _is_kin(x: Array, value: Array) -> bool:
     """Whether both are of one library, device, shape and dtype; the byte order may differ."""
+    if type(x) is np.ndarray and type(value) is np.ndarray and x.dtype is value.dtype:  # nearly always, and quick to see
+        return bool(x.shape == value.shape)
     if tuple(x.shape) != tuple(value.shape) or dtype_name(x.dtype) != dtype_name(value.dtype):
         return False
     if isinstance(x, np.ndarray):
@@ -224,7 +214,7 @@ def _is_writable(x: Array) -> bool:
     if is_torch_array(x) and x.is_inference():
         return False
     memory = memory_of(x)
-    return memory is None or _apart(memory)
+    return memory is None or elements_apart(memory)
 
 
 # ---------------------------------------------------------------- bringing arrays to parameters
@@ -308,18 +298,6 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _listing(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {', '.join(names)}"] if names else []
-
-
-def dtype_name(dtype: Any) -> str:
-    """`dispatch.dtype_name`, remembered: NumPy works it out anew each time, in 5 us, as long as a small parameter takes to move."""
-    kind: Any = type(dtype)
-    return _named(kind, dtype)
-
-
-@cache
-def _named(kind: Any, dtype: Any) -> str:
-    """kind comes first in the key, for array_api_strict warns when its dtypes are compared with NumPy's."""
-    return dispatch.dtype_name(dtype)
 
 
 def is_real(dtype: Any) -> bool:

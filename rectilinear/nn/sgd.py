@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
+from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import (
@@ -16,7 +17,6 @@ from rectilinear.nn.parameters import (
     Parameter,
     bring,
     copied,
-    dtype_name,
     fitted,
     is_floating,
     is_real,
@@ -161,8 +161,7 @@ class SGD:
         if rates.weight_decay and not any(slot.name == "w" for slot in parameter.slots):
             rates = rates._replace(weight_decay=0.0)
         velocity = self._velocity_of(parameter) if rates.momentum else None
-        value, velocity = moved(outside_autograd(w), self._gradient(parameter), velocity, rates)
-        return value, velocity if rates.momentum else None
+        return moved(outside_autograd(w), self._gradient(parameter), velocity, rates)
 
     def _gradient(self, parameter: Parameter) -> Array:
         """The sum over what is tied, each layer once, however often it is used."""
@@ -239,10 +238,10 @@ class SGD:
             self._put_velocity(parameter.key, velocity)
 
 
-def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array]:
-    """One parameter's step: its new value and its new velocity, both in w's dtype, from w, dw and v, none of which is written to.
+def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array | None]:
+    """One parameter's step: its new value and, with momentum, its new velocity, from w, dw and v, none of which is written to.
 
-    dw and v are in the dtype that is computed in: w's, or float32 for one of 16 bits.
+    dw and v are in the dtype that is computed in: w's, or float32 for one of 16 bits. Both results are fresh, and in w's dtype.
     """
     exact = _widened(w)
     if rates.weight_decay:
@@ -251,15 +250,19 @@ def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Ar
         move *= -rates.lr
     else:
         move = -rates.lr * dw
-    if v is not None:
-        move += rates.momentum * v
-    value = exact + move
-    if isinstance(w, np.ndarray) and not w.ndim:
-        value, move = np.asarray(value), np.asarray(move)  # NumPy makes scalars of 0-d arrays
-    if exact is w:
-        return value, move
-    xp = array_namespace(w)
-    return xp.astype(value, w.dtype), xp.astype(move, w.dtype)
+    if rates.momentum:
+        if v is not None:
+            move += rates.momentum * v
+        value, velocity = exact + move, move
+    else:
+        move += exact  # one more fresh array costs a fifth of a large step
+        value, velocity = move, None
+    if exact is not w:
+        xp = array_namespace(w)
+        value, velocity = xp.astype(value, w.dtype), None if velocity is None else xp.astype(velocity, w.dtype)
+    if isinstance(w, np.ndarray) and not w.ndim:  # NumPy makes scalars of arrays without axes
+        value, velocity = np.asarray(value), None if velocity is None else np.asarray(velocity)
+    return value, velocity
 
 
 def _widened(x: Array) -> Array:
