@@ -60,11 +60,35 @@ class Probe:
     simd: str | None = None
 
 
+class SGDStep(Protocol):
+    """`Backend.sgd_step`, which a backend may have and need not: a step of `rectilinear.nn.SGD` over all parameters, in place."""
+
+    def __call__(  # noqa: PLR0913  # three rates
+        self,
+        w: tuple[Any, ...],
+        dw: tuple[Any, ...],
+        v: tuple[Any, ...],
+        decayed: int,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> bool | None:
+        """move = momentum v - lr (dw + weight_decay w); v = move; w = w + move. Only the first `decayed` parameters decay.
+
+        This one is given what the caller has, anything at all: the backend looks whether it is to its liking, and if something is not, does
+        nothing and returns None; the caller then works without it. In any case it does not serve where parameters differ in dtype, where
+        shapes of one parameter's w, dw and v do, where something to be written is read-only, or shares memory with anything else.
+        v is empty if momentum is 0, else as long as w and dw, which are at least one. Returns whether finite values came to be others.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The primitives. Shapes: x (n, d), w (d, m), b (m,), dout (n, m); stacked (g, n, d), (g, d, m), (g, m), (g, n, m).
 
     Where the number of threads depends on more than the machine, a method ``threads()`` gives the number of a call made here and now;
-    `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's.
+    `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's. A backend may also have a method ``sgd_step``,
+    as `SGDStep` says.
     """
 
     api_version: int

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
+from rectilinear.backends import registry
+from rectilinear.backends.contract import SGDStep
 from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
@@ -138,6 +141,8 @@ class SGD:
         FloatingPointError, RuntimeWarning
             A value overflows, where NumPy has been told to raise that.
         """
+        if self._step_in_one_pass():
+            return
         moves = [(parameter, *self._moved(parameter)) for parameter in parameters(self.model)]
         for parameter, value, velocity in moves:
             put(parameter, value)
@@ -146,6 +151,31 @@ class SGD:
                     self.velocity.pop(slot.key, None)
             if velocity is not None:
                 self._put_velocity(parameter.key, velocity)
+
+    def _step_in_one_pass(self) -> bool:
+        """Have the backend move all parameters in place, if it can and nothing can fail on the way; whether it has.
+
+        If not, nothing has been changed: it was the first step with momentum, or parameters are tied or of several dtypes, or something
+        is wrong, and the long way says what.
+        """
+        rates = self._rates
+        sgd_step: SGDStep | None = getattr(registry.active(), "sgd_step", None)
+        if sgd_step is None or (self.velocity and not rates.momentum) or _raises_on_overflow():
+            return False
+        found = [
+            (name == "w", array, layer.grads.get(name), self.velocity.get(prefix + name))
+            for prefix, layer in self.model.leaves()
+            for name, array in layer.params.items()
+        ]
+        if not found:
+            return False
+        if rates.weight_decay:
+            found.sort(key=lambda move: not move[0])
+        decay, w, dw, v = zip(*found, strict=True)
+        overflowed = sgd_step(w, dw, v if rates.momentum else (), sum(decay), *rates)
+        if overflowed and np.geterr()["over"] == "warn":
+            warnings.warn("overflow encountered in SGD.step", RuntimeWarning, stacklevel=3)
+        return overflowed is not None
 
     def _moved(self, parameter: Parameter) -> tuple[Array, Array | None]:
         """The new value and the new velocity of a parameter; nothing is changed yet."""
@@ -236,6 +266,18 @@ class SGD:
         self.velocity = {key: value for key, value in self.velocity.items() if key in keys}
         for parameter, velocity in velocities:
             self._put_velocity(parameter.key, velocity)
+
+
+def _raises_on_overflow() -> bool:
+    """Whether NumPy or Python may have been told to make an exception of an overflow, or more than a warning.
+
+    What is moved in place is not to be had back, so then every new value has to be known before the first is put in its place.
+    """
+    told = np.geterr()
+    kinds = {told["over"], told["invalid"]}
+    if told["under"] != "ignore" or not kinds <= {"ignore", "warn"}:
+        return True
+    return "warn" in kinds and any(action == "error" for action, *_ in warnings.filters)
 
 
 def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array | None]:
