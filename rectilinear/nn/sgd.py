@@ -31,6 +31,9 @@ from rectilinear.nn.parameters import (
 )
 
 
+_GOES_ON = ("warn", "ignore")
+
+
 class Rates(NamedTuple):
     """The numbers that an `SGD` is set to."""
 
@@ -158,21 +161,21 @@ class SGD:
         If not, nothing has been changed: it was the first step with momentum, or parameters are tied or of several dtypes, or something
         is wrong, and the long way says what.
         """
-        rates = self._rates
+        rates, velocity = self._rates, self.velocity
         sgd_step: SGDStep | None = getattr(registry.active(), "sgd_step", None)
-        if sgd_step is None or (self.velocity and not rates.momentum) or _raises_on_overflow():
+        if sgd_step is None or (velocity and not rates.momentum) or _raises_on_overflow():
             return False
-        found = [
-            (name == "w", array, layer.grads.get(name), self.velocity.get(prefix + name))
-            for prefix, layer in self.model.leaves()
-            for name, array in layer.params.items()
-        ]
-        if not found:
+        weights: list[tuple[Array, Array, Array]] = []
+        others: list[tuple[Array, Array, Array]] = []
+        for prefix, layer in self.model.leaves():
+            grads = layer.grads
+            for name, array in layer.params.items():
+                move = array, grads.get(name), velocity.get(prefix + name) if velocity else None
+                (weights if name == "w" else others).append(move)
+        if not weights and not others:
             return False
-        if rates.weight_decay:
-            found.sort(key=lambda move: not move[0])
-        decay, w, dw, v = zip(*found, strict=True)
-        overflowed = sgd_step(w, dw, v if rates.momentum else (), sum(decay), *rates)
+        w, dw, v = zip(*weights, *others, strict=True)
+        overflowed = sgd_step(w, dw, v if rates.momentum else (), len(weights), *rates)
         if overflowed and np.geterr()["over"] == "warn":
             warnings.warn("overflow encountered in SGD.step", RuntimeWarning, stacklevel=3)
         return overflowed is not None
@@ -274,10 +277,14 @@ def _raises_on_overflow() -> bool:
     What is moved in place is not to be had back, so then every new value has to be known before the first is put in its place.
     """
     told = np.geterr()
-    kinds = {told["over"], told["invalid"]}
-    if told["under"] != "ignore" or not kinds <= {"ignore", "warn"}:
+    over, invalid = told["over"], told["invalid"]
+    if told["under"] != "ignore" or over not in _GOES_ON or invalid not in _GOES_ON:
         return True
-    return "warn" in kinds and any(action == "error" for action, *_ in warnings.filters)
+    if over == "warn" or invalid == "warn":
+        for entry in warnings.filters:  # not by `any`, which takes as long as a small parameter
+            if entry[0] == "error":
+                return True
+    return False
 
 
 def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array | None]:
