@@ -27,7 +27,7 @@ def rng():
 
 @pytest.fixture(params=["with exceptions", "without"])
 def either_way(request):
-    """Warnings are errors in these tests, so that steps are worked out before anything is moved; told to pass over overflows, they are not."""
+    """Warnings are errors in these tests, so that all new values are worked out first; where overflows are ignored, kernels may serve."""
     with np.errstate(**({} if request.param == "with exceptions" else {"over": "ignore", "invalid": "ignore"})):
         yield
 

@@ -61,9 +61,9 @@ class Probe:
 
 
 class SGDStep(Protocol):
-    """`Backend.sgd_step`, which a backend may have and need not: a step of `rectilinear.nn.SGD` over all parameters, in place."""
+    """The method ``sgd_step``, which a backend may have: a step of `rectilinear.nn.SGD` over all parameters, in place."""
 
-    def __call__(  # noqa: PLR0913  # three rates
+    def __call__(
         self,
         w: tuple[Any, ...],
         dw: tuple[Any, ...],
@@ -73,12 +73,12 @@ class SGDStep(Protocol):
         momentum: float,
         weight_decay: float,
     ) -> bool | None:
-        """move = momentum v - lr (dw + weight_decay w); v = move; w = w + move. Only the first `decayed` parameters decay.
+        """v = momentum v - lr (dw + weight_decay w) and w = w + v, for each parameter; only the first `decayed` of them decay.
 
-        This one is given what the caller has, anything at all: the backend looks whether it is to its liking, and if something is not, does
-        nothing and returns None; the caller then works without it. In any case it does not serve where parameters differ in dtype, where
-        shapes of one parameter's w, dw and v do, where something to be written is read-only, or shares memory with anything else.
-        v is empty if momentum is 0, else as long as w and dw, which are at least one. Returns whether finite values came to be others.
+        w and dw are equally long, not empty; so is v, which is empty where momentum is 0. What is in them has not been checked and may be
+        anything. The backend chooses what it serves, which is never what is read-only where it is to be written, shares memory with
+        anything else in the tuples, or differs in dtype or shape. For the rest it returns None, before it has changed anything, and
+        the caller computes by itself. Else it returns whether a value that is not finite came of finite ones.
         """
         ...
 

@@ -30,7 +30,6 @@ from rectilinear.nn.parameters import (
     turned,
 )
 
-
 _GOES_ON = ("warn", "ignore")
 
 
@@ -81,6 +80,10 @@ class SGD:
     Where the library allows writing, parameters and velocity are updated in place; where it does not (JAX), they are replaced.
     `velocity` holds v by the parameters' names, for those that have moved with momentum. Tied parameters have one v, under the first of
     their names, and move once, along the sum of their gradients. float16 and bfloat16 are moved in float32 and rounded once.
+
+    With the numba backend a step over float32 or over float64 parameters is one pass of a kernel, to the same bits. It is in place from the
+    start, so it serves only where an overflow is no more than a warning: not where ``numpy.errstate`` or a filter of `warnings` makes
+    it an exception.
 
     Examples
     --------
@@ -158,8 +161,8 @@ class SGD:
     def _step_in_one_pass(self) -> bool:
         """Have the backend move all parameters in place, if it can and nothing can fail on the way; whether it has.
 
-        If not, nothing has been changed: it was the first step with momentum, or parameters are tied or of several dtypes, or something
-        is wrong, and the long way says what.
+        If not, nothing has been changed. Parameters may be tied, of several dtypes or without velocity yet, or something may be wrong,
+        and the long way says what.
         """
         rates, velocity = self._rates, self.velocity
         sgd_step: SGDStep | None = getattr(registry.active(), "sgd_step", None)

@@ -52,7 +52,7 @@ class Move:
     first: int = 0
 
 
-_MOVE_BYTES = Move.layout.size  # type: ignore[attr-defined]
+_MOVE_BYTES: int = Move.layout.size  # type: ignore[attr-defined]
 
 
 @record
@@ -154,24 +154,22 @@ def _prepare(job: Update, w: int, dw: int, v: int, size: int) -> int:
 
 
 @jit_inner
-def _share_out(job: Update, decayed: int, shared: bool, size: int) -> int:
+def _share_out(job: Update, decayed: int) -> int:
     """Number the tasks of all moves; returns how many they are."""
     tasks = 0
     for i in range(job.count):
         move = at(Move, _move_at(job, i))
-        move.first = tasks
         move.flags = (DECAY if i < decayed and job.decay != 0 else 0) | (MOMENTUM if job.momentum != 0 else 0)
-        job.run = RUN_BYTES // size if shared else max(job.run, move.count)
-        tasks += -(-move.count // (RUN_BYTES // size)) if shared else min(move.count, 1)
+        move.first = tasks
+        tasks += -(-move.count // job.run)
     return tasks
 
 
 def entry(zero: Any) -> Any:
     """SGD of zero's dtype: a jitted function of the ids of three tuples of arrays, w, dw and v, and the rates.
 
-    The first array must be a base array of zero's dtype. Without momentum v is not looked at. The first `decayed` parameters decay. Returns
-    0, OVERFLOWED, or CHANGED if something is no array of the first one's dtype, not of w's shape and order, read-only or overlaps: nothing has
-    been changed then.
+    The first array must be a base array of zero's dtype. Without momentum v is not looked at. The first `decayed` parameters decay.
+    Returns 0, OVERFLOWED, or CHANGED where something is not as `_read` and `_are_apart` want it: nothing has been written then.
     """
 
     @jit_inner
@@ -188,7 +186,8 @@ def entry(zero: Any) -> Any:
         total = _prepare(job, w, dw, v, size)
         if total >= 0:
             shared = total > SHARED_BYTES
-            tasks = _share_out(job, decayed, shared, size)
+            job.run = RUN_BYTES // size if shared else max(total // size, 1)
+            tasks = _share_out(job, decayed)
             others = let_go_of_gil(total > QUICK_BYTES)
             parallel_for(c_address(task), address_of(job), tasks, threads if shared else 1)
             take_gil_back(others)

@@ -160,13 +160,12 @@ def count_of(array: int) -> int:
 
 @jit_inner
 def have_same_shape(a: int, b: int) -> bool:
-    ndim = word(a + ARRAY_FIELDS + 8) & 0xFFFFFFFF
+    ndim, axis = word(a + ARRAY_FIELDS + 8) & 0xFFFFFFFF, 0
     if word(b + ARRAY_FIELDS + 8) & 0xFFFFFFFF != ndim:
         return False
-    for axis in range(ndim):
-        if word(word(a + ARRAY_FIELDS + 16) + 8 * axis) != word(word(b + ARRAY_FIELDS + 16) + 8 * axis):
-            return False
-    return True
+    while axis < ndim and word(word(a + ARRAY_FIELDS + 16) + 8 * axis) == word(word(b + ARRAY_FIELDS + 16) + 8 * axis):
+        axis += 1
+    return axis == ndim
 
 
 @jit_inner
