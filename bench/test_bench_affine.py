@@ -8,6 +8,7 @@ PASSES = (
     "forward",
     "backward",
     "step",
+    "step_fortran",
 )
 
 

@@ -359,21 +359,22 @@ def fits_at_once(out: Array, shape: Any, dtype: Any, arguments: Sequence[Array |
     return _lie_apart((out,), arguments)
 
 
-def all_fit_at_once(outs: Sequence[Array | None], shapes: Sequence[Any], dtype: Any, arguments: Sequence[Array | None]) -> bool:
-    """`fits_at_once` for three results, or those of them that have an out."""
-    (dx, dw, db), (dx_shape, dw_shape, db_shape) = outs, shapes
-    dx_owns = dx is None or _takes(dx, dx_shape, dtype)
-    dw_owns = dw is None or _takes(dw, dw_shape, dtype)
-    db_owns = db is None or _takes(db, db_shape, dtype)
+def gradients_fit_at_once(outs: Sequence[Array | None], dout: Array, x: Array, w: Array, b: Array | None, keep: Array | None) -> bool:
+    """`fits_at_once` for dx, dw and db, or those of them that have an out."""
+    dx, dw, db = outs
+    dtype = x.dtype
+    dx_owns = dx is None or _takes(dx, x.shape, dtype)
+    dw_owns = dw is None or _takes(dw, w.shape, dtype)
+    db_owns = db is None or _takes(db, b.shape, dtype)  # type: ignore[union-attr]  # without b no db is asked for
     if dx_owns is None or dw_owns is None or db_owns is None:
         return False
     if dx_owns and dw_owns and db_owns and (dx is None or (dx is not dw and dx is not db)) and (dw is None or dw is not db):
-        for other in arguments:
+        for other in (dout, x, w, b, keep):
             if other is not None and (other is dx or other is dw or other is db or not other.flags.owndata):
                 break
         else:
             return True
-    return _lie_apart(outs, arguments)
+    return _lie_apart(outs, (dout, x, w, b, keep))
 
 
 def _takes(out: Array, shape: Any, dtype: Any) -> bool | None:
@@ -414,11 +415,7 @@ def check_outs(
     """
     if call.plain:
         arguments = [x._bits if type(x) is KeepMask else x for x in call.arrays]
-        if len(outs) == 1:
-            fit = fits_at_once(outs[0], shapes[0], call.dtype, arguments)
-        else:
-            fit = all_fit_at_once(outs, shapes, call.dtype, arguments)
-        if fit:
+        if gradients_fit_at_once(outs, *arguments) if len(outs) > 1 else fits_at_once(outs[0], shapes[0], call.dtype, arguments):
             return
     given = call.given
     for name, out, shape in zip(names, outs, shapes, strict=True):

@@ -25,11 +25,11 @@ from rectilinear.backends.contract import Array, Keep, Wanted
 from rectilinear.backends.generic import beside, known
 from rectilinear.dispatch import (
     Call,
-    all_fit_at_once,
     check_outs,
     common_namespace,
     dtype_name,
     fits_at_once,
+    gradients_fit_at_once,
     plain_backend,
     product,
     readable,
@@ -482,9 +482,7 @@ def _affine_backward(
     if backend is not None and dout.shape == (shape := _plain_shape(x, w, b)) and (keep is None or keep.shape == shape):
         wanted = needs if needs is _EVERYTHING and b is not None else _wanted(function, needs, b)
         outs = _NOWHERE if out is None else _gradient_outs(function, out, wanted)
-        if out is None or all_fit_at_once(
-            outs, (x.shape, w.shape, () if b is None else b.shape), x.dtype, (dout, x, w, b, _array_of(keep))
-        ):
+        if out is None or gradients_fit_at_once(outs, dout, x, w, b, _array_of(keep)):
             if wanted is _EVERYTHING or keep is not None or wanted != _BIAS_ALONE:
                 return _NOWHERE if wanted == _NOTHING else backend.affine_backward(dout, x, w, keep, wanted, outs)
             return None, None, backend.bias_backward(dout, outs[2])

@@ -1,9 +1,25 @@
 """What is measured: counts worked by hand, names, inputs, and the check of results."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from rectilinear.measure.cases import AFFINE_SHAPES, NET, PASSES, ROW_SHAPES, STACKED_SHAPES, Case, full_grid, named, quick_grid, small
+from rectilinear.measure import ours
+from rectilinear.measure.cases import (
+    AFFINE_SHAPES,
+    ITEMSIZE,
+    NET,
+    PASSES,
+    ROW_SHAPES,
+    STACKED_SHAPES,
+    Case,
+    full_grid,
+    named,
+    quick_grid,
+    small,
+)
+from rectilinear.measure.peers import cs231n
 from rectilinear.measure.reference import LEARNING_RATE, check, expected, inputs, wrong
 
 # N = 2, D = 3, M = 5, float32, 4 bytes. x 6 elements, w 15, b 5, out and dout 10.
@@ -98,6 +114,28 @@ def test_the_hidden_layers_of_the_training_step_are_exact_in_float32():
         assert np.array_equal(narrow, wide)
         assert np.abs(wide).min() > 0
         narrow, wide = np.maximum(narrow, 0), np.maximum(wide, 0)
+
+
+FORTRAN = Case("step_fortran", (16, 24, 8), "float32")
+
+
+@pytest.mark.parametrize("build", [ours.build, ours.build_out, cs231n.build])
+def test_dw_has_the_layout_of_w(build):
+    data = inputs(FORTRAN)
+    assert data["w"].flags.f_contiguous
+    dw = build(FORTRAN, data).call()[2]
+    assert dw.shape == data["w"].shape
+    assert dw.flags.f_contiguous
+
+
+def test_fortran_order_counts_and_is_measured_like_c_order():
+    grid = full_grid()
+    for case in grid:
+        if case.kind == "step":
+            twin = replace(case, kind="step_fortran")
+            assert grid[grid.index(case) + 1] == twin
+            assert (twin.flops, twin.bytes_read, twin.bytes_written) == (case.flops, case.bytes_read, case.bytes_written)
+    assert sum(case.kind == "step_fortran" for case in grid) == len(AFFINE_SHAPES) * len(ITEMSIZE)
 
 
 def test_inputs_do_not_repeat_by_row():

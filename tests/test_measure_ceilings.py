@@ -59,7 +59,7 @@ def test_ceilings_are_complete_and_plausible(hasty):
 
 
 def test_without_llvmlite_an_estimate_is_named_as_such(hasty, monkeypatch):
-    def absent():
+    def absent(held_to):
         raise ImportError("No module named 'llvmlite'")
 
     monkeypatch.setattr(ceilings, "_LLVM", absent)

@@ -19,7 +19,7 @@ from rectilinear.measure.cases import Case, full_grid, named
 from rectilinear.measure.cli import main
 from rectilinear.measure.figures import advice, bandwidth, best_peer, broken_ceilings, geometric_mean, headline, ratio, roof
 from rectilinear.measure.record import Figure, Record, load
-from rectilinear.measure.run import _probe
+from rectilinear.measure.run import Plan, _probe
 
 CEILINGS = {
     "probe": "made up",
@@ -354,6 +354,18 @@ def test_the_page_is_whole_and_fetches_nothing():
         ElementTree.fromstring(drawing)
 
 
+def test_the_report_compares_fortran_order_with_c_order():
+    record = made_up(patterns=("step*-128x784x256-float32",))
+    c_order, fortran = record.figures
+    fortran.seconds["numpy"] = [2 * s for s in c_order.seconds["numpy"]]
+    del fortran.seconds["torch"]
+    section = report.markdown(record).partition("## w in Fortran order")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert rows[0][:2] == ["shape", "numpy"]
+    assert rows[2][:2] == ["128x784x256", "0.50"]
+    assert "torch" not in rows[0]
+
+
 def test_what_went_wrong_comes_first():
     record = made_up()
     record.complete, record.others = False, 1.5
@@ -461,7 +473,7 @@ def test_a_budget_that_is_over_leaves_cases_out_by_name(tmp_path):
 def test_ceilings_that_cannot_be_measured_are_missing_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("rectilinear.measure.run.sys.executable", "false")
     record = Record("now", {}, {})
-    assert _probe(1, record) == {}
+    assert _probe(Plan([], [], {}, 1, 0.1), 1, record) == {}
     assert record.missing == {"ceilings": "the probe ended with status 1"}
     assert "ended with status 1" in report.html(record)
 

@@ -200,6 +200,7 @@ SMALL = [
         ("backward", (16, 128, 128)),
         ("step", (1, 64, 64)),
         ("step", (16, 128, 128)),
+        ("step_fortran", (16, 128, 128)),
         ("stacked", (4, 8, 16, 24)),
         ("relu_forward", (10, 100)),
         ("relu_backward", (10, 100)),

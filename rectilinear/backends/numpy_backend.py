@@ -118,7 +118,7 @@ _CLIP_SELECTS = _clip_selects()
 
 
 def _dot_reports() -> bool:
-    """Whether NumPy's ``dot`` tells of overflow, as ``matmul`` does; older ones are silent."""
+    """Whether NumPy's ``dot`` tells of overflow, as ``matmul`` does: since NumPy 2.3 (https://github.com/numpy/numpy/pull/28442)."""
     large = np.full((2, 2), np.finfo(np.float64).max)
     try:
         with np.errstate(over="raise"):
@@ -138,11 +138,11 @@ def _product(a: Array, b: Array, out: Array | None) -> Array:
     """a b, by ``dot`` where that is quicker.
 
     It starts in 0.4 us where ``matmul`` takes 1.0, and calls BLAS for k = 1, where ``matmul`` does without in 8 times the time. Not
-    where k = 1 and an operand is a single element: there 0 times NaN is 0 to it.
+    where k = 1 and an operand is a single element: there 0 times NaN is 0 to it (https://github.com/numpy/numpy/issues/27902).
     """
     if _DOT_REPORTS and a.ndim == 2:
         (n, k), m = a.shape, b.shape[1]
-        if (n * m <= _SMALL_PRODUCT if k != 1 else n > 1 and m > 1) and (out is None or out.flags.c_contiguous):
+        if (n * m <= _SMALL_PRODUCT if k != 1 else n > 1 and m > 1) and (out is None or out.flags.carray):
             return a.dot(b, out)
     return np.matmul(a, b, out)
 

@@ -6,7 +6,7 @@ all tries counts: a ceiling is the most that anybody has seen. One thread per co
 
 Without llvmlite there is an estimate from NumPy's own products and copies, and it says so: subjects can beat it.
 
-Run as a process of its own: ``python -m rectilinear.measure.ceilings [threads]`` prints JSON.
+Run as a process of its own: ``python -m rectilinear.measure.ceilings [threads [isa]]`` prints JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from rectilinear.measure import isa
 from rectilinear.measure.cases import ITEMSIZE
 from rectilinear.measure.machine import available_cpus, caches, describe
 
@@ -39,14 +40,14 @@ _ASSUMED_CACHES = {"L1": 32 * 2**10, "L2": 2**20, "L3": 32 * 2**20}
 _WIDTHS = {"avx512f": (64, 32), "avx2": (32, 16), "avx": (32, 16)}
 
 
-def measure(threads: int) -> dict[str, Any]:
-    """Rates in FLOP/s and bytes/s; capacities and footprints in bytes.
+def measure(threads: int, held_to: str = "host") -> dict[str, Any]:
+    """Rates in FLOP/s and bytes/s by the instructions of one of `isa.NAMES`; capacities and footprints in bytes.
 
     ``{"probe", "flops": {dtype: rate}, "levels": [{"level", "capacity", "footprint", "read", "copy", "copy_by"}], "threads", "assumed"}``
     """
     sizes = {**_ASSUMED_CACHES, **caches()}
     try:
-        probe: Any = _LLVM()
+        probe: Any = _LLVM(held_to)
     except Exception as error:  # absent, or a version whose IR or targets differ
         probe = _NumPy(f"estimate by NumPy (llvmlite: {type(error).__name__}: {error}); subjects may beat it")
     flops = {dtype: probe.flops(dtype, threads) for dtype in ITEMSIZE}
@@ -126,7 +127,7 @@ def _buffers(nbytes: int, threads: int) -> list[np.ndarray]:
 class _LLVM:
     """Probes compiled from IR."""
 
-    def __init__(self) -> None:
+    def __init__(self, held_to: str = "host") -> None:
         import llvmlite
         from llvmlite import binding as llvm  # untyped, like all of llvmlite
 
@@ -135,10 +136,13 @@ class _LLVM:
         target = llvm.Target.from_default_triple()
         self._llvm: Any = llvm
         self._engines: list[Any] = []  # machine code lives as long as its engine
-        features = llvm.get_host_cpu_features().flatten()
-        self._machine: Any = partial(target.create_target_machine, cpu=llvm.get_host_cpu_name(), features=features, opt=3)
-        self.name = f"LLVM IR for {llvm.get_host_cpu_name()}, llvmlite {llvmlite.__version__}"
-        self._widths = _WIDTHS.get(describe()["simd"] or "", (16,))
+        if held_to == "host":
+            cpu, features, simd = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), describe()["simd"]
+        else:
+            cpu, features, simd = isa.llvm_name(), isa.FEATURES, held_to
+        self._machine: Any = partial(target.create_target_machine, cpu=cpu, features=features, opt=3)
+        self.name = f"LLVM IR for {cpu}, llvmlite {llvmlite.__version__}"
+        self._widths = _WIDTHS.get(simd or "", (16,))
         self._kernel(_copy_ir(16, 4, hint=""), 3)  # raises here if this llvmlite cannot
 
     def flops(self, dtype: str, threads: int) -> float:
@@ -308,4 +312,4 @@ def _repeated(once: Callable[[int], Any]) -> Callable[[int, int], None]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else available_cpus())))
+    print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else available_cpus(), *sys.argv[2:])))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from rectilinear.measure import compare, report
+from rectilinear.measure import compare, isa, report
 from rectilinear.measure.cases import PASSES, Case, full_grid, named, quick_grid
-from rectilinear.measure.figures import advice, broken_ceilings, headline
+from rectilinear.measure.figures import advice, blas_kernels, broken_ceilings, headline, not_held
 from rectilinear.measure.record import Record, load
 from rectilinear.measure.run import Plan, Watch, run
 from rectilinear.measure.subjects import BASELINE, PEERS, Subject, backend_subjects
@@ -33,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         old = load(options.compare) if options.compare else None
-        if options.source:
-            record = load(options.source)
-        else:
+        record = load(options.source) if options.source else None
+        if old:
+            compare.refuse_unlike(old, record.isa if record else options.isa)
+        if record is None:
             plan = _plan(options)
             if options.list:
                 print("\n".join(case.name for case in plan.cases))
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, help="seconds for the run: no case is begun that may not end within them; 0: no limit, which --only implies"
     )
     add("--threads", type=_positive, default=0, help="threads for every subject (default: all processors this process may use)")
+    add(
+        "--isa",
+        choices=isa.NAMES,
+        default="host",
+        help="hold every subject to an instruction set: the host's own (default), or avx2 where the processor has more",
+    )
     add("--no-ceilings", action="store_true", help="do not measure the machine's ceilings; leaves the rooflines out")
     add("--out", type=Path, default=Path("rectilinear-bench"), help="folder for report.html, report.md and run.json (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="save the figures here instead of in the folder")
@@ -115,6 +123,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         threads=options.threads,
         ceilings=not options.no_ceilings,
         grid=" ".join(options.only) or options.grid,
+        isa=options.isa,
+        hold=isa.variables(options.isa, os.environ),
     )
 
 
@@ -173,6 +183,10 @@ def _conclude(record: Record) -> int:
         print(f"other programs kept {record.others:.1f} processors busy: measure again on a quiet machine")
     for line in broken_ceilings(record):
         print(f"THE PROBE IS WRONG: {line}")
+    for line in not_held(record):
+        print(f"NOT HELD TO {record.isa.upper()}: {line}")
+    for kernel, names in blas_kernels(record).items():
+        print(f"BLAS kernel: {kernel} for {', '.join(names)}")
     for entry in record.refused:
         print(f"REFUSED: {entry['subject']} in {entry['case']}: {entry['reason']}")
     for name, reason in record.missing.items():

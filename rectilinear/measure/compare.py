@@ -22,6 +22,18 @@ BEYOND_NOISE = 2.0
 interrupted: one false change in ten thousand, and a slowdown of 20 % is found in five cases of six; without interruptions always."""
 
 
+def refuse_unlike(old: Record, isa: str) -> None:
+    """Raise where a run held to `isa` says nothing against the old one.
+
+    Raises
+    ------
+    ValueError
+        The old run was held to another instruction set.
+    """
+    if old.isa != isa:
+        raise ValueError(f"the old run was measured with --isa {old.isa}, this one with --isa {isa}: compare runs of one instruction set")
+
+
 class Change(NamedTuple):
     """A subject in a case: how much longer it takes now (1.2: a fifth longer), against what, and whether that is a regression."""
 

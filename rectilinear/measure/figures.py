@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from rectilinear.measure.cases import Case
+from rectilinear.measure.isa import held
 from rectilinear.measure.record import Figure, Record
 
 HALF_INSIDE = 2
@@ -111,6 +112,33 @@ def broken_ceilings(record: Record) -> list[str]:
             if on_host(figure, subject) and share > 1:
                 broken.append(f"{subject} reaches {share:.0%} of the measured ceiling ({limit.bound}) in {figure.case.name}")
     return broken
+
+
+def blas_kernels(record: Record) -> dict[str, list[str]]:
+    """Which BLAS kernels ran, each with the subjects in whose processes it was loaded."""
+    found: dict[str, list[str]] = {}
+    for name, about in record.subjects.items():
+        kernels = (f"{pool['internal_api']} {pool['architecture']}" for pool in about.get("threads", []) if "architecture" in pool)
+        for kernel in dict.fromkeys(kernels):
+            found.setdefault(kernel, []).append(name)
+    return found
+
+
+def not_held(record: Record) -> list[str]:
+    """Where a run that was held to an instruction set was not: libraries that say so, and processes seen to use AVX-512."""
+    if record.isa == "host":
+        return []
+    lines = []
+    for name, about in record.subjects.items():
+        answers = about.get("runs_on", [])
+        lines += [f"{a['library']} says {a['says']} in {name}'s process" for a in answers if held(a["says"]) is False]
+        wide = about.get("wide", {})
+        if wide.get("seen"):
+            silent = ", ".join(a["library"] for a in answers if a["says"] is None)
+            lines.append(
+                f"registers of AVX-512 were in use in {wide['seen']} of {wide['turns']} turns of {name}, where {silent} cannot be asked"
+            )
+    return lines
 
 
 class Advice(NamedTuple):

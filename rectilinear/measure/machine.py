@@ -31,6 +31,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def vendor() -> str | None:
+    """Who made the processor, in cpuid's word; None where the system does not say."""
+    return _cpuinfo().get("vendor_id")
+
+
 def available_cpus() -> int:
     """The processors this process may use, counted as rectilinear's kernels do; a container is often given fewer than there are."""
     return available_cores()

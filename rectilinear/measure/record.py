@@ -34,7 +34,10 @@ class Figure:
 
 @dataclass
 class Record:
-    """A run. `ceilings` is empty where they were not measured; `left_out` and `refused` hold {case, subject, reason}."""
+    """A run. `ceilings` is empty where they were not measured; `left_out` and `refused` hold {case, subject, reason}.
+
+    `held_by` has the variables by which the subjects were held to ``settings["isa"]``; none where that is ``"host"``.
+    """
 
     started: str
     settings: dict[str, Any]
@@ -45,6 +48,7 @@ class Record:
     figures: list[Figure] = field(default_factory=list)
     refused: list[dict[str, str]] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    held_by: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     seconds: float = 0.0
     others: float | None = None
@@ -57,6 +61,11 @@ class Record:
         beside = path.with_name(path.name + ".part")
         beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
         beside.replace(path)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of every subject; records from before there was a choice have the host's."""
+        return str(self.settings.get("isa", "host"))
 
     @property
     def backends(self) -> list[str]:

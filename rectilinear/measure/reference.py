@@ -59,7 +59,7 @@ def _train_data(rng: np.random.Generator, n: int, dtype: str) -> Arrays:
 
 
 def inputs(case: Case) -> Arrays:
-    """The arguments of a case by name, C-contiguous NumPy arrays; the same for every subject and run."""
+    """The arguments of a case by name, NumPy arrays, the same for every subject and run; C-contiguous but for w of `step_fortran`."""
     rng = np.random.default_rng(20240501)
     normal = rng.standard_normal
     if case.kind == "train":
@@ -71,6 +71,8 @@ def inputs(case: Case) -> Arrays:
         return data if case.kind == "db" else data | {"x": _fill(lambda k: normal(k + 7)[7:], case.shape, case.dtype)}
     *lead, n, d, m = case.shape
     data = _affine_data(rng, tuple(lead), n, d, m, case.dtype)
+    if case.kind == "step_fortran":
+        data["w"] = np.asfortranarray(data["w"])
     return data | {"dout": _fill(normal, (*lead, n, m), case.dtype)}
 
 

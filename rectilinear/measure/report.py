@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from rectilinear.measure import charts, page
+from rectilinear.measure import charts, isa, page
 from rectilinear.measure.cases import ITEMSIZE, PASSES, Case
-from rectilinear.measure.figures import Headline, Spread, advice, broken_ceilings, headline, on_host, ratio, roof
+from rectilinear.measure.figures import Headline, Spread, advice, broken_ceilings, headline, not_held, on_host, ratio, roof
 from rectilinear.measure.page import Cell, Section, Table
 from rectilinear.measure.record import Figure, Record
 
@@ -23,8 +24,16 @@ HOST_BOUND = 0.8
 
 def sections(record: Record) -> list[Section]:
     """Everything the report says, in its order; what was not measured is not there."""
-    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _throughput(record)]
-    made += [_latency(record), _memory_bound(record), _gpu(record), _everything(record), _least_work(record), _machine(record)]
+    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _fortran(record), _throughput(record)]
+    made += [
+        _latency(record),
+        _memory_bound(record),
+        _gpu(record),
+        _everything(record),
+        _least_work(record),
+        _held(record),
+        _machine(record),
+    ]
     made.append(_absent(record))
     return [section for section in made if section.tables or section.charts or section.text]
 
@@ -42,11 +51,43 @@ def _alarms(record: Record) -> Section:
     if record.refused:
         rows = [[entry["subject"], entry["case"], entry["reason"]] for entry in record.refused]
         section.tables.append(Table(["subject", "case", "why"], rows, "Refused, since the results were wrong against float64"))
+    astray = not_held(record)
+    if astray:
+        section.tables.append(Table(["what"], [[line] for line in astray], f"Not held to {record.isa.upper()}"))
     if (record.others or 0.0) > BUSY:
         section.text += f" Other programs kept {record.others:.1f} processors busy meanwhile: measure again on a quiet machine. "
     if not record.complete:
         section.text += " This run was interrupted; what follows is what had been measured by then."
     return section
+
+
+def _held(record: Record) -> Section:
+    """What held the subjects to an instruction set, what each library says of it, and what the system saw."""
+    if record.isa == "host":
+        return Section("")
+    name, machine = record.isa.upper(), record.machine
+    section = Section(f"Held to {name}", f"The process of every subject, and of the ceilings, was held to {name} by variables of its own. ")
+    section.text += f"The host has {machine.get('simd')}, and the caches are the host's: {_fact(machine.get('caches', {}))}. "
+    section.text += "Where a library cannot be asked, its variable is all there is to go by, and what Linux saw of its registers."
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for subject, about in record.subjects.items():
+        for answer in about.get("runs_on", []):
+            found.setdefault((answer["library"], answer["says"]), []).append(subject)
+    rows = []
+    for library, says in sorted(found, key=lambda key: key[0].lower()):
+        by = ", ".join(f"{key}={record.held_by[key]}" for key in isa.BY.get(library, ()) if key in record.held_by)
+        verdict = {True: "yes", False: "NO", None: "by its variable" if by else "NOTHING HOLDS IT"}[isa.held(says)]
+        rows.append([library, by, says or "cannot be asked", verdict, ", ".join(found[library, says])])
+    section.tables.append(Table(["library", "held by", "says", "held", "in the processes of"], rows, "What holds each library"))
+    seen = [[subject, _seen(about.get("wide", {}))] for subject, about in record.subjects.items()]
+    section.tables.append(Table(["subject", "AVX-512 registers in use when a thread was put aside"], seen, "What Linux saw"))
+    return section
+
+
+def _seen(wide: dict[str, Any]) -> str:
+    if wide.get("seen") is None:
+        return "cannot be seen here"
+    return f"in {wide['seen'] or 'none'} of {wide['turns']} turns"
 
 
 def _headlines(record: Record) -> Section:
@@ -129,6 +170,28 @@ def _ratio_cell(figure: Figure, subject: str, peer: str) -> Cell | str:
         return ""
     found = ratio(figure, subject, peer)
     return Cell(f"{found.mid:.2f}", found.mid)
+
+
+def _fortran(record: Record) -> Section:
+    """What w in Fortran order costs each subject: its own time in C order over its time there."""
+    section = Section("w in Fortran order", "The whole step in C order over the same with w in Fortran order, each subject's own times. ")
+    section.text += "Below 1, Fortran order is slower. The two were measured one after the other, not in the same turns."
+    steps = {f.case: f for f in record.figures if f.kind == "step"}
+    for dtype in ITEMSIZE:
+        fortran = [f for f in record.figures if f.kind == "step_fortran" and f.dtype == dtype]
+        pairs = [(steps[case], f) for f in fortran if (case := replace(f.case, kind="step")) in steps]
+        names = [name for name in record.subjects if any(name in c.seconds and name in f.seconds for c, f in pairs)]
+        rows: list[list[Cell | str]] = [[f.case.size, *(_cost_of_layout(c, f, name) for name in names)] for c, f in pairs]
+        if names:
+            section.tables.append(Table(["shape", *names], rows, dtype))
+    return section if section.tables else Section("")
+
+
+def _cost_of_layout(c_order: Figure, fortran: Figure, subject: str) -> Cell | str:
+    if subject not in c_order.seconds or subject not in fortran.seconds:
+        return ""
+    value = median(c_order.seconds[subject]) / median(fortran.seconds[subject])
+    return Cell(f"{value:.2f}", value)
 
 
 def _throughput(record: Record) -> Section:
@@ -232,6 +295,7 @@ def _least_work(record: Record) -> Section:
         ("forward", shape, "2NDM", "(ND + DM + M) s", "NM s"),
         ("backward", shape, "4NDM + NM", "(NM + ND + DM) s + k", "(ND + DM + M) s"),
         ("step", shape, "6NDM + NM", "(ND + DM + M + NM) s", "(NM + ND + DM + M) s"),
+        ("step_fortran", shape, "6NDM + NM", "(ND + DM + M + NM) s", "(NM + ND + DM + M) s"),
         ("stacked", (8, *shape), "B (6NDM + NM)", "B (ND + DM + M + NM) s", "B (NM + ND + DM + M) s"),
         ("relu_forward", (n, m), "0", "NM s", "NM s"),
         ("relu_backward", (n, m), "0", "2NM s", "NM s"),
@@ -354,7 +418,8 @@ def _fact(value: Any) -> str:
 
 
 def _title(record: Record) -> str:
-    return f"rectilinear on {record.machine.get('cpu', 'this machine')}"
+    held = "" if record.isa == "host" else f", held to {record.isa.upper()}"
+    return f"rectilinear on {record.machine.get('cpu', 'this machine')}{held}"
 
 
 def _subtitle(record: Record) -> str:

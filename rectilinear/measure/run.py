@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,6 +34,9 @@ class Plan:
     threads: int = 0
     ceilings: bool = True
     grid: str = "named"
+    isa: str = "host"
+    hold: Mapping[str, str] = field(default_factory=dict)
+    """The variables that hold the subjects and the ceilings to `isa`."""
 
 
 Watch = Callable[[str, float], None]
@@ -44,8 +47,10 @@ def run(plan: Plan, save: Callable[[Record], None] = lambda record: None, watch:
     """Measure, calling `save` whenever there is more to keep. Ctrl-C ends it early: the record then has ``complete == False``."""
     begun = time.perf_counter()
     threads = plan.threads or available_cpus()
-    settings = {"grid": plan.grid, "rounds": plan.rounds, "seconds per turn": plan.seconds, "threads": threads}
-    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), settings, describe(), missing=dict(plan.missing))
+    settings = {"grid": plan.grid, "rounds": plan.rounds, "seconds per turn": plan.seconds, "threads": threads, "isa": plan.isa}
+    record = Record(
+        datetime.now(UTC).isoformat(timespec="seconds"), settings, describe(), missing=dict(plan.missing), held_by=dict(plan.hold)
+    )
     busy, own = busy_seconds(), _own_seconds()
     with contextlib.suppress(KeyboardInterrupt):
         _measure(plan, threads, record, begun, save, watch)
@@ -63,13 +68,13 @@ def _own_seconds() -> float:
 
 
 def _measure(plan: Plan, threads: int, record: Record, begun: float, save: Callable[[Record], None], watch: Watch) -> None:
-    with _probed(plan, threads, record, watch), started(list(plan.subjects), threads) as (children, greetings, missing):
+    with _probed(plan, threads, record, watch), started(list(plan.subjects), threads, plan.hold) as (children, greetings, missing):
         record.missing |= missing
         known = {subject.name: subject for subject in plan.subjects}
         for name, greeting in greetings.items():
             subject = known[name]
             about = {"backend": subject.backend, "about": subject.about, "note": subject.note}
-            record.subjects[name] = about | {k: greeting[k] for k in ("versions", "threads")}
+            record.subjects[name] = about | {k: greeting[k] for k in ("versions", "threads", "runs_on")}
         idlers = dict(children)
         longest = 0.0
         for done, case in enumerate(plan.cases):
@@ -82,6 +87,10 @@ def _measure(plan: Plan, threads: int, record: Record, begun: float, save: Calla
             _case(plan, case, children, record, lambda name, c=case, d=done: watch(f"{c.name}: {name}", float(d)))  # type: ignore[misc]
             for name, child in idlers.items():
                 record.subjects[name]["idle_cpu"] = child.idle_cpu_seconds / max(child.idle_seconds, 1e-9)
+                record.subjects[name]["wide"] = {
+                    "turns": len(child.wide),
+                    "seen": None if None in child.wide else sum(map(bool, child.wide)),
+                }
             longest = max(longest, time.perf_counter() - before)
             record.seconds = time.perf_counter() - begun
             save(record)
@@ -100,20 +109,20 @@ def _probed(plan: Plan, threads: int, record: Record, watch: Watch) -> Iterator[
     """Measure the ceilings before and after; the subjects have not started then, or have ended."""
     if plan.ceilings:
         watch("the machine's ceilings", 0.0)
-        record.ceilings = _probe(threads, record)
+        record.ceilings = _probe(plan, threads, record)
     watch("starting the subjects", 0.0)
     yield
     if record.ceilings:
         watch("the machine's ceilings, again", float(len(plan.cases)))
-        again = _probe(threads, record)
+        again = _probe(plan, threads, record)
         record.ceilings = ceilings.merged([record.ceilings, again]) if again else {}
 
 
-def _probe(threads: int, record: Record) -> dict[str, Any]:
+def _probe(plan: Plan, threads: int, record: Record) -> dict[str, Any]:
     """In a process of its own, for the same reasons as the subjects. Empty if it failed, and then it is named among the missing."""
     nobody = Subject("ceilings", "")
-    command = [sys.executable, "-m", "rectilinear.measure.ceilings", str(threads)]
-    done = subprocess.run(command, env=environment(nobody, threads), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "rectilinear.measure.ceilings", str(threads), plan.isa]
+    done = subprocess.run(command, env=environment(nobody, threads, plan.hold), capture_output=True, text=True, check=False)
     if done.returncode:
         if done.returncode < 0 and not done.stderr:
             raise KeyboardInterrupt  # the terminal's Ctrl-C ended it, as it does this process

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rectilinear.measure.cases import ITEMSIZE, Case
+from rectilinear.measure.isa import own_xla_flags, wide_within
 from rectilinear.measure.machine import memory_available
 from rectilinear.measure.subjects import Subject
 
@@ -29,10 +31,16 @@ KERNEL_OVERRIDES = (
     "MKL_CBWR",
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "BLIS_ARCH_TYPE",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NPY_ENABLE_CPU_FEATURES",
+    "TORCHINDUCTOR_CPP_MARCH",
     "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
     "NUMBA_DISABLE_JIT",
 )
-"""Variables that make a library use another kernel than the machine's best; no subject gets them."""
+"""Variables that make a library use another kernel than the machine's best; no subject gets the user's."""
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -42,6 +50,9 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
     "RECTILINEAR_NUM_THREADS",
 )
+NOTHING: Mapping[str, str] = MappingProxyType({})
+TICK = 0.01
+"""Seconds; the longest unit in which Linux counts when it last saw registers of AVX-512."""
 ASLEEP_WITHIN = 0.5
 """Seconds to wait for the threads of the last subject; OpenBLAS's spin for 2**26 cycles, some 25 ms."""
 _ARRAYS_IN_MEMORY = 4
@@ -56,7 +67,7 @@ class SubjectError(Exception):
 class Child:
     """A subject's process."""
 
-    def __init__(self, subject: Subject, threads: int) -> None:
+    def __init__(self, subject: Subject, threads: int, hold: Mapping[str, str] = NOTHING) -> None:
         self.subject = subject
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         cpus = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_setaffinity") else []
@@ -66,13 +77,15 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=environment(subject, threads),
+            env=environment(subject, threads, hold),
             start_new_session=True,  # Ctrl-C is for the parent, which decides what is kept
         )
         if cpus:
             # XLA takes as many threads as there are processors to run on, and no variable for it.
             os.sched_setaffinity(self.process.pid, cpus)
         self.idle_seconds = self.idle_cpu_seconds = 0.0
+        self.wide: list[bool | None] = []
+        """Of each turn, what `isa.wide_within` found."""
         self._idle_since: tuple[float, float] | None = None
 
     def greet(self) -> dict[str, Any]:
@@ -81,6 +94,7 @@ class Child:
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer."""
         self._end_of_idling()
+        begun = time.perf_counter()
         try:
             print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
             answer = self._answer()
@@ -89,6 +103,8 @@ class Child:
         finally:
             self._wait_until_asleep()
             self._idle_since = time.perf_counter(), self._cpu_seconds()
+        if do == "measure":
+            self.wide.append(wide_within(self.process.pid, time.perf_counter() - begun - TICK))
         if "error" in answer:
             raise SubjectError(answer["error"])
         return answer
@@ -148,22 +164,26 @@ def _running_threads(pid: int) -> int:
     return running
 
 
-def environment(subject: Subject, threads: int) -> dict[str, str]:
-    """The variables a subject's process gets: no kernel overrides, the same number of threads for every library."""
+def environment(subject: Subject, threads: int, hold: Mapping[str, str] = NOTHING) -> dict[str, str]:
+    """The variables a subject's process gets: no kernel overrides but those of `hold`, the same number of threads for every library."""
     kept = {k: v for k, v in os.environ.items() if k not in (*KERNEL_OVERRIDES, "RECTILINEAR_BACKEND")}
+    if "XLA_FLAGS" in kept:
+        kept["XLA_FLAGS"] = " ".join(own_xla_flags(kept))
     # The package may be run from a checkout, where only the parent's path leads to it.
     path = os.pathsep.join(p for p in sys.path if p)
-    return kept | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path} | subject.environment
+    return kept | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path} | subject.environment | dict(hold)
 
 
 @contextlib.contextmanager
-def started(subjects: list[Subject], threads: int) -> Iterator[tuple[dict[str, Child], dict[str, dict[str, Any]], dict[str, str]]]:
+def started(
+    subjects: list[Subject], threads: int, hold: Mapping[str, str] = NOTHING
+) -> Iterator[tuple[dict[str, Child], dict[str, dict[str, Any]], dict[str, str]]]:
     """Children by name, what each said of itself, and why the missing ones are; all end with the block."""
     children: dict[str, Child] = {}
     greetings, missing = {}, {}
     try:
         for subject in subjects:
-            children[subject.name] = Child(subject, threads)
+            children[subject.name] = Child(subject, threads, hold)
         for name, child in list(children.items()):
             try:
                 greetings[name] = child.greet()

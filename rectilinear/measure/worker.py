@@ -24,6 +24,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any, TextIO
 
+from rectilinear.measure import isa
 from rectilinear.measure.cases import Case
 from rectilinear.measure.gpu import WARM_UP, Gpu
 from rectilinear.measure.machine import library_versions, thread_pools
@@ -111,7 +112,7 @@ def main(target: str, requests: TextIO, answers: TextIO) -> None:
         worker = _Worker(getattr(importlib.import_module(module), function))
     except ImportError as error:
         return _say(answers, {"missing": str(error)})
-    greeting = {"versions": library_versions(), "threads": thread_pools(), "pid": os.getpid()}
+    greeting = {"versions": library_versions(), "threads": thread_pools(), "runs_on": isa.said(), "pid": os.getpid()}
     _say(answers, greeting)
     for line in requests:
         request = json.loads(line)

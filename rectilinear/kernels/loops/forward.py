@@ -77,22 +77,19 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
         prefetch_rows(zero, ahead.last, job.w, next_group, 0, job.d if count > 0 and next_group > group else 0, job.m)
     block.prefetch = address_of(ahead)
     steps = block_count(job.d, plan.depth)
-    row_steps = block_count(rows, rows_at_once(host(zero), min(job.d, plan.depth))) if plan.copy_x != 0 else 1
-    for r in range(row_steps):
-        r0, r1 = block_start(rows, row_steps, r), block_start(rows, row_steps, r + 1)
-        for step in range(steps):
-            k0, k1 = block_start(job.d, steps, step), block_start(job.d, steps, step + 1)
-            block.n, block.k = r1 - r0, k1 - k0
-            block.flags = (ADD if step > 0 else 0) | (job.flags if step == steps - 1 else 0)
-            block.a = Matrix(x.data + r0 * x.row + k0 * x.column, x.row, x.column)
-            if plan.copy_x != 0:
-                packed = Rows(space, packed_row((k1 - k0) * size))
-                copy(zero, Packing(rows=r1 - r0, columns=k1 - k0, src=block.a, dst=packed))
-                block.a = Matrix(packed.data, packed.row, size)
-            block.c.data, block.bits.data = out + r0 * job.out.row, bits + r0 * job.bits.row
-            block.bias = bias if step == 0 else 0
-            panel = job.packed.data + group * job.packed.row + (k0 * panels + first * block.k) * nr * size
-            _columns(zero, job, block, columns, Matrix(w.data + k0 * w.row, w.row, w.column), panel, space + job.copy_bytes)
+    for step in range(steps):
+        k0, k1 = block_start(job.d, steps, step), block_start(job.d, steps, step + 1)
+        block.n, block.k = rows, k1 - k0
+        block.flags = (ADD if step > 0 else 0) | (job.flags if step == steps - 1 else 0)
+        block.a = Matrix(x.data + k0 * x.column, x.row, x.column)
+        if plan.copy_x != 0:
+            copied = Rows(space, packed_row(block.k * size))
+            copy(zero, Packing(rows=rows, columns=block.k, src=block.a, dst=copied))
+            block.a = Matrix(copied.data, copied.row, size)
+        block.c.data, block.bits.data = out, bits
+        block.bias = bias if step == 0 else 0
+        panel = job.packed.data + group * job.packed.row + (k0 * panels + first * block.k) * nr * size
+        _columns(zero, job, block, columns, Matrix(w.data + k0 * w.row, w.row, w.column), panel, space + job.copy_bytes)
 
 
 @jit_inner

@@ -4,7 +4,7 @@ A job is a record: operands, extents, and the plan. ``plan_*`` writes what shape
 and where sums are cut, and with it every bit of the result. ``schedule_*`` cuts the work into tasks for so many threads, which no bit
 depends on. The functions run in jitted code on every call, and in plain Python, where `plan` shows what they would do anywhere::
 
-    plan("forward", (128, 784, 256), "float32", host_of(AVX2, 4, caches, cores=2))
+    plan("forward", (128, 784, 256), host_of(AVX2, 4, caches, cores=2))
 
 The words are those of the BLIS papers: C (n, m) = A (n, k) B (k, m) by tiles of mr rows and nr columns; B in panels of nr columns and kc
 rows, A in blocks of mc rows and kc columns. See Low et al., "Analytical modeling is enough for high-performance BLIS", 2016.
@@ -268,9 +268,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
     wanted = TURNS * threads
-    if threads == 1:
-        rows = 1
-    elif job.groups * rows < wanted:
+    if threads > 1 and job.groups * rows < wanted:
         most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
         columns = min(most, block_count(wanted, job.groups * rows))
         tiles = 2 if plan.copy_x != 0 else 4

@@ -51,6 +51,10 @@ class Emitter:
         """Where a row of an operand begins."""
         return self.offset(self.arg[f"{matrix}.data"], index, self.arg[f"{matrix}.row"])
 
+    def opaque(self, value: ir.Value) -> ir.Value:
+        """The same integer, of which LLVM knows nothing more: an empty assembler instruction."""
+        return self.builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], side_effect=False)
+
     def load(self, address: ir.Value, mask: ir.Value | None = None) -> ir.Value:
         """A vector from `address`; where the mask is off nothing is read and the lane is 0."""
         pointer = self.pointer(address)
@@ -105,6 +109,12 @@ class Emitter:
 
     def flag(self, bit: int) -> ir.Value:
         return self.builder.icmp_signed("!=", self.builder.and_(self.arg["flags"], I64(bit)), I64(0))
+
+    def not_unrolled(self, branch: ir.Instruction) -> None:
+        """Mark the loop that `branch` goes back in, which LLVM else unrolls for some processors, and then runs out of registers."""
+        loop = self.module.add_metadata([self.module.add_metadata(["llvm.loop.unroll.disable"])])
+        loop.operands = (loop, *loop.operands)  # LLVM knows loops by metadata that begin with themselves
+        branch.set_metadata("llvm.loop", loop)
 
     def choose(self, condition: ir.Value, then: Callable[[], Values], otherwise: Callable[[], Values]) -> Values:
         """Values from one of two emitted branches."""

@@ -29,8 +29,15 @@ from rectilinear.kernels.runtime.records import record
 ADD, RELU, BITS = 1, 2, 4
 """Flags: add to what C holds; apply ReLU; write keep-mask bits (with RELU)."""
 
-ROWS_PER_BASE = 4
-"""Rows of A addressed from one pointer, as base + {0, 1, 2, 3} strides: 14 rows need four pointers and three offsets."""
+UNROLLED = 4
+"""Accumulators of the tiles that LLVM may unroll: those that wait for their multiply-adds."""
+
+OWN_BASES, ROWS_PER_BASE = 6, 3
+"""Up to so many rows of A have a pointer each, to which the loop adds one offset, the same for all; of more, three are addressed from one
+pointer, as base + {0, 1, 2} strides: there are 15 registers for addresses.
+
+Pointers are opaque to LLVM. It else finds that each is the one before plus a stride, and adds up one after the other: as many cycles for
+every k as there are rows, more than the multiply-adds take (6 x 16 on AVX2 ran at 65 % of the peak, Zen 4)."""
 
 
 @record
@@ -77,6 +84,7 @@ class TileEmitter(Emitter):
     def __init__(self, module: ir.Module, tile: Tile, name: str, operands: type = TileOperands) -> None:
         super().__init__(module, name, operands, float_vector(tile.itemsize, tile.lanes))
         self.tile = tile
+        self.rows_per_base = 1 if tile.mr <= OWN_BASES else ROWS_PER_BASE
 
     def run(self) -> ir.Function:
         self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
@@ -121,37 +129,44 @@ class TileEmitter(Emitter):
         # Not unrolled: 28 multiply-adds hide the few address instructions, and two or four steps in one block make
         # LLVM hoist the broadcasts of A and spill accumulators (54 moves for 56 multiply-adds, 14x32 on AVX-512).
         builder, arg = self.builder, self.arg
-        bases = [self.row("a", i) for i in range(0, self.tile.mr, ROWS_PER_BASE)]
-        row_offsets = [builder.mul(arg["a.row"], I64(i)) for i in range(min(ROWS_PER_BASE, self.tile.mr))]
-        state = [arg["k"], arg["b.data"], arg["prefetch"], *bases, *start]
+        first_rows = range(0, self.tile.mr, self.rows_per_base)
+        # All of A's pointers move by the same offset where each row has its own, else each by itself.
+        moving = [I64(0)] if self.rows_per_base == 1 else [self.row("a", i) for i in first_rows]
+        self.bases = [self.opaque(self.row("a", i)) for i in first_rows] if self.rows_per_base == 1 else []
+        state = [arg["k"], arg["b.data"], arg["prefetch"], *moving, *start]
 
         before = builder.block
         body, after = builder.append_basic_block("k"), builder.append_basic_block("k.end")
         builder.cbranch(builder.icmp_signed("==", arg["k"], I64(0)), after, body)
         builder.position_at_end(body)
         current = [self.phi(value, before) for value in state]
-        following = self._step(current, row_offsets)
+        following = self._step(*current[:3], current[3 : 3 + len(moving)], current[3 + len(moving) :])
         for phi, value in zip(current, following, strict=True):
             phi.add_incoming(value, body)
-        builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
+        back = builder.cbranch(builder.icmp_signed("==", following[0], I64(0)), after, body)
+        if self.tile.mr * self.tile.nv > UNROLLED:
+            self.not_unrolled(back)
         builder.position_at_end(after)
-        return [self.phi(value, before, updated, body) for value, updated in list(zip(state, following, strict=True))[3 + len(bases) :]]
+        sums = list(zip(state, following, strict=True))[3 + len(moving) :]
+        return [self.phi(value, before, updated, body) for value, updated in sums]
 
-    def _step(self, state: Values, row_offsets: Values) -> Values:
+    def _step(self, k: ir.Value, b: ir.Value, prefetch: ir.Value, moving: Values, accumulators: Values) -> Values:
         """One rank-1 update of the tile; pointers moved on by one k."""
         builder, tile, arg = self.builder, self.tile, self.arg
-        first_accumulator = 3 + -(-tile.mr // ROWS_PER_BASE)
-        k, b, prefetch, bases, accumulators = *state[:3], state[3:first_accumulator], state[first_accumulator:]
         if tile.mr * tile.nv > tile.mr + tile.nv:  # else loads bound the tile, and this would be one more
             self.prefetch(prefetch)
         columns = self._row(b, masked=False)
+        if self.rows_per_base == 1:
+            rows = [builder.add(base, moving[0]) for base in self.bases]
+        else:
+            moving = [self.opaque(base) for base in moving]
+            rows = [self.offset(base, i, arg["a.row"]) for base in moving for i in range(self.rows_per_base)]
         updated = []
         for i in range(tile.mr):
-            element = self.load_scalar(builder.add(bases[i // ROWS_PER_BASE], row_offsets[i % ROWS_PER_BASE]))
-            broadcast = self.splat(element)
+            broadcast = self.splat(self.load_scalar(rows[i]))
             for v in range(tile.nv):
                 updated.append(self.multiply_add(broadcast, columns[v], accumulators[i * tile.nv + v]))
-        moved = [builder.add(base, arg["a.column"]) for base in bases]
+        moved = [builder.add(place, arg["a.column"]) for place in moving]
         return [builder.sub(k, I64(1)), builder.add(b, arg["b.row"]), builder.add(prefetch, arg["prefetch_step"]), *moved, *updated]
 
     # Epilogue.

@@ -63,6 +63,13 @@ def _step(x: Any, w: Any, b: Any, dout: Any) -> tuple[Any, ...]:
     return (out, *affine_relu_backward(dout, cache))
 
 
+def _step_fortran(x: Any, w: Any, b: Any, dout: Any) -> tuple[Any, ...]:
+    """dw by the transposed product, so that it has w's layout."""
+    out, (_, z) = affine_relu_forward(x, w, b)
+    dz = relu_backward(dout, z)
+    return out, dz @ w.T, (dz.T @ x).T, dz.sum(axis=0)
+
+
 def _train(x: Any, y: Any, params: list[Any]) -> list[Any]:
     caches, h = [], x
     for i in range(_LAYERS):
@@ -91,6 +98,7 @@ def build(case: Case, data: dict[str, Any]) -> Run:
         "forward": lambda: affine_relu_forward(x, w, b)[:1],
         "backward": lambda: affine_relu_backward(dout, cache),
         "step": lambda: _step(x, w, b, dout),
+        "step_fortran": lambda: _step_fortran(x, w, b, dout),
         "stacked": lambda: _stacked_step(x, w, b, dout),
         "relu_forward": lambda: relu_forward(x)[:1],
         "relu_backward": lambda: (relu_backward(dout, x),),

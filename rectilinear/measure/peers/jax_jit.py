@@ -29,6 +29,12 @@ def _step(x: Any, w: Any, b: Any, dout: Any) -> Any:
     return out, *vjp(dout)
 
 
+def _step_fortran(x: Any, wt: Any, b: Any, dout: Any) -> Any:
+    """JAX's arrays are in C order: what is kept and differentiated is w's transpose, as in PyTorch's Linear."""
+    out, vjp = jax.vjp(lambda x, wt, b: _layer(x, wt.T, b), x, wt, b)
+    return out, *vjp(dout)
+
+
 def _loss(scores: Any, y: Any) -> Any:
     log_probs = jax.nn.log_softmax(scores)
     return -jnp.take_along_axis(log_probs, y[:, None], axis=1).mean()
@@ -62,6 +68,12 @@ def build(case: Case, data: dict[str, Any]) -> Run:
     if case.kind == "train":
         return Run(_train(data), results)
     arrays = {name: jnp.asarray(a) for name, a in data.items()}
+    if case.kind == "step_fortran":
+        step = jax.jit(_step_fortran)
+        given = arrays["x"], jnp.asarray(data["w"].T), arrays["b"], arrays["dout"]
+        return Run(
+            lambda: jax.block_until_ready(step(*given)), lambda value: tuple(np.asarray(a) for a in (*value[:2], value[2].T, value[3]))
+        )
     if case.kind in ("backward", "relu_backward"):  # vjp returns a pytree that holds what forward kept, so jit can be given it
         forward, names = (_layer, ("x", "w", "b")) if case.kind == "backward" else (jax.nn.relu, ("x",))
         vjp = jax.jit(lambda *a: jax.vjp(forward, *a)[1])(*(arrays[name] for name in names))

@@ -60,7 +60,7 @@ def autograd(case: Case, data: dict[str, Any], layer: Any, cross_entropy: Any, n
 
         return Run(train, results)
 
-    t = tensors(data, ("w", "b", "x") if case.kind in ("affine", "forward", "backward", "step", "stacked") else ("x",))
+    t = tensors(data, ("w", "b", "x") if case.kind in ("affine", "forward", "backward", "step", "step_fortran", "stacked") else ("x",))
     x, w, b, dout, y = (t.get(k) for k in ("x", "w", "b", "dout", "y"))
     made = layer(x, w, b) if case.kind == "backward" else torch.relu(x) if case.kind == "relu_backward" else None
 
