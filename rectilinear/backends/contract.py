@@ -60,11 +60,35 @@ class Probe:
     simd: str | None = None
 
 
+class SGDStep(Protocol):
+    """The method ``sgd_step``, which a backend may have: a step of `rectilinear.nn.SGD` over all parameters, in place."""
+
+    def __call__(
+        self,
+        w: tuple[Any, ...],
+        dw: tuple[Any, ...],
+        v: tuple[Any, ...],
+        decayed: int,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> bool | None:
+        """v = momentum v - lr (dw + weight_decay w) and w = w + v, for each parameter; only the first `decayed` of them decay.
+
+        w and dw are equally long, not empty; so is v, which is empty where momentum is 0. What is in them has not been checked and may be
+        anything. The backend chooses what it serves, which is never what is read-only where it is to be written, shares memory with
+        anything else in the tuples, or differs in dtype or shape. For the rest it returns None, before it has changed anything, and
+        the caller computes by itself. Else it returns whether a value that is not finite came of finite ones.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The primitives. Shapes: x (n, d), w (d, m), b (m,), dout (n, m); stacked (g, n, d), (g, d, m), (g, m), (g, n, m).
 
     Where the number of threads depends on more than the machine, a method ``threads()`` gives the number of a call made here and now;
-    `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's.
+    `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's. A backend may also have a method ``sgd_step``,
+    as `SGDStep` says.
     """
 
     api_version: int

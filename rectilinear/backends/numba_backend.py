@@ -21,6 +21,7 @@ from rectilinear.threads import call_threads, get_num_threads
 
 _RELU = 2  # rectilinear.kernels.micro.tile.RELU, whose module would import llvmlite
 _BYTE = np.dtype(np.uint8)  # made already, it saves np.empty 40 ns
+_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _NO_MASK, _BY_Z, _BY_BITS = 0, 1, 2
 
 
@@ -180,6 +181,29 @@ class NumbaBackend:
             labels = np.ascontiguousarray(y, np.int64)
             _finished(with_scratch(_passes().softmax_loss[x.itemsize], id(x), id(labels), id(dx), id(loss)))
         return x.dtype.type(loss), _delivered(dx, out)
+
+    # Parameters.
+
+    def sgd_step(
+        self,
+        w: tuple[Any, ...],
+        dw: tuple[Any, ...],
+        v: tuple[Any, ...],
+        decayed: int,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> bool | None:
+        """See `rectilinear.backends.contract.SGDStep`. Takes arrays whose elements lie side by side, w, dw and v in one same order."""
+        first = w[0]
+        if type(first) is not np.ndarray or first.dtype not in _NATIVE:
+            return None
+        try:
+            kernel = _passes().sgd[first.itemsize]
+            answer = kernel(id(w), id(dw), id(v), decayed, lr, momentum, weight_decay, call_threads())
+        except forks.CannotCompileError:
+            return None
+        return None if answer < 0 else bool(answer)
 
     # Arrays.
 

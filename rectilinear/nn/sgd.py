@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
+from rectilinear.backends import registry
+from rectilinear.backends.contract import SGDStep
 from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
@@ -26,6 +29,8 @@ from rectilinear.nn.parameters import (
     put,
     turned,
 )
+
+_GOES_ON = ("warn", "ignore")
 
 
 class Rates(NamedTuple):
@@ -75,6 +80,10 @@ class SGD:
     Where the library allows writing, parameters and velocity are updated in place; where it does not (JAX), they are replaced.
     `velocity` holds v by the parameters' names, for those that have moved with momentum. Tied parameters have one v, under the first of
     their names, and move once, along the sum of their gradients. float16 and bfloat16 are moved in float32 and rounded once.
+
+    With the numba backend a step over float32 or over float64 parameters is one pass of a kernel, to the same bits. It is in place from the
+    start, so it serves only where an overflow is no more than a warning: not where ``numpy.errstate`` or a filter of `warnings` makes
+    it an exception.
 
     Examples
     --------
@@ -138,6 +147,8 @@ class SGD:
         FloatingPointError, RuntimeWarning
             A value overflows, where NumPy has been told to raise that.
         """
+        if self._step_in_one_pass():
+            return
         moves = [(parameter, *self._moved(parameter)) for parameter in parameters(self.model)]
         for parameter, value, velocity in moves:
             put(parameter, value)
@@ -146,6 +157,31 @@ class SGD:
                     self.velocity.pop(slot.key, None)
             if velocity is not None:
                 self._put_velocity(parameter.key, velocity)
+
+    def _step_in_one_pass(self) -> bool:
+        """Have the backend move all parameters in place, if it can and nothing can fail on the way; whether it has.
+
+        If not, nothing has been changed. Parameters may be tied, of several dtypes or without velocity yet, or something may be wrong,
+        and the long way says what.
+        """
+        rates, velocity = self._rates, self.velocity
+        sgd_step: SGDStep | None = getattr(registry.active(), "sgd_step", None)
+        if sgd_step is None or (velocity and not rates.momentum) or _raises_on_overflow():
+            return False
+        weights: list[tuple[Array, Array, Array]] = []
+        others: list[tuple[Array, Array, Array]] = []
+        for prefix, layer in self.model.leaves():
+            grads = layer.grads
+            for name, array in layer.params.items():
+                move = array, grads.get(name), velocity.get(prefix + name) if velocity else None
+                (weights if name == "w" else others).append(move)
+        if not weights and not others:
+            return False
+        w, dw, v = zip(*weights, *others, strict=True)
+        overflowed = sgd_step(w, dw, v if rates.momentum else (), len(weights), *rates)
+        if overflowed and np.geterr()["over"] == "warn":
+            warnings.warn("overflow encountered in SGD.step", RuntimeWarning, stacklevel=3)
+        return overflowed is not None
 
     def _moved(self, parameter: Parameter) -> tuple[Array, Array | None]:
         """The new value and the new velocity of a parameter; nothing is changed yet."""
@@ -236,6 +272,22 @@ class SGD:
         self.velocity = {key: value for key, value in self.velocity.items() if key in keys}
         for parameter, velocity in velocities:
             self._put_velocity(parameter.key, velocity)
+
+
+def _raises_on_overflow() -> bool:
+    """Whether NumPy or Python may have been told to make an exception of an overflow, or more than a warning.
+
+    What is moved in place is not to be had back, so then every new value has to be known before the first is put in its place.
+    """
+    told = np.geterr()
+    over, invalid = told["over"], told["invalid"]
+    if told["under"] != "ignore" or over not in _GOES_ON or invalid not in _GOES_ON:
+        return True
+    if over == "warn" or invalid == "warn":
+        for entry in warnings.filters:  # not by `any`, which takes as long as a small parameter
+            if entry[0] == "error":
+                return True
+    return False
 
 
 def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array | None]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import rectilinear as r
+from rectilinear.nn import SGD, ReLU, Sequential
 from tests import reference
 from tests.fuzz.layouts import Layouts, Operand
 from tests.guard import Allocator, Memory
@@ -28,6 +29,7 @@ FUNCTIONS = (
     "relu_forward",
     "relu_backward",
     "softmax_loss",
+    "sgd_step",
 )
 
 BAD_CALLS = 0.08
@@ -41,6 +43,7 @@ SPOILS = {
     "relu_forward": ("out",),
     "relu_backward": ("out", "shape", "mask", "mask"),
     "softmax_loss": ("out", "shape", "label"),
+    "sgd_step": ("shape", "read-only"),
 }
 """What may be wrong with a bad call."""
 
@@ -505,3 +508,54 @@ class Case:
             return self._same("dx", dx, out, dx)
 
         self.check = check
+
+    # ------------------------------------------------------------ SGD
+
+    def _written(self, name: str, shape: tuple[int, ...]) -> Operand:
+        """An operand of T that the call is to write to, full of small whole numbers."""
+        operand = self.layouts.place(name, shape, self.dtype, self.layouts.strides(shape, self.dtype.itemsize, written=True))
+        operand.hold(self.layouts.values(math.prod(shape)).reshape(shape).astype(self.dtype), shape)
+        operand.result = True
+        self.operands.append(operand)
+        return operand
+
+    def _sgd_step(self) -> None:
+        """Rates are powers of two, so that every move is exact."""
+        rng = self.random
+        lr, momentum, decay = 0.5, rng.choice((0.0, 0.5)), rng.choice((0.0, 0.25))
+        layers = [ReLU() for _ in range(rng.choice((1, 1, 2, 3)))]
+        optimizer = SGD(Sequential(layers), lr, momentum, decay)
+        moves: list[tuple[str, Operand, Operand, Operand | None]] = []
+        for place, layer in enumerate(layers):
+            for name in ("w", "b") if rng.random() < 0.7 else ("w",):
+                shape = self._relu_shape()
+                dw_shape = shape
+                if self.spoil == "shape" and self.error is None:
+                    dw_shape, self.error = (*shape, 2), r.ShapeError
+                dw = self._input(f"d{name}", dw_shape, rng.choice(MIXED) if self.mixed else self.dtype)
+                w, v = self._written(name, shape), self._written("v", shape) if momentum else None
+                layer.params[name], layer.grads[name] = w.array, dw.array
+                if v is not None:
+                    optimizer.velocity[f"{place}.{name}"] = v.array
+                moves.append((f"{place}.{name}", w, dw, v))
+        if self.spoil == "read-only":
+            # The first: later, what was worked out would be freed while the error is raised, and the allocator is Python's.
+            moves[0][1].array.setflags(write=False)
+            self.error = ValueError
+        # Warnings are errors here, so that nothing is moved before all is worked out, unless overflows are ignored.
+        told = rng.choice(({}, {"over": "ignore", "invalid": "ignore"}, {"over": "ignore", "invalid": "ignore"}))
+        self.notes.append(f"momentum {momentum} decay {decay} told {told or 'nothing'}")
+
+        def call() -> None:
+            with np.errstate(**told):
+                optimizer.step()
+
+        def check(_: Any) -> None:
+            for key, w, dw, v in moves:
+                move = -lr * (dw.values + (decay * w.values if key.endswith("w") else 0)) + (0 if v is None else momentum * v.values)
+                for name, operand, values in (("w", w, w.values + move), ("v", v, move)):
+                    if operand is not None and not np.array_equal(operand.array, values):
+                        wrong = int((operand.array != values).sum())
+                        raise Failed(f"{name} of {key} has {wrong} wrong elements of {operand.array.size}")
+
+        self.call, self.check = call, check

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax
+from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax, update
 from rectilinear.kernels.loops.host import publish_host
 from rectilinear.kernels.micro import library
 from rectilinear.kernels.runtime.cache import Job, jit, warms
@@ -61,6 +61,11 @@ def softmax_loss(itemsize: int) -> Any:
     return softmax.entry(prepare[itemsize])
 
 
+@Once
+def sgd(itemsize: int) -> Any:
+    return update.entry(prepare[itemsize])
+
+
 @warms
 def _jobs(dtype: str) -> Iterator[Job]:
     """What `rectilinear.warmup` compiles for a dtype."""
@@ -72,11 +77,15 @@ def _jobs(dtype: str) -> Iterator[Job]:
         ("bias reduction", bias_reduction),
         ("ReLU", relu),
         ("softmax loss", softmax_loss),
+        ("SGD", sgd),
     ):
         yield f"{name}, {dtype}", partial(_compile, kernels, itemsize)
+
+
+_KINDS = {"int": types.intp, "float": types.float64}
 
 
 def _compile(kernels: Once, itemsize: int) -> None:
     made = kernels[itemsize]
     for kernel in made if isinstance(made, tuple) else (made,):
-        kernel.compile((types.intp,) * len(inspect.signature(kernel.py_func).parameters))
+        kernel.compile(tuple(_KINDS[given.annotation] for given in inspect.signature(kernel.py_func).parameters.values()))

@@ -152,6 +152,17 @@ class Emitter:
         builder.branch(head)
         builder.position_at_end(after)
 
+    def vectors(self, start: ir.Value, stop: ir.Value, unroll: int, body: Callable[[Values, ir.Value | None], None]) -> None:
+        """Emit ``body(indices, mask)`` over all elements from start to stop: `unroll` vectors at a time, then one, then a masked rest."""
+        builder, lanes = self.builder, self.vector.count
+        for group in (unroll, 1):
+            with self.steps(start, stop, group * lanes) as i:
+                body([builder.add(i, I64(v * lanes)) for v in range(group)], None)
+            whole = builder.sdiv(builder.sub(stop, start), I64(group * lanes))
+            start = builder.add(start, builder.mul(whole, I64(group * lanes)))
+        with builder.if_then(builder.icmp_signed("<", start, stop)):
+            body([start], self.lanes_below(builder.sub(stop, start)))
+
     def declare(self, name: str, suffix: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
         """LLVM's intrinsic `name` for this emitter's vector type."""
         mangled = f"{name}.v{self.vector.count}f{8 * self.itemsize}{suffix}"

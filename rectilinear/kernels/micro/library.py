@@ -16,6 +16,7 @@ from rectilinear.kernels.micro import simd
 from rectilinear.kernels.micro.dots import dots_rows, emit_dots
 from rectilinear.kernels.micro.relu import emit_relu
 from rectilinear.kernels.micro.rows import emit_rows, row_lanes
+from rectilinear.kernels.micro.sgd import emit_sgd
 from rectilinear.kernels.micro.softmax import emit_softmax
 from rectilinear.kernels.micro.strip import STRIP_ROWS, emit_strip, strip_tiles
 from rectilinear.kernels.micro.tile import Tile, emit_tile
@@ -37,8 +38,9 @@ ROW_KERNELS = {
     "dots": emit_dots,
     "relu": emit_relu,
     "softmax": emit_softmax,
+    "sgd": emit_sgd,
 }
-rows, transpose, dots, relu, softmax = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
+rows, transpose, dots, relu, softmax, sgd = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
 
 
 @cache

@@ -54,23 +54,15 @@ class _ReluEmitter(Emitter):
         return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
 
     def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
-        builder, count = self.builder, self.arg["count"]
-        done = self._loop(start, UNROLL, nontemporal)
-        done = self._loop(done, 1, nontemporal)
-        with builder.if_then(builder.icmp_signed("<", done, count)):
-            self._vector(done, self.lanes_below(builder.sub(count, done)))
-        return []
+        def body(indices: Values, mask: ir.Value | None) -> None:
+            if mask is not None:
+                return self._vector(indices[0], mask)
+            for value, index in [(self._value(index, None), index) for index in indices]:
+                self._store(value, index, nontemporal)
+            return None
 
-    def _loop(self, start: ir.Value, vectors: int, nontemporal: bool) -> ir.Value:
-        """Whole groups of `vectors` vectors from `start`; returns where it stopped."""
-        builder, lanes = self.builder, self.vector.count
-        step = vectors * lanes
-        with self.steps(start, self.arg["count"], step) as i:
-            values = [self._value(builder.add(i, I64(v * lanes)), None) for v in range(vectors)]
-            for v, value in enumerate(values):
-                self._store(value, builder.add(i, I64(v * lanes)), nontemporal)
-        whole = builder.sdiv(builder.sub(self.arg["count"], start), I64(step))
-        return builder.add(start, builder.mul(whole, I64(step)))
+        self.vectors(start, self.arg["count"], UNROLL, body)
+        return []
 
     def _value(self, index: ir.Value, mask: ir.Value | None) -> ir.Value:
         keep = self.keeps(self.load(self.offset(self.arg["keep"], index, self.itemsize), mask))

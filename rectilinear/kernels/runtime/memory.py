@@ -18,7 +18,14 @@ from rectilinear.kernels.runtime.operands import Stack
 _WORD = ir.IntType(64)
 
 ARRAY_FIELDS = object.__basicsize__
-"""Where an ndarray's fields begin: data, ndim (a C int), shape and strides, in the layout that NumPy's C API fixes."""
+"""Where an ndarray's fields begin: data, ndim (a C int), shape, strides, base, dtype, flags (an int), in the layout NumPy's C API fixes."""
+
+C_ORDER, F_ORDER, WRITEABLE = 0x1, 0x2, 0x400
+"""Of an ndarray's flags."""
+
+_TYPE = object.__basicsize__ - 8
+_LENGTH, _ITEMS = object.__basicsize__, tuple.__basicsize__
+"""Where an object's type, a tuple's length and its items are."""
 
 
 def _at(builder: Any, address: Any, kind: Any) -> Any:
@@ -54,6 +61,12 @@ def rounded(typingctx, zero, value):  # type: ignore[no-untyped-def]
         return args[1] if args[0].type == args[1].type else builder.fptrunc(args[1], args[0].type)
 
     return zero(zero, types.float64), codegen
+
+
+@intrinsic
+def bits_of(typingctx, value):  # type: ignore[no-untyped-def]
+    """The bits of a float64 as an integer, which is what records hold."""
+    return types.intp(types.float64), lambda context, builder, signature, args: builder.bitcast(args[0], _WORD)
 
 
 @intrinsic
@@ -143,6 +156,45 @@ def count_of(array: int) -> int:
     for axis in range(word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF):
         count *= word(word(array + ARRAY_FIELDS + 16) + 8 * axis)
     return count
+
+
+@jit_inner
+def have_same_shape(a: int, b: int) -> bool:
+    ndim, axis = word(a + ARRAY_FIELDS + 8) & 0xFFFFFFFF, 0
+    if word(b + ARRAY_FIELDS + 8) & 0xFFFFFFFF != ndim:
+        return False
+    while axis < ndim and word(word(a + ARRAY_FIELDS + 16) + 8 * axis) == word(word(b + ARRAY_FIELDS + 16) + 8 * axis):
+        axis += 1
+    return axis == ndim
+
+
+@jit_inner
+def dtype_of(array: int) -> int:
+    """The id() of its dtype."""
+    return word(array + ARRAY_FIELDS + 40)
+
+
+@jit_inner
+def flags_of(array: int) -> int:
+    return word(array + ARRAY_FIELDS + 48) & 0xFFFFFFFF
+
+
+@jit_inner
+def type_of(thing: int) -> int:
+    """The id() of the type of the object with this id()."""
+    return word(thing + _TYPE)
+
+
+@jit_inner
+def length_of(items: int) -> int:
+    """The length of a tuple, given its id()."""
+    return word(items + _LENGTH)
+
+
+@jit_inner
+def item_of(items: int, index: int) -> int:
+    """The id() of what a tuple holds."""
+    return word(items + _ITEMS + 8 * index)
 
 
 @jit_inner
