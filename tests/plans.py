@@ -1,4 +1,4 @@
-"""The plans of six machines at the shapes of the benchmark, as text: `plans.txt`, so that a change of the model shows what it changes where.
+"""The plans of six machines at the shapes of the benchmark, as text: `plans.txt`, where a change of the model shows what it changes.
 
 ``python -m tests.plans`` writes it anew.
 """

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rectilinear.kernels.loops.arithmetic import block_count
+from rectilinear.kernels.loops.arithmetic import block_count, round_up
 from rectilinear.kernels.loops.gradients import DOTS_DEPTH
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, host_of
 from rectilinear.kernels.loops.plan import (
@@ -240,7 +240,7 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
         assert job.w.column == host.itemsize
         assert job.n <= FEW_ROWS
     # Rows of packed dz, and of a partial dw, hold what is written to them.
-    assert chosen.lead >= panels(job.m, host, host.vectors) * host.vectors * host.itemsize
+    assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
     assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize
 
 
