@@ -18,6 +18,7 @@ from rectilinear.kernels.loops.plan import (
     IN_PLACE,
     MOST_SLABS,
     PACKED,
+    SHORT_SLAB_ROWS,
     SLAB_ROWS,
     X_USES,
     Backward,
@@ -169,6 +170,7 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
     if chosen.by_slabs:
         assert tasks.count == chosen.slabs * job.groups
         assert 1 <= tasks.run <= tasks.count
+        assert 1 <= tasks.adders <= max(1, job.m if chosen.dw_by_columns else job.d)
         return
     stretch = min(job.n, chosen.stretch)
     rows, columns = (job.m, job.d) if chosen.dw_by_columns else (job.d, job.m)
@@ -197,7 +199,8 @@ def test_no_chain_of_a_backward_is_too_long(made: tuple[Backward, Host]) -> None
     if chosen.by_dots:
         assert DOTS_DEPTH // host.lanes <= LONGEST_CHAIN
     # And of the rows of dz, each is in a slab or a stretch.
-    assert chosen.slabs == 1 or (chosen.by_slabs and chosen.slabs <= MOST_SLABS and job.n // chosen.slabs >= SLAB_ROWS)
+    shortest = SLAB_ROWS if chosen.slabs > host.cores else SHORT_SLAB_ROWS
+    assert chosen.slabs == 1 or (chosen.by_slabs and chosen.slabs <= max(MOST_SLABS, host.cores) and job.n // chosen.slabs >= shortest)
     assert chosen.stretch > 0
 
 

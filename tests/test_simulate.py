@@ -33,6 +33,6 @@ def test_a_pass_is_never_faster_than_the_roofline(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
-@pytest.mark.parametrize("shape", [(2048, 2048, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(2048, 2048, 2048), (65536, 64, 64), (16384, 256, 256)], ids=str)
 def test_64_cores_are_used(op: str, shape: tuple[int, int, int]) -> None:
     assert efficiency(op, shape, HOST, 64, Machine()) > 0.85

@@ -122,7 +122,8 @@ def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
         made.append(Task(operations, copied, (rows * m + 3 * rows * d) * size))
     yield Phase(made * job.groups, job.tasks.run)
     if chosen.slabs > 1:
-        yield Phase([Task(copied=(chosen.slabs + 1) * d * m * size)] * job.groups)
+        down, across = (m, d) if chosen.dw_by_columns else (d, m)
+        yield Phase([Task(copied=(chosen.slabs + 1) * rows * across * size) for rows in blocks(down, job.tasks.adders)] * job.groups)
 
 
 def block_phases(job: Backward, host: Host) -> Iterator[Phase]:

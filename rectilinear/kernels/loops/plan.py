@@ -46,8 +46,11 @@ BLOCK_ROWS = 128
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
 
+SHORT_SLAB_ROWS = 256
+"""And where longer ones would be fewer than there are cores: adding up a slab takes a core about as long as 4 of its rows did."""
+
 MOST_SLABS = 32
-"""Enough for the cores of a desktop to share; more slabs mean more partial dw to add up."""
+"""Enough for the cores of a desktop to share, or as many as there are cores; more slabs mean more partial dw to add up."""
 
 STRIPE_COLUMNS = 2048
 """Columns of a task of the bias reduction: their sums stay in L1 beside the rows that stream by."""
@@ -141,6 +144,8 @@ class BackwardTasks:
     dw_columns: int = 0
     panels_to_pack: int = 0
     """Panels of w^T that are packed once, for all tasks."""
+    adders: int = 0
+    """Tasks that add up the slabs of a group, each of them some rows of dw."""
     count: int = 0
     run: int = 0
 
@@ -305,7 +310,9 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
     plan.depth = depth_for(host, n)
     narrow = d * m * size <= host.l2 // 4
-    plan.slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
+    plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
+    if plan.slabs > 1:
+        plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     most = max(4 * BLOCK_ROWS, host.past // plan.lead // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
@@ -324,6 +331,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     if plan.by_slabs != 0:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
+        rows = m if plan.dw_by_columns != 0 else d
+        tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
     wanted = TURNS * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
