@@ -276,9 +276,10 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if threads == 1:
         rows = 1
     elif job.groups * rows < wanted:
-        most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
+        most, tiles = (max(1, panels // X_USES), 2) if plan.copy_x != 0 else (panels, 4)
+        if job.groups * most * block_count(n, tiles * mr) < threads:
+            most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
-        tiles = 2 if plan.copy_x != 0 else 4
         rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
