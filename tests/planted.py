@@ -14,11 +14,18 @@ ROOT = Path(__file__).parents[1]
 
 
 class Edit(NamedTuple):
-    """In `file` of the package, the first `old` becomes `new`."""
+    """In `file` of the package `old`, which stands there once, becomes `new`."""
 
     file: str
     old: str
     new: str
+
+    def made_in(self, package: Path) -> str:
+        """The text of the file with the edit; ValueError where the code to change is not there any more, or is not the only one."""
+        text = (package / self.file).read_text(encoding="utf-8")
+        if (times := text.count(self.old)) != 1:
+            raise ValueError(f"what it replaces stands {times} times in {self.file}, and should once: {self.old}")
+        return text.replace(self.old, self.new)
 
 
 class Mutant(NamedTuple):
@@ -39,16 +46,16 @@ def read(path: Path) -> list[Mutant]:
 
 @contextmanager
 def checkout(mutant: Mutant | None) -> Iterator[Path]:
-    """A folder with the package, its tests and tools, and the bug planted; SystemExit where the code to change is not there any more."""
+    """A folder with the package, its tests and tools, and the bug planted; SystemExit where it cannot be."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("rectilinear", "tests", "tools"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         for edit in mutant.edits if mutant else ():
-            file = folder / "rectilinear" / edit.file
-            text = file.read_text(encoding="utf-8")
-            if edit.old not in text:
-                raise SystemExit(f"{mutant and mutant.name}: what it replaces is no longer in {edit.file}")
-            file.write_text(text.replace(edit.old, edit.new, 1), encoding="utf-8")
+            try:
+                text = edit.made_in(folder / "rectilinear")
+            except (ValueError, OSError) as error:
+                raise SystemExit(f"{mutant and mutant.name}: {error}") from None
+            (folder / "rectilinear" / edit.file).write_text(text, encoding="utf-8")
         yield folder

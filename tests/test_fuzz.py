@@ -141,7 +141,14 @@ def test_a_name_that_the_host_has_not_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_planted_bugs_can_be_planted() -> None:
-    """The code that they change is there."""
+    """The code that they change is there, once."""
     for mutant in planted.read(Path(mutants.__file__).with_name("mutants.toml")):
         for edit in mutant.edits:
-            assert edit.old in (planted.ROOT / "rectilinear" / edit.file).read_text(encoding="utf-8"), mutant.name
+            assert edit.new in edit.made_in(planted.ROOT / "rectilinear"), mutant.name
+
+
+@pytest.mark.parametrize(("old", "times"), [("no such code", 0), ("import ", 10)])
+def test_a_bug_that_cannot_be_planted_is_an_error(old: str, times: int, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text("import os\n" * 10)
+    with pytest.raises(ValueError, match=f"stands {times} times in file.py"):
+        planted.Edit("file.py", old, "").made_in(tmp_path)

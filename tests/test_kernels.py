@@ -250,7 +250,7 @@ def test_only_what_is_wanted(shape: tuple[int, int, int], wanted: Wanted, rng: n
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fortran": lambda a: np.asfortranarray(a),
     "transposed": lambda a: np.ascontiguousarray(a.swapaxes(-1, -2)).swapaxes(-1, -2) if a.ndim > 1 else a,
-    "every second": lambda a: np.repeat(np.repeat(a, 2, axis=0), 2, axis=-1)[::2, ::2] if a.ndim > 1 else np.repeat(a, 2)[::2],
+    "every second": lambda a: np.repeat(np.repeat(a, 2, axis=-2), 2, axis=-1)[..., ::2, ::2] if a.ndim > 1 else np.repeat(a, 2)[::2],
     "backwards": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1] if a.ndim > 1 else a[::-1].copy()[::-1],
     "rows backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
     "wide rows": lambda a: np.concatenate([a, a], axis=-1)[..., : a.shape[-1]],
@@ -308,6 +308,58 @@ def test_any_layout_of_out(dtype: np.dtype[Any], layout: str, rng: np.random.Gen
     reused = empty(dout)
     assert backend.relu_backward(dout, mask, reused) is reused
     np.testing.assert_array_equal(reused, np.where(right[1], dout, 0))
+
+
+SHAPES_OF_DW = [(2100, 9, 12), (4100, 33, 20), (130, 300, 70), (130, 40, 300), (5, 30, 150), (1, 70, 40)]
+SHAPES_OF_DW += [(5, 7, 9, 11), (9, 50, 33, 20), (3, 2100, 16, 24)]
+
+
+@pytest.mark.parametrize("layout", ["rows", *LAYOUTS])
+@pytest.mark.parametrize("shape", SHAPES_OF_DW, ids=str)
+def test_dw_stored_by_columns(dtype: np.dtype[Any], shape: tuple[int, ...], layout: str, rng: np.random.Generator) -> None:
+    """By slabs, by blocks, of few rows, stacked; alone and with dx and db."""
+    *lead, n, d, m = shape
+    x, w, dout, z = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (n, m), (n, m)))
+    x = x if layout == "rows" else LAYOUTS[layout](x)
+    right = gradients(x, w, np.where(z >= 0, dout, 0))
+    for wanted in ((False, True, False), ALL):
+        columns, frame = framed((*lead, m, d), dtype)
+        dw = columns.swapaxes(-1, -2)
+        grads = backend.affine_backward(dout, x, w, z, wanted, (None, dw, None))
+        assert grads[1] is dw
+        assert intact(frame)
+        for got, exact in zip(grads, right, strict=True):
+            if got is not None:
+                np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("small_blocks")
+def test_every_tail_of_dw_stored_by_columns(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    mr, nr = tile_extents(dtype)
+    near = {1, mr - 1, mr, mr + 1, 2 * mr + 1} | {1, 7, nr - 1, nr, nr + 1, 2 * nr + 1}
+    for n, d, m in itertools.product([1, KC - 1, KC, KC + 1, 2 * KC + 1], near, near):
+        x, w, dout = whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
+        columns, frame = framed((m, d), dtype)
+        backend.affine_backward(dout, x, w, None, (False, True, False), (None, columns.T, None))
+        np.testing.assert_array_equal(columns.T, gradients(x, w, dout)[1])
+        assert intact(frame)
+
+
+def test_dw_by_columns_has_the_same_bits_for_any_threads(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    for shape in ((4100, 33, 20), (333, 300, 111), (5, 30, 150), (3, 2100, 16, 24)):
+        *lead, n, d, m = shape
+        x, w, dout = (rng.standard_normal((*lead, *extents)).astype(dtype) for extents in ((n, d), (d, m), (n, m)))
+
+        def of(threads: int, dw: np.ndarray) -> np.ndarray:
+            with num_threads(threads):
+                backend.affine_backward(dout, x, w, None, (False, True, False), (None, dw, None))  # noqa: B023
+            return dw
+
+        alone = of(1, np.empty((*lead, m, d), dtype).swapaxes(-1, -2))
+        for threads in (2, 3):
+            got = of(threads, np.empty((*lead, m, d), dtype).swapaxes(-1, -2))
+            np.testing.assert_array_equal(got.view(f"u{dtype.itemsize}"), alone.view(f"u{dtype.itemsize}"))
 
 
 def test_more_than_2_31_elements() -> None:
@@ -368,6 +420,43 @@ print("untouched")
 @pytest.mark.skipif(sys.platform == "win32", reason="guard pages by mprotect")
 def test_nothing_is_touched_outside() -> None:
     assert subprocesses.run(GUARDED, limit_s=250) == "untouched\n"
+
+
+DW_BY_COLUMNS = """
+import numpy as np
+from rectilinear.backends.numba_backend import NumbaBackend
+from tests.guard import guarded
+
+def by_columns(a, at_end):
+    return guarded(a.swapaxes(-1, -2), at_end).swapaxes(-1, -2)
+
+LAYOUTS = [
+    guarded,
+    by_columns,
+    lambda a, at_end: guarded(a[..., ::-1, :], at_end)[..., ::-1, :],
+    lambda a, at_end: guarded(a[..., ::-1], at_end)[..., ::-1],
+    lambda a, at_end: guarded(np.repeat(a, 2, axis=-1), at_end)[..., 1 if at_end else 0 :: 2],
+    lambda a, at_end: np.broadcast_to(guarded(a[..., :1, :], at_end), a.shape),
+]
+backend, rng = NumbaBackend(), np.random.default_rng(5)
+SHAPES = [(1, 1, 1), (3, 5, 7), (30, 9, 33), (29, 65, 17), (200, 300, 40), (1, 17, 130), (8, 25, 133), (2049, 3, 5), (2100, 33, 20)]
+SHAPES += [(5, 7, 9, 11), (3, 2100, 5, 9)]
+for T in ("f4", "f8"):
+    for *lead, n, d, m in SHAPES:
+        x, w, dout, z = (rng.integers(-3, 4, (*lead, *s)).astype(T) for s in ((n, d), (d, m), (n, m), (n, m)))
+        for at_end in (False, True):
+            for layout in LAYOUTS:
+                own = layout(x, at_end)
+                dw = by_columns(np.full(w.shape, 77, T), at_end)
+                backend.affine_backward(guarded(dout, at_end), own, guarded(w, at_end), guarded(z, at_end), (True,) * 3, (None, dw, None))
+                assert (dw == own.swapaxes(-1, -2) @ np.where(z < 0, 0, dout)).all()
+print("untouched")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="guard pages by mprotect")
+def test_nothing_is_touched_outside_by_dw_stored_by_columns() -> None:
+    assert subprocesses.run(DW_BY_COLUMNS, limit_s=250) == "untouched\n"
 
 
 # ---------------------------------------------------------------- values at the edges

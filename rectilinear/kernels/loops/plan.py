@@ -53,8 +53,11 @@ BLOCK_ROWS = 128
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
 
+SHORT_SLAB_ROWS = 256
+"""And where longer ones would be fewer than there are cores: adding up a slab takes a core about as long as 4 of its rows did."""
+
 MOST_SLABS = 32
-"""Enough for the cores of a desktop to share; more slabs mean more partial dw to add up."""
+"""Enough for the cores of a desktop to share, or as many as there are cores; more slabs mean more partial dw to add up."""
 
 STRIPE_COLUMNS = 2048
 """Columns of a task of the bias reduction: their sums stay in L1 beside the rows that stream by."""
@@ -150,6 +153,8 @@ class BackwardTasks:
     dw_columns: int = 0
     panels_to_pack: int = 0
     """Panels of w^T that are packed once, for all tasks."""
+    adders: int = 0
+    """Tasks that add up the slabs of a group, each of them some rows of dw."""
     count: int = 0
     run: int = 0
 
@@ -278,9 +283,10 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
     wanted = TURNS * threads
     if threads > 1 and job.groups * rows < wanted:
-        most = max(1, panels // X_USES) if plan.x == COPIED else panels
+        most, tiles = (max(1, panels // X_USES), 2) if plan.x == COPIED else (panels, 4)
+        if job.groups * most * block_count(n, tiles * mr) < threads:
+            most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
-        tiles = 2 if plan.x == COPIED else 4
         rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
@@ -309,7 +315,9 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
     plan.depth = depth_for(host, n)
     narrow = d * m * size <= host.l2 // 4
-    plan.slabs = max(1, min(MOST_SLABS, n // SLAB_ROWS)) if narrow else 1
+    plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
+    if plan.slabs > 1:
+        plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     panels = block_count(m, nr)
     plan.x = COPIED if meets and panels >= X_USES and n > X_USES else IN_PLACE
@@ -342,6 +350,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     if plan.by_slabs != 0:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
+        rows = m if plan.dw_by_columns != 0 else d
+        tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
     wanted = TURNS * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)

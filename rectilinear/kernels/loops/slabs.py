@@ -102,18 +102,19 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
 
 
 @jit_inner
-def _combine_task(zero: Any, group: int, job: Backward) -> None:
-    """Add up the slabs of one group: dw and db, in the order of the slabs."""
-    plan, m, slabs = job.plan, job.m, job.plan.slabs
+def _combine_task(zero: Any, index: int, job: Backward) -> None:
+    """Add up the slabs of some rows of one group's dw, the first task those of its db as well, in the order of the slabs."""
+    plan, m, slabs, adders = job.plan, job.m, job.plan.slabs, job.tasks.adders
+    group, own = index // adders, index % adders
     by_columns = plan.dw_by_columns != 0
     extent, columns, row = (m, job.d, job.dw.column) if by_columns else (job.d, m, job.dw.row)
     if job.dw.data != 0:
         part, stride = job.parts + group * slabs * extent * plan.part_row, extent * plan.part_row
-        for i in range(extent):
-            dw, own = job.dw.data + group * job.dw.group + i * row, part + i * plan.part_row
-            rows(zero, RowsOperands(rows=1, columns=columns, src=Rows(own, 0), dst=Rows(dw, 0), flags=WRITE))
-            rows(zero, RowsOperands(rows=slabs - 1, columns=columns, src=Rows(own + stride, stride), sums=dw, flags=SUM))
-    if job.db.data != 0:
+        for i in range(block_start(extent, adders, own), block_start(extent, adders, own + 1)):
+            dw, first = job.dw.data + group * job.dw.group + i * row, part + i * plan.part_row
+            rows(zero, RowsOperands(rows=1, columns=columns, src=Rows(first, 0), dst=Rows(dw, 0), flags=WRITE))
+            rows(zero, RowsOperands(rows=slabs - 1, columns=columns, src=Rows(first + stride, stride), sums=dw, flags=SUM))
+    if job.db.data != 0 and own == 0:
         bytes_of_sums = round_up(m * 8, 64)
         total = job.sums + group * slabs * bytes_of_sums
         for slab in range(1, slabs):
@@ -149,7 +150,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
             return needed
         parallel_for(c_address(task), address_of(job), -(-count // job.tasks.run), threads)
         if job.plan.slabs > 1:
-            parallel_for(c_address(combine), address_of(job), job.groups, threads)
+            parallel_for(c_address(combine), address_of(job), job.groups * job.tasks.adders, threads)
         return 0
 
     return run

@@ -20,7 +20,7 @@ NEEDED = {
     "numba": ("config", "extending", "njit"),
     "numba.core.bytecode.FunctionIdentity": ("_unique_ids", "from_function"),
     "numba.core.caching": ("_Cache",),
-    "numba.core.cgutils": ("alloca_once", "gep_inbounds", "get_or_insert_function", "pack_array", "unpack_tuple"),
+    "numba.core.cgutils": ("alloca_once", "gep_inbounds", "get_or_insert_function", "pack_array"),
     "numba.core.codegen.CPUCodeLibrary": ("add_linking_library", "has_dynamic_globals"),
     "numba.core.compiler.CompileResult": ("_rebuild", "_reduce", "codegen", "fndesc", "library", "lifted", "signature"),
     "numba.core.compiler_lock.global_compiler_lock": ("_lock",),
@@ -31,12 +31,34 @@ NEEDED = {
     "numba.core.cpu.CPUContext": (
         "active_code_library",
         "call_conv",
+        "cast",
         "codegen",
         "declare_function",
         "get_dummy_value",
         "refresh",
     ),
-    "numba.types": ("Dispatcher", "ExternalFunction", "IntegerLiteral", "StringLiteral", "UniTuple"),
+    "numba.core.typing.templates": ("AbstractTemplate", "AttributeTemplate", "infer_getattr", "infer_global", "signature"),
+    "numba.extending": (
+        "intrinsic",
+        "lower_builtin",
+        "lower_getattr_generic",
+        "lower_setattr_generic",
+        "register_jitable",
+        "register_model",
+    ),
+    "numba.extending.models": ("PrimitiveModel",),
+    "numba.types": (
+        "Any",
+        "Dispatcher",
+        "ExternalFunction",
+        "Function",
+        "IntegerLiteral",
+        "Omitted",
+        "StringLiteral",
+        "Type",
+        "UniTuple",
+        "VarArg",
+    ),
     "numba.types.Dispatcher": ("dispatcher", "get_call_type"),
     "llvmlite.binding": ("add_symbol", "address_of_symbol", "get_process_triple"),
     "llvmlite.binding.ffi": ("ObjectRef",),
@@ -48,6 +70,9 @@ NEEDED = {
 NEEDED_OF_INSTANCES = {
     "codegen": ("_get_host_cpu_name", "_tm_features", "magic_tuple"),
     "dispatcher": ("_cache", "_compiler", "overloads", "py_func", "stats", "targetoptions"),
+    "function": ("typing_key",),
+    "literal": ("literal_value",),
+    "signature": ("args", "replace", "return_type"),
 }
 """The same for what only an instance has."""
 
@@ -107,7 +132,14 @@ def _instance(kind: str) -> Any:
 
         return cpu_target.target_context.codegen()
     import numba
+    from numba.core.typing import templates
 
+    if kind == "function":
+        return numba.types.Function(type("Nothing", (templates.AbstractTemplate,), {"key": _nothing}))
+    if kind == "literal":
+        return numba.types.literal(0)
+    if kind == "signature":
+        return numba.types.void(numba.types.intp)
     return numba.njit(_nothing)
 
 

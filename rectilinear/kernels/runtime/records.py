@@ -5,9 +5,9 @@
         data: int = 0
         row: int = 0
 
-In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the
-stack of the function that makes it, passed by address: reading and assigning fields costs a load and a store, nested records are parts
-of the record they stand in, and assigning to one copies it. A record must not be returned, since it ends with the function that made it.
+In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the stack of the function that makes it, passed
+by address: reading and assigning fields costs a load and a store. In both, nested records are parts of the record they stand in, and
+assigning to one copies it. A record must not be returned from jitted code, since it ends with the function that made it.
 Emitted code finds the fields by `offsets_of`. This is the one place that lays them out.
 """
 
@@ -48,8 +48,16 @@ def record(cls: type[_Record]) -> type[_Record]:
         setattr(cls, name, 0 if hint is int else dataclasses.field(default_factory=hint))
     made: Any = dataclasses.dataclass(cls)
     made.layout = Layout(cls, fields, size)
+    made.__setattr__ = _assign
     _make_constructor(made)
     return made  # type: ignore[no-any-return]
+
+
+def _assign(self: Any, name: str, value: Any) -> None:
+    """Assignment in Python, which is to do what it does in jitted code."""
+    if name not in self.layout.fields:
+        raise AttributeError(f"{type(self).__qualname__!r} has no field {name!r}")
+    object.__setattr__(self, name, value if isinstance(value, int) else dataclasses.replace(value))
 
 
 def offsets_of(cls: type) -> dict[str, int]:

@@ -1,0 +1,260 @@
+"""The plan apart from its execution: what it says of six machines, and what holds of any."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rectilinear.kernels.loops.arithmetic import block_count, round_up
+from rectilinear.kernels.loops.gradients import DOTS_DEPTH
+from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, host_of
+from rectilinear.kernels.loops.plan import (
+    FEW_ROWS,
+    IN_PLACE,
+    MOST_SLABS,
+    PACKED,
+    SHORT_SLAB_ROWS,
+    SLAB_ROWS,
+    X_USES,
+    Backward,
+    Forward,
+    plan,
+    plan_backward,
+    plan_forward,
+    schedule_backward,
+    schedule_forward,
+)
+from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2
+from rectilinear.kernels.runtime.operands import Stack
+
+from . import plans, subprocesses
+
+quick = settings(max_examples=150, deadline=None)
+
+
+def test_the_table_of_plans_is_of_this_model() -> None:
+    assert plans.text() == plans.PATH.read_text(encoding="utf-8"), "the plans have changed; `python -m tests.plans` writes them anew"
+
+
+def test_planning_compiles_nothing() -> None:
+    out = subprocesses.run(
+        """
+        from numba.core import event
+        with event.install_recorder("numba:compile") as compiled:
+            from tests import plans
+            assert plans.text() == plans.PATH.read_text(encoding="utf-8")
+        print(len(compiled.buffer), "compiled")
+        """
+    )
+    assert out == "0 compiled\n"
+
+
+def test_an_unknown_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="op is 'sideways'"):
+        plan("sideways", (1, 2, 3), plans.host("Zen 3", "float32"))
+
+
+# ---------------------------------------------------------------- any host, any shape, any strides
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> Host:
+    unit, size = draw(st.sampled_from([AVX512, AVX2, SSE2, NEON])), draw(st.sampled_from([4, 8]))
+    l1 = Cache(draw(st.sampled_from([32, 48, 64])) << 10, draw(st.sampled_from([4, 8, 12])))
+    l2 = Cache(draw(st.sampled_from([128, 256, 512, 1024, 2048, 4096])) << 10, draw(st.sampled_from([8, 16])))
+    l3 = Cache(draw(st.sampled_from([1, 4, 32, 260])) << 20, 16)
+    return host_of(unit, size, Caches(l1, l2, l3), draw(st.integers(1, 128)))
+
+
+extents = st.one_of(st.integers(0, 40), st.integers(0, 5000), st.sampled_from([64, 1024, 4096, 65536]))
+threads = st.integers(1, 64)
+
+
+def stack(draw: st.DrawFn, rows: int, columns: int, size: int) -> Stack:
+    """A matrix somewhere, in rows or columns or neither, forwards or backwards, close or far apart, or all on one place."""
+    near, far = draw(st.sampled_from([0, size, size, size, -size, 2 * size, 4096])), draw(st.sampled_from([0, 1, 1, 1, -1, 2]))
+    by_columns = draw(st.booleans())
+    step = far * draw(st.sampled_from([1, 1, 512])) * max(1, rows if by_columns else columns) * size
+    row, column = (near, step) if by_columns else (step, near)
+    return Stack(data=draw(st.integers(1, 1 << 40)), group=rows * columns * size, row=row, column=column)
+
+
+@st.composite
+def forwards(draw: st.DrawFn) -> tuple[Forward, Host]:
+    host, n, d, m = draw(hosts()), draw(extents), draw(extents), draw(extents)
+    x, w, out = (stack(draw, rows, columns, host.itemsize) for rows, columns in ((n, d), (d, m), (n, m)))
+    job = Forward(x=x, w=w, out=out, n=n, d=d, m=m, groups=draw(st.sampled_from([1, 1, 3, 64])))
+    plan_forward(job, host)
+    return job, host
+
+
+@st.composite
+def backwards(draw: st.DrawFn) -> tuple[Backward, Host]:
+    host, n, d, m = draw(hosts()), draw(extents), draw(extents), draw(extents)
+    size = host.itemsize
+    dout, x, w, dx, dw = (stack(draw, rows, columns, size) for rows, columns in ((n, m), (n, d), (d, m), (n, d), (d, m)))
+    for result in (dx, dw):
+        result.data *= draw(st.booleans())  # or it is not wanted
+    dw.row, dw.column = draw(st.sampled_from([(m * size, size), (size, d * size)]))
+    job = Backward(dout=dout, x=x, w=w, dx=dx, dw=dw, n=n, d=d, m=m, groups=draw(st.sampled_from([1, 1, 3, 64])))
+    plan_backward(job, host)
+    return job, host
+
+
+def moved(job: Any) -> Any:
+    """The job with its operands elsewhere in memory."""
+    other = copy.deepcopy(job)
+    for field in dataclasses.fields(other):
+        operand = getattr(other, field.name)
+        if isinstance(operand, Stack) and operand.data:
+            operand.data += 4097
+    return other
+
+
+def panels(columns: int, host: Host, width: int) -> int:
+    return block_count(columns, width * host.lanes)
+
+
+@quick
+@given(forwards(), threads, threads)
+def test_threads_and_addresses_decide_nothing_of_a_forward(made: tuple[Forward, Host], few: int, many: int) -> None:
+    job, host = made
+    before = copy.deepcopy(job.plan)
+    for count in (few, many):
+        schedule_forward(job, host, count)
+        assert job.plan == before
+    other = moved(job)
+    plan_forward(other, host)
+    assert other.plan == before
+
+
+@quick
+@given(backwards(), threads, threads)
+def test_threads_and_addresses_decide_nothing_of_a_backward(made: tuple[Backward, Host], few: int, many: int) -> None:
+    job, host = made
+    before = copy.deepcopy(job.plan)
+    for count in (few, many):
+        schedule_backward(job, host, count)
+        assert job.plan == before
+    other = moved(job)
+    plan_backward(other, host)
+    assert other.plan == before
+
+
+@quick
+@given(forwards(), threads)
+def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[Forward, Host], count: int) -> None:
+    job, host = made
+    schedule_forward(job, host, count)
+    tasks = job.tasks
+    assert 1 <= tasks.rows <= max(1, job.n)
+    assert 1 <= tasks.columns <= panels(job.m, host, job.plan.width)
+    assert tasks.count == job.groups * tasks.rows * tasks.columns
+    assert 1 <= tasks.run <= tasks.count
+    assert tasks.columns == 1 or tasks.prefetch == 0
+    if job.plan.by_strips:
+        assert tasks.rows == 1
+
+
+@quick
+@given(backwards(), threads)
+def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: tuple[Backward, Host], count: int) -> None:
+    job, host = made
+    schedule_backward(job, host, count)
+    chosen, tasks = job.plan, job.tasks
+    if chosen.by_slabs:
+        assert tasks.count == chosen.slabs * job.groups
+        assert 1 <= tasks.run <= tasks.count
+        assert 1 <= tasks.adders <= max(1, job.m if chosen.dw_by_columns else job.d)
+        return
+    stretch = min(job.n, chosen.stretch)
+    rows, columns = (job.m, job.d) if chosen.dw_by_columns else (job.d, job.m)
+    assert 1 <= tasks.dx_columns <= panels(job.d, host, host.vectors)
+    assert 1 <= tasks.dw_columns <= panels(columns, host, host.vectors)
+    for part, wanted, extent in ((tasks.dx_rows, job.dx.data, stretch), (tasks.dw_rows, job.dw.data, rows)):
+        assert (1 <= part <= max(1, extent)) if wanted else part == 0
+    assert tasks.count == tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
+    # Tasks that share panels of w^T find all of them packed.
+    assert tasks.panels_to_pack == (panels(job.d, host, host.vectors) if tasks.dx_rows > 1 else 0)
+
+
+@quick
+@given(forwards())
+def test_no_chain_of_a_forward_is_too_long(made: tuple[Forward, Host]) -> None:
+    job, host = made
+    assert 1 <= job.plan.depth <= host.kc <= LONGEST_CHAIN
+
+
+@quick
+@given(backwards())
+def test_no_chain_of_a_backward_is_too_long(made: tuple[Backward, Host]) -> None:
+    job, host = made
+    chosen = job.plan
+    assert 1 <= chosen.depth <= host.kc <= LONGEST_CHAIN
+    if chosen.by_dots:
+        assert DOTS_DEPTH // host.lanes <= LONGEST_CHAIN
+    # And of the rows of dz, each is in a slab or a stretch.
+    shortest = SLAB_ROWS if chosen.slabs > host.cores else SHORT_SLAB_ROWS
+    assert chosen.slabs == 1 or (chosen.by_slabs and chosen.slabs <= max(MOST_SLABS, host.cores) and job.n // chosen.slabs >= shortest)
+    assert chosen.stretch > 0
+
+
+@quick
+@given(forwards())
+def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_that_pays(made: tuple[Forward, Host]) -> None:
+    """Vectors reach past the last column of a row, so that rows in place have to come one after the other."""
+    job, host = made
+    chosen, w = job.plan, job.w
+    in_rows = w.column == host.itemsize and w.row >= job.m * host.itemsize
+    if chosen.w == IN_PLACE:
+        assert in_rows
+    if chosen.w == PACKED and in_rows:
+        tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
+        assert job.n // tallest >= host.w_uses
+    if chosen.by_strips:
+        assert w.column == host.itemsize
+        assert job.n <= host.rows_of_strips
+
+
+@quick
+@given(forwards())
+def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> None:
+    job, host = made
+    if job.plan.copy_x:
+        assert panels(job.m, host, job.plan.width) >= X_USES
+        assert job.n >= X_USES
+
+
+@quick
+@given(backwards())
+def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
+    """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
+    job, host = made
+    chosen, x = job.plan, job.x
+    if chosen.dw_by_columns and not chosen.copy_x:
+        assert x.column == host.itemsize
+        assert x.row >= job.d * host.itemsize
+    if chosen.by_dots:
+        assert job.w.column == host.itemsize
+        assert job.n <= FEW_ROWS
+    # Rows of packed dz, and of a partial dw, hold what is written to them.
+    assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
+    assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize
+
+
+def job_itemsize(host: Host) -> int:
+    return host.itemsize
+
+
+@pytest.mark.parametrize("dtype", plans.DTYPES)
+@pytest.mark.parametrize("machine", plans.MACHINES)
+def test_blocks_fit_the_caches_they_are_for(machine: str, dtype: str) -> None:
+    host = plans.host(machine, dtype)
+    nr = host.vectors * host.lanes
+    assert host.kc * nr * host.itemsize <= host.l2 // 8
+    assert host.mc * host.kc * host.itemsize <= host.l2 // 2

@@ -1,0 +1,251 @@
+"""Says, without running anything, how well the plans of the affine passes would use a machine of many cores.
+
+``python tools/simulate.py`` prints, for each pass and shape, the share of what peak and memory bandwidth allow (the roofline) that so many
+threads would reach. Every figure is a model's. A task takes as long as its multiply-adds at a core's peak and its copies within the caches;
+what it moves to and from memory meanwhile it shares with the tasks beside it. Threads claim runs of tasks in their order, as in
+`rectilinear.kernels.runtime.threads`, and a phase (packing, tasks, adding up) ends when all of them are done.
+
+Helpers are taken to be awake. What stays in a cache: packed w or dz that is not longer than half of the last one, and operands that
+another task reads again, likewise.
+Results are counted twice, since a plain store first reads the line that it overwrites. The last cache is taken to be one for all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rectilinear.kernels.loops.arithmetic import block_count, block_start
+from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, PACKED_BY_TASKS, Backward, Forward, plan
+from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON
+from rectilinear.kernels.runtime.threads import TINY_WORK
+
+Shape = tuple[int, int, int]
+
+SHAPES: list[Shape] = [
+    (1, 64, 64), (16, 128, 128), (100, 3072, 100), (128, 784, 256), (512, 512, 512), (256, 512, 10), (16384, 256, 256), (1024, 1024, 1024),
+    (65536, 64, 64), (32768, 32, 128), (333, 777, 111), (256, 784, 512), (2048, 2048, 2048), (8, 1024, 1024), (4096, 4096, 1024),
+]  # fmt: skip
+
+THREADS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in one second. The defaults are round numbers of a server of 2023."""
+
+    peak: float = 100e9
+    """Floating-point operations of a core in float32; half as many in float64."""
+    memory: float = 400e9
+    """Bytes that all cores together move to and from memory."""
+    core: float = 25e9
+    """Of which one core alone moves so many."""
+    copy: float = 50e9
+    """Bytes that a core reads or writes while it copies within its caches."""
+    claim: float = 100e-9
+    """Seconds until a thread has its next run of tasks."""
+    start: float = 2e-6
+    """Seconds until all threads are at work on a phase, and noticed to be done."""
+
+
+class Task(NamedTuple):
+    operations: float = 0
+    copied: float = 0
+    """Bytes read and written by copying within the caches."""
+    memory: float = 0
+    """Bytes to and from memory."""
+
+
+class Phase(NamedTuple):
+    """Tasks that may all run at once, `run` of them claimed together; `repeats` times one after the other."""
+
+    tasks: list[Task]
+    run: int = 1
+    repeats: int = 1
+
+
+# What the passes do.
+
+
+def blocks(extent: int, count: int) -> list[int]:
+    return [block_start(extent, count, i + 1) - block_start(extent, count, i) for i in range(count)]
+
+
+def padded(host: Host, columns: int, width: int) -> int:
+    """Columns that tiles compute: the last panel is as narrow as it may be."""
+    nr = width * host.lanes
+    last = columns % nr
+    while last and width > max(1, host.vectors // 2) and last * 2 <= width * host.lanes:
+        width //= 2
+    return columns // nr * nr + (width * host.lanes if last else 0)
+
+
+def again(host: Host, size: int, times: int) -> float:
+    """The share of one reading of so many bytes that comes from memory, where they are read so many times."""
+    return 1 / times if size <= host.past else 1
+
+
+def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
+    chosen, tasks, size = job.plan, job.tasks, host.itemsize
+    nr = chosen.width * host.lanes
+    panels = block_count(job.m, nr)
+    panel = nr * job.d * size
+    stays = chosen.w == PACKED and panels * panel <= host.past
+    if chosen.w == PACKED:
+        yield Phase([Task(copied=2 * panel, memory=panel * (1 if stays else 3))] * (job.groups * panels))
+    made = []
+    for panels_of_task in blocks(panels, tasks.columns):
+        columns = min(panels_of_task * nr, job.m)
+        for rows in blocks(job.n, tasks.rows):
+            x, w, out = rows * job.d * size, columns * job.d * size, rows * columns * size
+            copied = 2 * x * chosen.copy_x + (2 * w if chosen.w == PACKED_BY_TASKS else 0)
+            # Tasks of the same columns come one after the other.
+            memory = x * again(host, job.n * job.d * size, tasks.columns) + (0 if stays else w * again(host, w, tasks.rows)) + 2 * out
+            made.append(Task(2 * rows * job.d * padded(host, columns, chosen.width), copied, memory))
+    yield Phase(made * job.groups, tasks.run)
+
+
+def backward_phases(job: Backward, host: Host) -> Iterator[Phase]:
+    yield from slab_phases(job, host) if job.plan.by_slabs else block_phases(job, host)
+
+
+def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
+    chosen, size, d, m = job.plan, host.itemsize, job.d, job.m
+    made = []
+    for rows in blocks(job.n, chosen.slabs):
+        operations = 2 * rows * (m * padded(host, d, host.vectors) + d * padded(host, m, host.vectors))
+        copied = 2 * (rows * m + rows * d * chosen.copy_x + d * m) * size
+        made.append(Task(operations, copied, (rows * m + 3 * rows * d) * size))
+    yield Phase(made * job.groups, job.tasks.run)
+    if chosen.slabs > 1:
+        down, across = (m, d) if chosen.dw_by_columns else (d, m)
+        yield Phase([Task(copied=(chosen.slabs + 1) * rows * across * size) for rows in blocks(down, job.tasks.adders)] * job.groups)
+
+
+def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
+    """Stretches are taken to be of equal length."""
+    chosen, tasks, size, d, m = job.plan, job.tasks, host.itemsize, job.d, job.m
+    nr = host.vectors * host.lanes
+    stretches = block_count(job.n, chosen.stretch)
+    count = -(-job.n // stretches)
+    repeats = job.groups * stretches
+    pieces = -(-count // BLOCK_ROWS)
+    rows_of_dz = [Task(copied=2 * rows * m * size, memory=rows * m * size) for rows in blocks(count, pieces)]
+    panel = m * nr * size
+    if tasks.panels_to_pack:
+        yield Phase([Task(copied=2 * panel, memory=panel)] * tasks.panels_to_pack + rows_of_dz)
+        yield Phase(rows_of_dz, repeats=repeats - 1)
+    else:
+        yield Phase(rows_of_dz, repeats=repeats)
+    yield Phase([Task(copied=pieces * m * 16)], repeats=repeats)  # the sums of db, by the caller alone
+    made = []
+    panels = block_count(d, nr)
+    for panels_of_task in blocks(panels, tasks.dx_columns):
+        columns = min(panels_of_task * nr, d)
+        for rows in blocks(count, tasks.dx_rows):
+            packs = 0 if tasks.panels_to_pack or chosen.by_dots else 2 * columns * m * size
+            w = columns * m * size * (1 if tasks.panels_to_pack == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
+            made.append(Task(2 * rows * m * padded(host, columns, host.vectors), packs, w + 2 * rows * columns * size))
+    down, across = (m, d) if chosen.dw_by_columns else (d, m)
+    dw_share = 1 if d * m * size > host.past else 1 / stretches
+    for rows in blocks(down, tasks.dw_rows):
+        for panels_of_task in blocks(block_count(across, nr), tasks.dw_columns):
+            columns = min(panels_of_task * nr, across)
+            x = count * (columns if chosen.dw_by_columns else rows) * size
+            times = tasks.dw_rows if chosen.dw_by_columns else tasks.dw_columns
+            memory = x * again(host, count * d * size, times) + 2 * rows * columns * size * dw_share
+            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * x * chosen.copy_x, memory))
+    yield Phase(made, repeats=repeats)
+
+
+# Threads.
+
+
+def seconds_of(phase: Phase, threads: int, machine: Machine) -> float:
+    """From the start of a phase to its end, once."""
+    runs = [phase.tasks[i : i + phase.run] for i in range(0, len(phase.tasks), phase.run)]
+    waiting = iter([_alone(run, machine) for run in runs])
+    active: list[list[float]] = []  # what is left of a run, as a share of it; its seconds alone; its bytes a second then
+    now = 0.0
+    while True:
+        while len(active) < threads and (run := next(waiting, None)):
+            active.append([1.0, *run])
+        if not active:
+            return now + (machine.start if threads > 1 else 0)
+        level = _level(sorted(run[2] for run in active), machine.memory)
+        # A run that wants more than its share of the memory's bandwidth goes as slow as that makes it.
+        rates = [(1 if rate <= level else level / rate) / alone for _, alone, rate in active]
+        step = min(run[0] / rate for run, rate in zip(active, rates, strict=True))
+        now += step
+        for run, rate in zip(active, rates, strict=True):
+            run[0] -= rate * step
+        active = [run for run in active if run[0] > 1e-9]
+
+
+def _alone(run: list[Task], machine: Machine) -> tuple[float, float]:
+    """Seconds of a run on an idle machine, and the bytes that it moves in each."""
+    memory = sum(task.memory for task in run)
+    work = sum(task.operations / machine.peak + task.copied / machine.copy for task in run)
+    seconds = machine.claim + max(work, memory / machine.core)
+    return seconds, memory / seconds
+
+
+def _level(rates: list[float], whole: float) -> float:
+    """What each may have at most, where all want these (in ascending order) and there is `whole` to share."""
+    for i, rate in enumerate(rates):
+        if rate * (len(rates) - i) > whole:
+            return whole / (len(rates) - i)
+        whole -= rate
+    return rates[-1]
+
+
+def seconds(op: str, shape: Shape, host: Host, threads: int, machine: Machine) -> float:
+    """Of a pass, on one thread where two would take longer."""
+    threads = threads if math.prod(shape) > TINY_WORK else 1
+    job = plan(op, shape, host, threads=threads)
+    phases = forward_phases(job, host) if isinstance(job, Forward) else backward_phases(job, host)
+    return sum(phase.repeats * seconds_of(phase, threads, machine) for phase in phases if phase.repeats)
+
+
+def bound(op: str, shape: Shape, host: Host, threads: int, machine: Machine) -> float:
+    """Seconds that peak and bandwidth leave a pass at best: everything is read once, results are counted twice."""
+    n, d, m = shape
+    operations = 2 * n * d * m * (1 if op == "forward" else 2)
+    elements = n * d + d * m + 2 * n * m if op == "forward" else n * m + n * d + d * m + 2 * (n * d + d * m)
+    bandwidth = min(machine.memory, threads * machine.core)
+    return max(operations / (threads * machine.peak), elements * host.itemsize / bandwidth)
+
+
+def efficiency(op: str, shape: Shape, host: Host, threads: int, machine: Machine) -> float:
+    return bound(op, shape, host, threads, machine) / seconds(op, shape, host, threads, machine)
+
+
+def main() -> None:
+    units = {unit.name: unit for unit in (AVX512, AVX2, NEON)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--isa", choices=units, default=AVX512.name)
+    parser.add_argument("--cores", type=int, default=64, help="of the machine (default: %(default)s)")
+    parser.add_argument("--l2", type=int, default=1024, help="KiB of each core (default: %(default)s)")
+    parser.add_argument("--l3", type=int, default=32, help="MiB of the last cache, as the system says (default: %(default)s)")
+    for name, unit in (("peak", "GFLOP/s of a core in float32"), ("memory", "GB/s of all cores"), ("core", "GB/s of one core")):
+        given = getattr(Machine, name) / 1e9
+        parser.add_argument(f"--{name}", type=float, default=given, help=f"{unit} (default: %(default)g)")
+    asked = parser.parse_args()
+    size = 4 if asked.dtype == "float32" else 8
+    machine = Machine(asked.peak * 1e9 * 4 / size, asked.memory * 1e9, asked.core * 1e9)
+    caches = Caches(Cache(32 << 10, 8), Cache(asked.l2 << 10, 8), Cache(asked.l3 << 20, 16))
+    host = host_of(units[asked.isa], size, caches, asked.cores)
+    for op in ("forward", "backward"):
+        print(f"{op}, {asked.dtype}, % of the roofline{'':<6}" + "".join(f"{threads:>6}" for threads in THREADS))
+        for shape in SHAPES:
+            shares = [efficiency(op, shape, host, threads, machine) for threads in THREADS]
+            print(f"{' x '.join(map(str, shape)):<38}" + "".join(f"{100 * share:>6.0f}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()
