@@ -25,12 +25,6 @@ IN_PLACE, PACKED, PACKED_BY_TASKS = 0, 1, 2
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w beyond which each task packs for itself: a narrow w is padded to whole vectors."""
 
-X_USES = 4
-"""How many panels must use a copied block of x for the copy to pay."""
-
-TURNS = 8
-"""Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
-
 STRIP_BYTES = 2048
 """The least of a row of w for one thread to move along."""
 
@@ -230,6 +224,12 @@ def run_length(tasks: int, threads: int) -> int:
     return max(1, tasks // (16 * threads))
 
 
+@jit_too
+def w_at_once(host: Host) -> int:
+    """Bytes of w that tasks of several blocks of rows read over and over: no more than the last cache holds with ease."""
+    return host.past * host.choices.w_share // 8
+
+
 # The forward pass.
 
 
@@ -244,18 +244,21 @@ def plan_forward(job: Forward, host: Host) -> None:
     # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
     # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast).
     meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
-    plan.copy_x = 1 if meets and panels >= X_USES and n >= X_USES else 0
+    plan.copy_x = 1 if meets and panels >= host.choices.x_uses and n >= host.choices.x_uses else 0
     uses = n // mr
     far = job.w.row >= host.page
     kept = lines_kept(host, job.w.row)
     w_meets = kept < min(d, host.kc) and (far or kept < host.l1_sets * host.l1_ways)
-    packs = w_meets and uses >= host.w_uses
+    # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
+    # read in place, where its chain has a cut more (`product._read_past`).
+    packs_by_model = w_meets and uses >= host.w_uses
+    packs = w_meets and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     if job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE and plan.w == PACKED:
         plan.w = PACKED_BY_TASKS
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    plan.depth = max(1, host.kc // 2) if plan.w == IN_PLACE and far else depth_for(host, n)
+    plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
     few = job.w.column == size and 1 <= n <= host.rows_of_strips and d >= STRIP_DEPTH
     plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
 
@@ -267,15 +270,15 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     panels = block_count(m, plan.width * host.lanes)
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
-    wanted = TURNS * threads
+    wanted = host.choices.turns * threads
     if threads > 1 and job.groups * rows < wanted:
-        most = max(1, panels // X_USES) if plan.copy_x != 0 else panels
+        most = max(1, panels // host.choices.x_uses) if plan.copy_x != 0 else panels
         columns = min(most, block_count(wanted, job.groups * rows))
         tiles = 2 if plan.copy_x != 0 else 4
         rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
-        columns = max(columns, min(panels, block_count(d * m * size, host.past // 2)))
+        columns = max(columns, min(panels, block_count(d * m * size, w_at_once(host))))
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
@@ -297,7 +300,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
-    plan.copy_x = 1 if meets and block_count(m, nr) >= X_USES and n > X_USES else 0
+    plan.copy_x = 1 if meets and block_count(m, nr) >= host.choices.x_uses and n > host.choices.x_uses else 0
     if plan.dw_by_columns != 0 and (job.x.column != size or job.x.row < d * size):
         plan.copy_x = 1  # it is read as vectors along its rows, past their ends
     plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
@@ -323,13 +326,13 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
         return
-    wanted = TURNS * threads if threads > 1 else 1
+    wanted = host.choices.turns * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
     tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
-        dx_columns = max(dx_columns, block_count(d * m * size, host.past // 2))
+        dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
     tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
