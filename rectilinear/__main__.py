@@ -1,4 +1,4 @@
-"""``python -m rectilinear``: what works here (info), and how fast (bench)."""
+"""``python -m rectilinear``: what works here (info), how fast (bench), and what to try on this machine (tune)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="show every backend: usable, or why not; which one is active, and why")
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
     commands.add_parser("bench", add_help=False, help="measure the backends here, and write a report; bench --help says more")
+    commands.add_parser("tune", add_help=False, help="measure what the numba kernels guess of this machine; tune --help says more")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         from rectilinear.measure import cli
 
         return cli.main(rest)
+    if arguments.command == "tune":
+        from rectilinear import tuning
+
+        return tuning.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info(arguments.json)
@@ -43,6 +48,7 @@ def _info(as_json: bool) -> int:
             "platform": platform.platform(),
             "backends": [asdict(row) for row in infos],
             "memory": _memory(),
+            "tuned": _tuned(infos),
         }
         if error is not None:
             state["error"] = error
@@ -51,6 +57,8 @@ def _info(as_json: bool) -> int:
     _print_table(infos)
     memory = _memory()
     print(memory.get("error") or f"memory kept for reuse: {memory['held']:,} bytes of at most {memory['limit']:,} ({buffers.VARIABLE})")
+    if _has_kernels(infos):
+        print(_tuned_in_words(_tuned(infos)))
     if error is not None:
         print(error)
     return 0
@@ -63,6 +71,26 @@ def _memory() -> dict[str, int | str | None]:
         return {"held": held, "limit": buffers.memory_limit()}
     except ValueError as bad:
         return {"held": held, "limit": None, "error": str(bad)}
+
+
+def _has_kernels(infos: Sequence[BackendInfo]) -> bool:
+    return any(row.name == "numba" and row.usable for row in infos)
+
+
+def _tuned(infos: Sequence[BackendInfo]) -> dict[str, dict[str, int]] | None:
+    """What `tune` found on this machine, by dtype; None where it did not run, or there are no kernels to be tuned."""
+    if not _has_kernels(infos):
+        return None
+    from rectilinear import tuning
+
+    return tuning.state()
+
+
+def _tuned_in_words(tuned: dict[str, dict[str, int]] | None) -> str:
+    if tuned is None:
+        return "host not tuned: the kernels go by their model of it, which python -m rectilinear tune would try out"
+    found = [f"{name} {value} ({dtype})" for dtype, choices in tuned.items() for name, value in choices.items()]
+    return f"host tuned: {', '.join(found) or 'the model stands'} (python -m rectilinear tune --reset forgets it)"
 
 
 def _print_table(infos: Sequence[BackendInfo]) -> None:

@@ -565,7 +565,7 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     state = json.loads(capsys.readouterr().out)
-    assert list(state) == ["rectilinear", "python", "platform", "backends", "memory"]
+    assert list(state) == ["rectilinear", "python", "platform", "backends", "memory", "tuned"]
     assert state["rectilinear"] == r.__version__
     rows = {row["name"]: row for row in state["backends"]}
     assert rows["numpy"]["usable"] is True

@@ -156,10 +156,10 @@ def test_damage_is_seen(filled: Path, kind: str) -> None:
     entry = entries(filled)[0]
     data = entry.read_bytes()
     key = cache._split(data)[1]
-    assert cache._read(entry, key) == cache._split(data)[3]
+    assert cache.read(entry, key) == cache._split(data)[3]
     entry.write_bytes(DAMAGE[kind](data))
     with pytest.raises(ValueError, match="is damaged"):
-        cache._read(entry, key)
+        cache.read(entry, key)
 
 
 def signed(data: bytes, content: bytes) -> bytes:

@@ -243,7 +243,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_directories_that_are_made_are_private(directory: Path) -> None:
     old = os.umask(0o002)
     try:
-        cache._write(directory / "a.kernel", b"", b"content")
+        cache.write(directory / "a.kernel", b"", b"content")
     finally:
         os.umask(old)
     for made in (directory, directory.parent, directory.parent.parent):
@@ -288,7 +288,7 @@ def test_what_was_not_used_for_long_is_removed(directory: Path) -> None:
     half_written, being_written = entry(directory, "new-killed", 2), entry(directory, "new-now", 0.1)
     foreign = entry(directory, "README", 1000)
     with unused.open("rb") as reader:  # another process is at it
-        cache._write(directory / "made.kernel", b"", b"content")
+        cache.write(directory / "made.kernel", b"", b"content")
         if os.name == "posix":
             assert len(reader.read()) == 10
     assert sorted(directory.iterdir()) == sorted([used, being_written, foreign, directory / "made.kernel"])
@@ -298,17 +298,17 @@ def test_what_was_not_used_for_long_is_removed(directory: Path) -> None:
 def test_the_size_is_bounded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "KEPT_BYTES", 1000)
     kept = [entry(directory, f"{days}.kernel", days, 400) for days in (1, 2, 3, 4)]
-    cache._write(directory / "made.kernel", b"", b"content")
+    cache.write(directory / "made.kernel", b"", b"content")
     assert [path.exists() for path in kept] == [True, True, False, False]
     assert (directory / "made.kernel").exists()
 
 
 def test_an_entry_that_is_used_stays(directory: Path) -> None:
     key, path = bytes(32), directory / "a.kernel"
-    cache._write(path, key, b"content")
+    cache.write(path, key, b"content")
     os.utime(path, (time.time() - 86400 * (cache.KEPT_DAYS + 1),) * 2)
-    assert cache._read(path, key) == b"content"
-    cache._write(directory / "b.kernel", key, b"content")
+    assert cache.read(path, key) == b"content"
+    cache.write(directory / "b.kernel", key, b"content")
     assert path.exists()
 
 
@@ -319,7 +319,7 @@ def test_what_cannot_be_removed_is_left(directory: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "unlink", refuse)
-    cache._write(directory / "made.kernel", b"", b"content")
+    cache.write(directory / "made.kernel", b"", b"content")
     assert unused.exists()
     assert (directory / "made.kernel").exists()
 

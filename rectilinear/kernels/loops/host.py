@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from rectilinear.kernels.micro.library import host_simd
+import rectilinear
+from rectilinear.kernels.loops import tuned
+from rectilinear.kernels.loops.tuned import Choices
+from rectilinear.kernels.micro.library import host_simd, host_target
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.micro.strip import strip_tiles
+from rectilinear.kernels.runtime.fingerprint import digest
 from rectilinear.kernels.runtime.linking import publish, record_of
 from rectilinear.kernels.runtime.records import record, words_of
 
@@ -87,7 +91,8 @@ class Host:
     kc: int = 0
     mc: int = 0
     w_uses: int = 0
-    """How often a line of w must be read for packing it to pay, where its lines push one another out of L1."""
+    """How often a line of w must be read for packing it to pay, where its lines push one another out of L1. It decides kc, too."""
+    choices: Choices = Choices()
 
 
 LONGEST_CHAIN = 1024
@@ -98,6 +103,15 @@ had relative errors of 2e-5 at K = 150,528 and of 1e-2 at 10**7, against 3e-7 an
 """
 
 PAGE = 4096
+
+X_USES = 4
+"""(256, 512, 10), one panel, ran dw at 92 GFLOP/s with x copied and at 132 without (Zen 5)."""
+
+TURNS = 8
+"""With 4, 512^3 ran at 84 % of the peak and not 97 % (Zen 5)."""
+
+W_SHARE = 4
+"""A quarter of the last cache: float64 2048^3 went from 165 to 204 GFLOP/s, where w alone is as large as L3 (Zen 5)."""
 
 
 def k_block(nr: int, itemsize: int, caches: Caches) -> int:
@@ -118,6 +132,7 @@ def host_of(unit: Simd, itemsize: int, caches: Caches, cores: int) -> Host:
     """What a plan has to know of a machine, from its vector unit, its caches and the number of its cores."""
     nv = unit.tile(itemsize)[1]
     kc = k_block(unit.lanes(itemsize) * nv, itemsize, caches)
+    w_uses = _uses_of_w(unit.rows(nv), nv)
     return Host(
         itemsize=itemsize,
         lanes=unit.lanes(itemsize),
@@ -134,7 +149,8 @@ def host_of(unit: Simd, itemsize: int, caches: Caches, cores: int) -> Host:
         cores=cores,
         kc=kc,
         mc=row_block(kc, itemsize, caches),
-        w_uses=_uses_of_w(unit.rows(nv), nv),
+        w_uses=w_uses,
+        choices=Choices(w_uses=w_uses, x_uses=X_USES, turns=TURNS, w_share=W_SHARE),
     )
 
 
@@ -149,19 +165,32 @@ def _uses_of_w(mr: int, nv: int) -> int:
     return (mr * nv) ** 2 // 16
 
 
-def this_host(itemsize: int) -> Host:
+def model_of_host(itemsize: int) -> Host:
+    """This machine as the model sees it, whatever was measured on it."""
     return host_of(host_simd(), itemsize, host_caches(), os.cpu_count() or 1)
+
+
+def this_host(itemsize: int) -> Host:
+    """This machine, with the choices that were measured on it, if they were."""
+    described = model_of_host(itemsize)
+    described.choices = (tuned.load(host_key()) or {}).get(itemsize, described.choices)
+    return described
+
+
+def host_key() -> str:
+    """What measured choices are good for: this processor as kernels are compiled for it, this version, and what the model says here."""
+    return digest((host_target(), rectilinear.__version__, [words_of(model_of_host(itemsize)) for itemsize in tuned.ITEMSIZES]))
 
 
 host = record_of("rectilinear_host", Host)
 """A jittable function of zero: the published `Host`."""
 
 
-def publish_host(itemsize: int, **overrides: int) -> None:
+def publish_host(itemsize: int, **overrides: int | Choices) -> None:
     """Publish the host; tests override fields to meet block boundaries at small extents."""
     described = this_host(itemsize)
-    if "kc" in overrides:
-        described.mc = row_block(overrides["kc"], itemsize, host_caches())
+    if isinstance(kc := overrides.get("kc"), int):
+        described.mc = row_block(kc, itemsize, host_caches())
     for name, value in overrides.items():
         setattr(described, name, value)
     words = np.array(words_of(described), np.int64)

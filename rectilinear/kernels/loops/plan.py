@@ -28,15 +28,12 @@ COPIED = 2
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w beyond which each task packs for itself: a narrow w is padded to whole vectors."""
 
-X_USES, PACKED_X_USES = 4, 16
-"""How many panels must use a copied or packed block of x for that to pay. dw on AVX2 with x packed, one thread: 7 panels 0.95, 16
-panels 1.0, 32 panels and more 1.05 to 1.15 (Zen 4)."""
+PACKED_X_USES = 16
+"""How many panels must use a packed block of x for that to pay. dw on AVX2, one thread: 7 panels 0.95, 16 panels 1.0, 32 panels and more
+1.05 to 1.15 (Zen 4)."""
 
 L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
-
-TURNS = 8
-"""Tasks per thread, so that they finish together: with 4, 512^3 ran at 84 % of the peak and not 97 %."""
 
 STRIP_BYTES = 2048
 """The least of a row of w for one thread to move along."""
@@ -244,6 +241,12 @@ def run_length(tasks: int, threads: int) -> int:
     return max(1, tasks // (16 * threads))
 
 
+@jit_too
+def w_at_once(host: Host) -> int:
+    """Bytes of w that tasks of several blocks of rows read over and over: no more than the last cache holds with ease."""
+    return host.past * host.choices.w_share // 8
+
+
 # The forward pass.
 
 
@@ -258,18 +261,21 @@ def plan_forward(job: Forward, host: Host) -> None:
     # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
     # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast).
     meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
-    plan.x = COPIED if meets and panels >= X_USES and n >= X_USES else IN_PLACE
+    plan.x = COPIED if meets and panels >= host.choices.x_uses and n >= host.choices.x_uses else IN_PLACE
     uses = n // mr
     far = job.w.row >= host.page
     kept = lines_kept(host, job.w.row)
     w_meets = kept < min(d, host.kc) and (far or kept < host.l1_sets * host.l1_ways)
-    packs = w_meets and uses >= host.w_uses
+    # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
+    # read in place, where its chain has a cut more (`product._read_past`).
+    packs_by_model = w_meets and uses >= host.w_uses
+    packs = w_meets and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     if job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE and plan.w == PACKED:
         plan.w = PACKED_BY_TASKS
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    plan.depth = max(1, host.kc // 2) if plan.w == IN_PLACE and far else depth_for(host, n)
+    plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
     few = job.w.column == size and 1 <= n <= host.rows_of_strips and d >= STRIP_DEPTH
     plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
 
@@ -281,16 +287,16 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     panels = block_count(m, plan.width * host.lanes)
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
     rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
-    wanted = TURNS * threads
+    wanted = host.choices.turns * threads
     if threads > 1 and job.groups * rows < wanted:
-        most, tiles = (max(1, panels // X_USES), 2) if plan.x == COPIED else (panels, 4)
+        most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.x == COPIED else (panels, 4)
         if job.groups * most * block_count(n, tiles * mr) < threads:
             most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
         rows = max(rows, min(block_count(n, tiles * mr), block_count(wanted, job.groups * columns)))
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
-        columns = max(columns, min(panels, block_count(d * m * size, host.past // 2)))
+        columns = max(columns, min(panels, block_count(d * m * size, w_at_once(host))))
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
@@ -320,7 +326,7 @@ def plan_backward(job: Backward, host: Host) -> None:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     panels = block_count(m, nr)
-    plan.x = COPIED if meets and panels >= X_USES and n > X_USES else IN_PLACE
+    plan.x = COPIED if meets and panels >= host.choices.x_uses and n > host.choices.x_uses else IN_PLACE
     plan.dw_depth = host.kc
     l1 = host.l1_sets * host.l1_ways * host.line
     # For every k a tile reads nr elements of dz, and a line of x of which it uses a part. Where L2 does not deliver that meanwhile, and L1
@@ -353,13 +359,13 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         rows = m if plan.dw_by_columns != 0 else d
         tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
-    wanted = TURNS * threads if threads > 1 else 1
+    wanted = host.choices.turns * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
     tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
-        dx_columns = max(dx_columns, block_count(d * m * size, host.past // 2))
+        dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
     tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)

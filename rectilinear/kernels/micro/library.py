@@ -126,6 +126,11 @@ def load(itemsize: int) -> None:
         publish(f"rectilinear_{name}_f{bits}", address, addresses)
 
 
+def host_target() -> tuple[str, ...]:
+    """Triple, processor and features that kernels are compiled for."""
+    return tuple(cpu_target.target_context.codegen().magic_tuple())
+
+
 def describe_host() -> str:
     """The instruction set and the processor that kernels are compiled for."""
     codegen = cpu_target.target_context.codegen()

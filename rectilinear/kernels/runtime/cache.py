@@ -106,7 +106,7 @@ class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
         target_context.refresh()
         try:
             if self._enabled:
-                content = _read(*self._place(sig, target_context.codegen()))
+                content = read(*self._place(sig, target_context.codegen()))
                 return CompileResult._rebuild(target_context, *pickle.loads(content))
         except FileNotFoundError:
             pass
@@ -124,7 +124,7 @@ class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
         try:
             if data.lifted or data.library.has_dynamic_globals:
                 raise ValueError("the code holds addresses of this process")
-            _write(*self._place(sig, data.codegen), serialize.dumps(data._reduce()))
+            write(*self._place(sig, data.codegen), serialize.dumps(data._reduce()))
         except Exception:
             _log.debug("cannot save %s", self._dispatcher.__qualname__, exc_info=True)
 
@@ -162,7 +162,7 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _read(path: Path, key: bytes) -> bytes:
+def read(path: Path, key: bytes) -> bytes:
     """The content of an entry. OSError or ValueError unless all is in order."""
     _refuse_foreign(os.stat(path.parent), path.parent)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
@@ -200,7 +200,8 @@ def _refuse_foreign(status: os.stat_result, path: Path) -> None:
     raise _UnsafeError(f"kernels compile at every start, since {trouble}")
 
 
-def _write(path: Path, key: bytes, content: bytes) -> None:
+def write(path: Path, key: bytes, content: bytes) -> None:
+    """Write an entry beside its place and move it there whole. OSError where that cannot be."""
     _make(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="new-")
     try:
