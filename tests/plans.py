@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import IN_PLACE, PACKED, PACKED_BY_TASKS, plan
+from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, PACKED_BY_TASKS, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, Simd
 
 PATH = Path(__file__).with_suffix(".txt")
@@ -49,6 +49,7 @@ SHAPES = [
 """n, d, m."""
 
 W = {IN_PLACE: "in-place", PACKED: "packed", PACKED_BY_TASKS: "packed-by-tasks"}
+X = {IN_PLACE: "in-place", COPIED: "copied", PACKED: "packed"}
 
 
 def host(machine: str, dtype: str) -> Host:
@@ -81,6 +82,8 @@ def _fields(record: Any) -> str:
     values = {name: value for name, value in dataclasses.asdict(record).items() if value and name not in DERIVED}
     if hasattr(record, "w"):
         values["w"] = W[record.w]
+    if hasattr(record, "x"):
+        values["x"] = X[record.x]
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 

@@ -14,13 +14,13 @@ from rectilinear.kernels.loops.arithmetic import block_count, round_up
 from rectilinear.kernels.loops.gradients import DOTS_DEPTH
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, host_of
 from rectilinear.kernels.loops.plan import (
+    COPIED,
     FEW_ROWS,
     IN_PLACE,
     MOST_SLABS,
     PACKED,
     SHORT_SLAB_ROWS,
     SLAB_ROWS,
-    X_USES,
     Backward,
     Forward,
     plan,
@@ -225,9 +225,9 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
 @given(forwards())
 def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> None:
     job, host = made
-    if job.plan.copy_x:
-        assert panels(job.m, host, job.plan.width) >= X_USES
-        assert job.n >= X_USES
+    if job.plan.x == COPIED:
+        assert panels(job.m, host, job.plan.width) >= host.choices.x_uses
+        assert job.n >= host.choices.x_uses
 
 
 @quick
@@ -236,7 +236,7 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
     job, host = made
     chosen, x = job.plan, job.x
-    if chosen.dw_by_columns and not chosen.copy_x:
+    if chosen.dw_by_columns and chosen.x != COPIED:
         assert x.column == host.itemsize
         assert x.row >= job.d * host.itemsize
     if chosen.by_dots:

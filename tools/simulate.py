@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, PACKED_BY_TASKS, Backward, Forward, plan
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, PACKED_BY_TASKS, Backward, Forward, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON
 from rectilinear.kernels.runtime.threads import TINY_WORK
 
@@ -102,7 +102,7 @@ def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
         columns = min(panels_of_task * nr, job.m)
         for rows in blocks(job.n, tasks.rows):
             x, w, out = rows * job.d * size, columns * job.d * size, rows * columns * size
-            copied = 2 * x * chosen.copy_x + (2 * w if chosen.w == PACKED_BY_TASKS else 0)
+            copied = 2 * x * (chosen.x != IN_PLACE) + (2 * w if chosen.w == PACKED_BY_TASKS else 0)
             # Tasks of the same columns come one after the other.
             memory = x * again(host, job.n * job.d * size, tasks.columns) + (0 if stays else w * again(host, w, tasks.rows)) + 2 * out
             made.append(Task(2 * rows * job.d * padded(host, columns, chosen.width), copied, memory))
@@ -118,7 +118,7 @@ def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
     made = []
     for rows in blocks(job.n, chosen.slabs):
         operations = 2 * rows * (m * padded(host, d, host.vectors) + d * padded(host, m, host.vectors))
-        copied = 2 * (rows * m + rows * d * chosen.copy_x + d * m) * size
+        copied = 2 * (rows * m + rows * d * (chosen.x != IN_PLACE) + d * m) * size
         made.append(Task(operations, copied, (rows * m + 3 * rows * d) * size))
     yield Phase(made * job.groups, job.tasks.run)
     if chosen.slabs > 1:
@@ -158,7 +158,7 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
             x = count * (columns if chosen.dw_by_columns else rows) * size
             times = tasks.dw_rows if chosen.dw_by_columns else tasks.dw_columns
             memory = x * again(host, count * d * size, times) + 2 * rows * columns * size * dw_share
-            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * x * chosen.copy_x, memory))
+            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * x * (chosen.x != IN_PLACE), memory))
     yield Phase(made, repeats=repeats)
 
 
