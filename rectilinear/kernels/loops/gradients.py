@@ -173,13 +173,13 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
     columns = min(job.d - j, b.panels * nr) if by_columns else b.rows
     x.data += start * x.column
     if job.plan.x == COPIED:
-        copied = Rows(b.space, packed_row(columns * size))
+        copied = Rows(b.space, packed_row((round_up(columns, nr) if by_columns else columns) * size))
         copy(zero, Packing(rows=b.count, columns=columns, src=x, dst=copied))
         x = Matrix(copied.data, copied.row, size)
     if by_columns:
         block.m = columns
         block.a = Matrix(b.z + b.row * size, size, job.plan.lead)
-        block.b = Panels(data=x.data, panel=nr * size, row=x.row)
+        block.b = Panels(data=x.data, panel=nr * size, row=x.row, padded=1)
     else:
         block.m = min(job.m - j, b.panels * nr)
         block.a = Matrix(x.data, x.column, x.row)

@@ -334,11 +334,11 @@ def plan_backward(job: Backward, host: Host) -> None:
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     k = min(n, BLOCK_ROWS if plan.by_slabs != 0 else host.kc)
     streams = bytes_of_k > L2_RATE * cycles_of_k and bytes_of_k * k > l1 // 2
-    if plan.dw_by_columns != 0:
-        if job.x.column != size or job.x.row < d * size:
-            plan.x = COPIED  # it is read as vectors along its rows, past their ends
-    elif streams and panels >= PACKED_X_USES:
+    if streams and panels >= PACKED_X_USES:
         plan.x, plan.dw_depth = PACKED, min(host.kc, l1 // 2 // (nr * size))
+    if plan.dw_by_columns != 0:
+        # x is B, and the copy of it padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
+        plan.x = COPIED if meets or job.x.column != size or d % nr != 0 else IN_PLACE
     most = max(4 * BLOCK_ROWS, host.past // plan.lead // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 

@@ -41,7 +41,7 @@ def _lay_out(zero: Any, job: Backward, start: int, space: Space) -> None:
     space.sums = space.z + BLOCK_ROWS * job.plan.lead
     space.total = space.sums + round_up(m * size, 64)
     space.x = space.total + round_up(m * 8, 64)
-    row = packed_row(d * size)
+    row = packed_row((round_up(d, nr) if job.plan.dw_by_columns != 0 else d) * size)
     if job.plan.x == PACKED:
         row = tiles_of(zero, d, vectors(zero)) * packed_step(zero, vectors(zero))
     space.packed_w = space.x + round_up(BLOCK_ROWS * row, 64)
