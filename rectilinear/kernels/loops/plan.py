@@ -371,8 +371,11 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
-    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
-    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
+    # A copy of x serves all rows of dw^T.
+    dw_columns = min(block_count(columns, nr), wanted) if plan.dw_by_columns != 0 else 1
+    wanted_rows = rows if scattered else -(-wanted // dw_columns)
+    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted_rows) if job.dw.data != 0 else 0
+    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, max(dw_columns, -(-wanted // max(tasks.dw_rows, 1))))
     tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
 
 
