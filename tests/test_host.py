@@ -204,13 +204,21 @@ def test_a_fork_while_numba_is_being_imported() -> None:
     run(
         FORK
         + """
-import importlib.abc
+import importlib.abc, importlib.machinery
 
 class Slow(importlib.abc.MetaPathFinder):
+    # The module is slow to run, not to be found: a fork waits for whoever is finding one.
     def find_spec(self, name, path, target=None):
-        if name == "numba.core.config":
+        if name != "numba.core.config":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run_module = spec.loader.exec_module
+        def run_slowly(module):
             taken.set()
-            let_go.wait(100)
+            assert let_go.wait(100)
+            run_module(module)
+        spec.loader.exec_module = run_slowly
+        return spec
 
 sys.meta_path.insert(0, Slow())
 thread = threading.Thread(target=step)
