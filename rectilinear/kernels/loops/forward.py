@@ -11,6 +11,7 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
+from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
 from rectilinear.kernels.loops.plan import COPIED, PACKED, PACKED_BY_TASKS, Forward, plan_forward, rows_at_once, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
@@ -66,6 +67,9 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width)
     if plan.by_strips != 0:
         _by_strips(zero, job, columns, x, w, block, space)
+        return
+    if plan.by_dots != 0:
+        _by_dots(zero, job, rows, columns, x, w, block, space)
         return
     ahead = Prefetch()
     if tasks.prefetch != 0:
@@ -143,6 +147,19 @@ def _by_strips(zero: Any, job: Forward, columns: int, x: Matrix, w: Matrix, bloc
 
 
 @jit_inner
+def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Matrix, block: Product, space: int) -> None:
+    """A block of out by inner products."""
+    a = Rows(x.data, x.row)
+    if job.plan.x == COPIED:
+        a = Rows(space, packed_row(job.d * size_of(zero)))
+        copy(zero, Packing(rows=rows, columns=job.d, src=x, dst=a))
+    inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=Rows(w.data, w.column), c=block.c))
+    # A product of no k: bias, ReLU and bits.
+    block.n, block.m, block.b.padded, block.flags = rows, columns, 1, ADD | job.flags
+    product(zero, block)
+
+
+@jit_inner
 def _pack_task(zero: Any, index: int, job: Forward) -> None:
     """One panel of w, all of d, into the packed B: block after block of K, in each panel after panel."""
     size, nr = size_of(zero), job.plan.width * lanes(zero)
@@ -188,7 +205,9 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     """Say where in the scratch memory everything lies; returns how many bytes that takes."""
     plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
     slot = 0
-    if plan.x == COPIED:
+    if plan.by_dots != 0:
+        slot = job.n * packed_row(job.d * size) if plan.x == COPIED else 0
+    elif plan.x == COPIED:
         depth = min(job.d, plan.depth)
         slot = rows_at_once(host(zero), depth) * packed_row(depth * size)
     if plan.by_strips != 0:

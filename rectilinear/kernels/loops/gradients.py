@@ -11,26 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
-from rectilinear.kernels.loops.plan import COPIED, FEW_ROWS, PACKED, Backward
+from rectilinear.kernels.loops.plan import COPIED, PACKED, Backward
 from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
-from rectilinear.kernels.micro.dots import DOTS_COLUMNS, DotsOperands
-from rectilinear.kernels.micro.library import dots, lanes, rows, rows_of_dots, vectors
+from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import get, put, room, rounded, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import record
-
-DOTS_DEPTH = 2048
-"""Elements of a row whose products are summed, in a chain for each lane, before they are added to those before."""
-
-DOTS_BLOCK = 24
-"""Columns of dx, rows of w, taken through all rows of dz before the next."""
-
-# Their results, rounded up to whole tiles whichever operand is taken as which.
-DOTS_WORDS = (FEW_ROWS + DOTS_COLUMNS - 1) * DOTS_BLOCK
 
 
 @record
@@ -114,27 +105,12 @@ def pack_w(zero: Any, job: Backward, group: int, panel: int, dst: int) -> None:
 @jit_inner
 def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
     """Panels of dx by inner products, from w as it lies."""
-    size, m = size_of(zero), job.m
-    nr = vectors(zero) * lanes(zero)
-    together = rows_of_dots(zero)
-    space = room(DOTS_WORDS)
-    for first in range(b.panel * nr, min(job.d, (b.panel + b.panels) * nr), DOTS_BLOCK):
-        columns = min(DOTS_BLOCK, min(job.d, (b.panel + b.panels) * nr) - first)
-        w = Rows(job.w.data + b.group * job.w.group + first * job.w.row, job.w.row)
-        z = Rows(b.z, job.plan.lead)
-        # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
-        w_first = round_up(b.count, DOTS_COLUMNS) < round_up(b.count, together)
-        c = Rows(space, (DOTS_BLOCK if w_first else round_up(b.count, together)) * size)
-        for k in range(0, m, DOTS_DEPTH):
-            depth = min(DOTS_DEPTH, m - k)
-            z_k, w_k = Rows(z.data + k * size, z.row), Rows(w.data + k * size, w.row)
-            if w_first:
-                dots(zero, DotsOperands(k=depth, rows=columns, columns=b.count, a=w_k, b=z_k, c=c, adds=k))
-            else:
-                dots(zero, DotsOperands(k=depth, rows=b.count, columns=columns, a=z_k, b=w_k, c=c, adds=k))
-        src = Matrix(space, c.row, size) if w_first else Matrix(space, size, c.row)
-        dst = Rows(job.dx.data + b.group * job.dx.group + first * size, job.dx.row)
-        copy(zero, Packing(rows=b.count, columns=columns, src=src, dst=dst))
+    size = size_of(zero)
+    first = b.panel * vectors(zero) * lanes(zero)
+    columns = min(job.d - first, b.panels * vectors(zero) * lanes(zero))
+    w = Rows(job.w.data + b.group * job.w.group + first * job.w.row, job.w.row)
+    dx = Rows(job.dx.data + b.group * job.dx.group + first * size, job.dx.row)
+    inner_products(zero, Inner(n=b.count, k=job.m, m=columns, a=Rows(b.z, job.plan.lead), b=w, c=dx))
 
 
 @jit_inner

@@ -39,7 +39,7 @@ STRIP_BYTES = 2048
 """The least of a row of w for one thread to move along."""
 
 FEW_ROWS = 16
-"""Rows up to which dx is computed by inner products, and dw is mostly a matter of writing it."""
+"""Rows up to which a product with a w that tiles would have transposed is made of inner products, and dw is mostly a matter of writing."""
 
 DOTS_VECTORS = 8
 """The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
@@ -83,6 +83,8 @@ class ForwardPlan:
     """IN_PLACE, PACKED or PACKED_BY_TASKS."""
     by_strips: int = 0
     """1 where rows are so few that w is read along its rows."""
+    by_dots: int = 0
+    """1 where out is made of inner products, with the columns of w as they lie."""
 
 
 @record
@@ -278,6 +280,12 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
     few = job.w.column == size and 1 <= n <= host.rows_of_strips and d >= STRIP_DEPTH
     plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
+    plan.by_dots = 1 if n <= FEW_ROWS and d >= DOTS_VECTORS * host.lanes and job.w.row == size and job.x.column == size else 0
+    if plan.by_dots != 0:
+        # All rows of x stay in L1 while those of w stream by; the copy has them apart.
+        meets = job.x.row != 0 and lines_kept(host, job.x.row) < 8 * n
+        plan.x = COPIED if meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
+        plan.w = IN_PLACE
 
 
 @jit_too

@@ -1,0 +1,73 @@
+"""C (n, m) = A (n, k) B^T by inner products of rows of A and of B, for few rows of A.
+
+    for j in range(0, m, DOTS_BLOCK):           rows of B that stay in the cache for all of A
+        for k in range(0, K, DOTS_DEPTH):
+            micro/dots.py
+
+Tiles would have B transposed first, which for few rows takes as long as the product. It serves dx = dz w^T, and the forward where w is
+stored by columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectilinear.kernels.loops.arithmetic import round_up
+from rectilinear.kernels.loops.pack import Packing, copy
+from rectilinear.kernels.micro.dots import DOTS_COLUMNS, DotsOperands
+from rectilinear.kernels.micro.library import dots, rows_of_dots
+from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.memory import room, size_of
+from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import record
+
+DOTS_ROWS = 16
+"""Rows of A taken through a block of B before the next."""
+
+DOTS_BLOCK = 24
+"""Rows of B taken through all rows of A before the next."""
+
+DOTS_DEPTH = 2048
+"""Elements of a row whose products are summed, in a chain for each lane, before they are added to those before."""
+
+# Results, rounded up to whole tiles whichever operand is taken as which.
+DOTS_WORDS = (DOTS_ROWS + DOTS_COLUMNS - 1) * DOTS_BLOCK
+
+
+@record
+class Inner:
+    """Elements of a row of A and of B lie side by side, those of C too."""
+
+    n: int = 0
+    k: int = 0
+    m: int = 0
+    a: Rows = Rows()
+    b: Rows = Rows()
+    c: Rows = Rows()
+
+
+@jit_inner
+def inner_products(zero: Any, p: Inner) -> None:
+    for j in range(0, p.m, DOTS_BLOCK):
+        for i in range(0, p.n, DOTS_ROWS):
+            _block(zero, p, i, min(DOTS_ROWS, p.n - i), j, min(DOTS_BLOCK, p.m - j))
+
+
+@jit_inner
+def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
+    """n rows of C from row i on, m columns from column j on."""
+    size, together = size_of(zero), rows_of_dots(zero)
+    space = room(DOTS_WORDS)
+    # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
+    b_first = round_up(n, DOTS_COLUMNS) < round_up(n, together)
+    sums = Rows(space, (DOTS_BLOCK if b_first else round_up(n, together)) * size)
+    for k in range(0, p.k, DOTS_DEPTH):
+        a = Rows(p.a.data + i * p.a.row + k * size, p.a.row)
+        b = Rows(p.b.data + j * p.b.row + k * size, p.b.row)
+        depth = min(DOTS_DEPTH, p.k - k)
+        if b_first:
+            dots(zero, DotsOperands(k=depth, rows=m, columns=n, a=b, b=a, c=sums, adds=k))
+        else:
+            dots(zero, DotsOperands(k=depth, rows=n, columns=m, a=a, b=b, c=sums, adds=k))
+    src = Matrix(space, sums.row, size) if b_first else Matrix(space, size, sums.row)
+    copy(zero, Packing(rows=n, columns=m, src=src, dst=Rows(p.c.data + i * p.c.row + j * size, p.c.row)))
