@@ -147,10 +147,23 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
 @pytest.mark.smoke
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 9, 13, 16, 17])
 def test_few_rows_by_inner_products(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
-    """dx from w as it lies: every tail along the rows of w, around tiles and strips of them."""
+    """dx from w as it lies, and the forward from the columns of w: every tail along them, around tiles and blocks of them."""
     lanes = library.host_simd().lanes(dtype.itemsize)
-    for d, m in itertools.product([1, 2, 3, 7, 9, 23, 24, 25, 49], [8 * lanes - 1, 8 * lanes, 8 * lanes + 1, 9 * lanes - 1]):
-        check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), None, whole(rng, (n, m), dtype), frames=True)
+    for few, k in itertools.product([1, 2, 3, 7, 9, 23, 24, 25, 49], [8 * lanes - 1, 8 * lanes, 8 * lanes + 1, 9 * lanes - 1]):
+        check_step(whole(rng, (n, few), dtype), whole(rng, (few, k), dtype), None, whole(rng, (n, k), dtype), frames=True)
+        w = whole(rng, (few, k), dtype).T
+        check_step(whole(rng, (n, k), dtype), w, whole(rng, (few,), dtype), whole(rng, (n, few), dtype), frames=True)
+
+
+@pytest.mark.parametrize("shape", [(20, 700, 90), (48, 1540, 50), (7, 4100, 30), (3, 9, 1024, 40)], ids=str)
+def test_inner_products_over_several_blocks(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Of rows, of columns, of k; a copied x; stacked; on any number of threads."""
+    *lead, n, d, m = shape
+    x, w, b, dout = (whole(rng, (*lead, *s), dtype) for s in ((n, d), (m, d), (m,), (n, m)))
+    for threads in (1, 2, 3):
+        with num_threads(threads):
+            check_step(x, w.swapaxes(-1, -2), b, dout, frames=True)
+            check_step(x[..., ::-1], w.swapaxes(-1, -2), b, dout)
 
 
 def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np.random.Generator) -> None:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectilinear.kernels.loops.arithmetic import block_count, round_up
-from rectilinear.kernels.loops.gradients import DOTS_DEPTH
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, host_of
+from rectilinear.kernels.loops.inner import DOTS_DEPTH
 from rectilinear.kernels.loops.plan import (
     COPIED,
-    FEW_ROWS,
     IN_PLACE,
+    MOST_DOTS_ROWS,
     MOST_SLABS,
     PACKED,
     SHORT_SLAB_ROWS,
@@ -211,7 +211,10 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
     job, host = made
     chosen, w = job.plan, job.w
     in_rows = w.column == host.itemsize and w.row >= job.m * host.itemsize
-    if chosen.w == IN_PLACE:
+    if chosen.by_dots:
+        assert w.row == job.x.column == host.itemsize
+        assert chosen.w == IN_PLACE
+    elif chosen.w == IN_PLACE:
         assert in_rows
     if chosen.w == PACKED and in_rows:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
@@ -225,7 +228,7 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
 @given(forwards())
 def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> None:
     job, host = made
-    if job.plan.x == COPIED:
+    if job.plan.x == COPIED and not job.plan.by_dots:
         assert panels(job.m, host, job.plan.width) >= host.choices.x_uses
         assert job.n >= host.choices.x_uses
 
@@ -241,7 +244,7 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
         assert job.d % (host.vectors * host.lanes) == 0
     if chosen.by_dots:
         assert job.w.column == host.itemsize
-        assert job.n <= FEW_ROWS
+        assert job.n <= MOST_DOTS_ROWS
     # Rows of packed dz, and of a partial dw, hold what is written to them.
     assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
     assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize

@@ -19,7 +19,7 @@ from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
-from rectilinear.kernels.runtime.memory import get, put, room, rounded, size_of
+from rectilinear.kernels.runtime.memory import get, put, rounded, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import record
 

@@ -39,10 +39,15 @@ STRIP_BYTES = 2048
 """The least of a row of w for one thread to move along."""
 
 FEW_ROWS = 16
-"""Rows up to which a product with a w that tiles would have transposed is made of inner products, and dw is mostly a matter of writing."""
+"""Rows up to which dw is mostly a matter of writing it."""
 
 DOTS_VECTORS = 8
-"""The fewest vectors along a row of w for which adding up the lanes at its end does not cost more than the transposition it saves."""
+"""The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves."""
+
+DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 32, 48
+"""Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
+one for every 32 of k. Against tiles, one thread: (24, 1024, 1024) 1.15 to 1.4, (48, 784, 256) 1.02, but (32, 784, 256) 0.93 to 0.96 as
+dx, of k = 256; (100, 3072, 100) 1.1 with AVX-512, 0.9 with AVX2 (Zen 4)."""
 
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
@@ -249,6 +254,13 @@ def w_at_once(host: Host) -> int:
     return host.past * host.choices.w_share // 8
 
 
+@jit_too
+def suits_dots(host: Host, n: int, k: int) -> int:
+    """Whether n rows of inner products of length k take less time than tiles, which would have their B transposed first."""
+    few = n <= max(FEW_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
+    return 1 if few and k >= DOTS_VECTORS * host.lanes else 0
+
+
 # The forward pass.
 
 
@@ -280,7 +292,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
     few = job.w.column == size and 1 <= n <= host.rows_of_strips and d >= STRIP_DEPTH
     plan.by_strips = 1 if few and far and m * size >= host.page and d * m * size >= host.past // 2 else 0
-    plan.by_dots = 1 if n <= FEW_ROWS and d >= DOTS_VECTORS * host.lanes and job.w.row == size and job.x.column == size else 0
+    plan.by_dots = suits_dots(host, n, d) if job.w.row == size and job.x.column == size else 0
     if plan.by_dots != 0:
         # All rows of x stay in L1 while those of w stream by; the copy has them apart.
         meets = job.x.row != 0 and lines_kept(host, job.x.row) < 8 * n
@@ -326,7 +338,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
-    plan.by_dots = 1 if n <= FEW_ROWS and m >= DOTS_VECTORS * host.lanes and job.w.column == size else 0
+    plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
     plan.depth = depth_for(host, n)
     narrow = d * m * size <= host.l2 // 4
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
