@@ -56,6 +56,7 @@ nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 mi
 	@$(PYTEST) -m nightly --junitxml=out/nightly.xml
 	@$(MAKE) --no-print-directory test-arm
 	@$(MAKE) --no-print-directory cuda-mutants
+	@$(MAKE) --no-print-directory kernel-mutants
 	@$(MAKE) --no-print-directory fuzz-mutants
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
@@ -91,6 +92,9 @@ fuzz: $(VENV)/.installed-test  ## random calls on guarded memory, for a minute; 
 fuzz-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the fuzzing find each (20 minutes)
 	@$(BIN)/python -m tests.fuzz.mutants
 
+kernel-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the test that is named for each fail (20 minutes)
+	@$(BIN)/python -m tests.mutants
+
 test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
 	@echo "== looking at the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
@@ -111,4 +115,4 @@ gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend t
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean

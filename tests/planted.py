@@ -31,6 +31,8 @@ class Edit(NamedTuple):
 class Mutant(NamedTuple):
     name: str
     edits: tuple[Edit, ...]
+    test: str = ""
+    """The test that has to find it, where one is named."""
 
     @property
     def file(self) -> str:
@@ -38,10 +40,13 @@ class Mutant(NamedTuple):
 
 
 def read(path: Path) -> list[Mutant]:
-    """The tables ``mutant`` of a file: name, file, old, new; further edits of the same bug in tables ``mutant.also``."""
+    """The tables ``mutant`` of a file: name, file, old, new, maybe test; further edits of the same bug in tables ``mutant.also``."""
     with path.open("rb") as file:
         tables = tomllib.load(file)["mutant"]
-    return [Mutant(table.pop("name"), tuple(Edit(**edit) for edit in (*table.pop("also", ()), table))) for table in tables]
+    return [
+        Mutant(table.pop("name"), test=table.pop("test", ""), edits=tuple(Edit(**edit) for edit in (*table.pop("also", ()), table)))
+        for table in tables
+    ]
 
 
 @contextmanager

@@ -16,7 +16,6 @@ if sys.platform == "win32":
 
 from tests import planted, subprocesses, widths
 from tests.fuzz import __main__ as fuzz
-from tests.fuzz import mutants
 from tests.fuzz.cases import FUNCTIONS, Case, machine
 from tests.guard import Memory
 
@@ -140,9 +139,10 @@ def test_a_name_that_the_host_has_not_is_refused(capsys: pytest.CaptureFixture[s
     assert "this host has no AVX-1024; it has " in capsys.readouterr().out
 
 
-def test_planted_bugs_can_be_planted() -> None:
+@pytest.mark.parametrize("folder", ["tests", "tests/fuzz"])
+def test_planted_bugs_can_be_planted(folder: str) -> None:
     """The code that they change is there, once."""
-    for mutant in planted.read(Path(mutants.__file__).with_name("mutants.toml")):
+    for mutant in planted.read(planted.ROOT / folder / "mutants.toml"):
         for edit in mutant.edits:
             assert edit.new in edit.made_in(planted.ROOT / "rectilinear"), mutant.name
 
