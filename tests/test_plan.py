@@ -30,6 +30,7 @@ from rectilinear.kernels.loops.plan import (
     schedule_forward,
 )
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2
+from rectilinear.kernels.micro.strip import STRIP_ROWS
 from rectilinear.kernels.runtime.operands import Stack
 
 from . import plans, subprocesses
@@ -221,7 +222,7 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         assert job.n // tallest >= host.w_uses
     if chosen.by_strips:
         assert w.column == host.itemsize
-        assert job.n <= host.rows_of_strips
+        assert job.n <= STRIP_ROWS
 
 
 @quick

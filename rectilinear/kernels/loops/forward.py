@@ -128,16 +128,20 @@ def _by_strips(zero: Any, job: Forward, columns: int, x: Matrix, w: Matrix, bloc
     a = room(STRIP_WORDS)
     whole = d // STRIP_DEPTH * STRIP_DEPTH
     for k in range(0, whole, STRIP_DEPTH):
-        for j in range(STRIP_DEPTH):
-            for i in range(STRIP_ROWS):
-                put(a + (j * STRIP_ROWS + i) * size, get(zero, x.data + min(i, n - 1) * x.row + (k + j) * x.column))
-        s = StripOperands(rows=n, a=a, b=Rows(w.data + k * w.row, w.row), init=sums, c=sums, bits=block.bits, columns=columns)
-        s.flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
-        s.bias = block.bias if k == 0 else 0
-        if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
-            s.c = block.c
-            s.flags |= (ADD if k >= LONGEST_CHAIN else 0) | (job.flags if k + STRIP_DEPTH == d else 0)
-        strip(zero, n, s)
+        for first in range(0, n, host(zero).rows_of_strips):  # from the second on these rows of w are in the cache
+            rows = min(host(zero).rows_of_strips, n - first)
+            for j in range(STRIP_DEPTH):
+                for i in range(STRIP_ROWS):
+                    put(a + (j * STRIP_ROWS + i) * size, get(zero, x.data + (first + min(i, rows - 1)) * x.row + (k + j) * x.column))
+            so_far = Rows(sums.data + first * sums.row, sums.row)
+            s = StripOperands(rows=rows, a=a, b=Rows(w.data + k * w.row, w.row), init=so_far, c=so_far, columns=columns)
+            s.bits = Rows(block.bits.data + first * block.bits.row, block.bits.row)
+            s.flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
+            s.bias = block.bias if k == 0 else 0
+            if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
+                s.c = Rows(block.c.data + first * block.c.row, block.c.row)
+                s.flags |= (ADD if k >= LONGEST_CHAIN else 0) | (job.flags if k + STRIP_DEPTH == d else 0)
+            strip(zero, rows, s)
     if whole < d:
         block.n, block.k, block.m = n, d - whole, columns
         block.a = Matrix(x.data + whole * x.column, x.row, x.column)
