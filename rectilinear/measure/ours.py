@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import rectilinear as rl
+from rectilinear import nn
 from rectilinear.backends import registry
 from rectilinear.backends.cupy_backend import CupyBackend
 from rectilinear.measure.cases import NET, Case
@@ -99,31 +100,36 @@ def _softmax(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
 
 def _train(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
     x, y = arrays["x"], arrays["y"]
-    params = [(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(_LAYERS)]
     n = len(x)
+    layers = [_layer_of(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(_LAYERS)]
+    optimizer = nn.SGD(nn.Sequential(layers), lr=LEARNING_RATE)
     outs = [_like(np.empty((n, m), str(x.dtype)), allocated) for m in NET[1:]]
     dscores = _like(np.empty((n, NET[-1]), str(x.dtype)), allocated)
     grads_out = [
         None if allocated else (None if i == 0 else _like(np.empty((n, NET[i]), str(x.dtype)), False), _like(w, False), _like(b, False))
-        for i, (w, b) in enumerate(params)
+        for i, (w, b) in enumerate(layer.params.values() for layer in layers)
     ]
 
     def step() -> Any:
         caches: list[Any] = []
         h = x
-        for i, (w, b) in enumerate(params):
-            layer: Any = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
-            h, cache = layer(h, w, b, out=outs[i])
+        for i, layer in enumerate(layers):
+            forward: Any = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
+            h, cache = forward(h, layer.params["w"], layer.params["b"], out=outs[i])
             caches.append(cache)
         _, dh = rl.softmax_loss(h, y, out=dscores)
         for i in reversed(range(_LAYERS)):
             backward: Any = rl.affine_relu_backward if i < _LAYERS - 1 else rl.affine_backward
             dh, dw, db = backward(dh, caches[i], needs=(i > 0, True, True), out=grads_out[i])
-            w, b = params[i]
-            dw *= LEARNING_RATE
-            db *= LEARNING_RATE
-            w -= dw
-            b -= db
-        return [p for layer_params in params for p in layer_params]
+            layers[i].grads = {"w": dw, "b": db}
+        optimizer.step()
+        return [p for layer in layers for p in (layer.params["w"], layer.params["b"])]
 
     return step
+
+
+def _layer_of(w: Any, b: Any) -> nn.Affine:
+    """The parameters as `nn.SGD` finds them."""
+    layer = nn.Affine(*w.shape, rng=np.random.default_rng(0), dtype=str(w.dtype))
+    layer.params.update(w=w, b=b)
+    return layer
