@@ -166,6 +166,18 @@ def test_inner_products_over_several_blocks(dtype: np.dtype[Any], shape: tuple[i
             check_step(x[..., ::-1], w.swapaxes(-1, -2), b, dout)
 
 
+@pytest.mark.parametrize(
+    "shape", [(5, 33, 70), (40, 37, 300), (3000, 19, 24), (130, 150, 1030), (3, 20, 45, 60), (70, 600, 16, 24)], ids=str
+)
+def test_w_stored_by_columns(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """dx from w^T as it lies: by blocks and by slabs, over several blocks of m, with a last panel that is not a whole one, stacked."""
+    *lead, n, d, m = shape
+    x, w, b, dout = (whole(rng, (*lead, *s), dtype) for s in ((n, d), (m, d), (m,), (n, m)))
+    for threads in (1, 3):
+        with num_threads(threads):
+            check_step(x, w.swapaxes(-1, -2), b, dout, frames=True)
+
+
 def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
     """What lies beyond a row of w is not multiplied by 0 either: it may be NaN."""
     n, d, m = 5, 30, 150
@@ -435,7 +447,7 @@ def test_nothing_is_touched_outside() -> None:
     assert subprocesses.run(GUARDED, limit_s=250) == "untouched\n"
 
 
-DW_BY_COLUMNS = """
+BY_COLUMNS = """
 import numpy as np
 from rectilinear.backends.numba_backend import NumbaBackend
 from tests.guard import guarded
@@ -459,17 +471,20 @@ for T in ("f4", "f8"):
         x, w, dout, z = (rng.integers(-3, 4, (*lead, *s)).astype(T) for s in ((n, d), (d, m), (n, m), (n, m)))
         for at_end in (False, True):
             for layout in LAYOUTS:
-                own = layout(x, at_end)
-                dw = by_columns(np.full(w.shape, 77, T), at_end)
-                backend.affine_backward(guarded(dout, at_end), own, guarded(w, at_end), guarded(z, at_end), (True,) * 3, (None, dw, None))
-                assert (dw == own.swapaxes(-1, -2) @ np.where(z < 0, 0, dout)).all()
+                own, dz = layout(x, at_end), np.where(z < 0, 0, dout)
+                for own_w in (guarded(w, at_end), by_columns(w, at_end)):
+                    dw = by_columns(np.full(w.shape, 77, T), at_end)
+                    outs = None, dw, None
+                    dx, _, _ = backend.affine_backward(guarded(dout, at_end), own, own_w, guarded(z, at_end), (True,) * 3, outs)
+                    assert (dw == own.swapaxes(-1, -2) @ dz).all()
+                    assert (dx == dz @ own_w.swapaxes(-1, -2)).all()
 print("untouched")
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="guard pages by mprotect")
-def test_nothing_is_touched_outside_by_dw_stored_by_columns() -> None:
-    assert subprocesses.run(DW_BY_COLUMNS, limit_s=250) == "untouched\n"
+def test_nothing_is_touched_outside_by_w_and_dw_stored_by_columns() -> None:
+    assert subprocesses.run(BY_COLUMNS, limit_s=250) == "untouched\n"
 
 
 # ---------------------------------------------------------------- values at the edges

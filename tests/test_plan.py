@@ -246,6 +246,9 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     if chosen.by_dots:
         assert job.w.column == host.itemsize
         assert job.n <= MOST_DOTS_ROWS
+    if chosen.w == IN_PLACE:
+        assert job.w.row == host.itemsize
+        assert job.w.column >= job.d * host.itemsize
     # Rows of packed dz, and of a partial dw, hold what is written to them.
     assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
     assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize

@@ -9,7 +9,7 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, Backward
 from rectilinear.kernels.loops.product import packed_step, tiles_of
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -47,6 +47,8 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     b = Block(group=job.group, first=job.first + r0, count=r1 - r0, z=job.z + r0 * job.plan.lead, panel=p0, panels=p1 - p0)
     if job.plan.by_dots != 0:
         dx_by_dots(zero, job, b)
+    elif job.plan.w == IN_PLACE:
+        dx_block(zero, job, b)
     elif tasks.dx_rows > 1:
         b.packed_w = job.packed_w + p0 * m * nr * size_of(zero)
         dx_block(zero, job, b)

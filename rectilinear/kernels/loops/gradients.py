@@ -13,7 +13,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
-from rectilinear.kernels.loops.plan import COPIED, PACKED, Backward
+from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
 from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
 from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
@@ -115,7 +115,7 @@ def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
 
 @jit_inner
 def dx_block(zero: Any, job: Backward, b: Block) -> None:
-    """Panels of dx from the block's dz, rows of A, and packed w^T."""
+    """Panels of dx from the block's dz, rows of A, and w^T, packed or as it lies."""
     size, m = size_of(zero), job.m
     nr = vectors(zero) * lanes(zero)
     dx = job.dx.data + b.group * job.dx.group + b.first * job.dx.row + b.panel * nr * size
@@ -123,7 +123,11 @@ def dx_block(zero: Any, job: Backward, b: Block) -> None:
     steps = block_count(m, job.plan.depth)
     for step in range(steps):
         k0, k1 = block_start(m, steps, step), block_start(m, steps, step + 1)
-        w = Panels(data=b.packed_w + k0 * nr * size, panel=m * nr * size, row=nr * size, padded=1)
+        if job.plan.w == IN_PLACE:
+            start = job.w.data + b.group * job.w.group + k0 * job.w.column + b.panel * nr * size
+            w = Panels(data=start, panel=nr * size, row=job.w.column, padded=0)
+        else:
+            w = Panels(data=b.packed_w + k0 * nr * size, panel=m * nr * size, row=nr * size, padded=1)
         block = Product(n=b.count, k=k1 - k0, m=columns, b=w, c=Rows(dx, job.dx.row), width=vectors(zero), prefetch=b.prefetch)
         block.a = Matrix(b.z + k0 * size, job.plan.lead, size)
         block.flags = ADD if step > 0 else 0

@@ -134,6 +134,8 @@ class BackwardPlan:
     """Bytes between rows of packed dz."""
     part_row: int = 0
     """Bytes between rows of a partial dw."""
+    w: int = 0
+    """How dx reads w^T: IN_PLACE or PACKED."""
     x: int = 0
     """IN_PLACE, COPIED or PACKED for dw."""
     by_dots: int = 0
@@ -261,6 +263,13 @@ def suits_dots(host: Host, n: int, k: int) -> int:
     return 1 if few and k >= DOTS_VECTORS * host.lanes else 0
 
 
+@jit_too
+def rows_meet(host: Host, stride: int, k: int) -> bool:
+    """Whether k rows of B so far apart push one another out of the caches, while a tile goes down a panel of them in place."""
+    kept = lines_kept(host, stride)
+    return kept < min(k, host.kc) and (stride >= host.page or kept < host.l1_sets * host.l1_ways)
+
+
 # The forward pass.
 
 
@@ -278,8 +287,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.x = COPIED if meets and panels >= host.choices.x_uses and n >= host.choices.x_uses else IN_PLACE
     uses = n // mr
     far = job.w.row >= host.page
-    kept = lines_kept(host, job.w.row)
-    w_meets = kept < min(d, host.kc) and (far or kept < host.l1_sets * host.l1_ways)
+    w_meets = rows_meet(host, job.w.row, d)
     # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
     # read in place, where its chain has a cut more (`product._read_past`).
     packs_by_model = w_meets and uses >= host.w_uses
@@ -294,7 +302,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     # Where w comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
     # the next panel is lost, too. One tile of several rows hides that. (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7 times with
     # AVX2, (8, 1024, 1024), two tiles there, 1.1 to 1.5 times; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long (Zen 4).
-    kept_by_l2 = kept * host.l2 // (host.l1_sets * host.l1_ways * host.line)
+    kept_by_l2 = lines_kept(host, job.w.row) * host.l2 // (host.l1_sets * host.l1_ways * host.line)
     meets_in_l2 = kept_by_l2 < min(d, plan.depth) and (n == 1 or n > host.rows)
     streams = meets_in_l2 or d * m * size >= host.past // 2
     plan.by_strips = 1 if few and far and m * size >= host.page and streams else 0
@@ -346,6 +354,9 @@ def plan_backward(job: Backward, host: Host) -> None:
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
     plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
     plan.depth = depth_for(host, n)
+    # As in the forward pass, of w^T, which lies in rows where w does by columns.
+    packs = rows_meet(host, job.w.column, m) and n // host.rows >= host.w_uses
+    plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
     narrow = d * m * size <= host.l2 // 4
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
     if plan.slabs > 1:
@@ -393,7 +404,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
-    tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 else 0
+    tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 and plan.w == PACKED else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1

@@ -68,7 +68,7 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
         space.total = job.sums + index * round_up(m * 8, 64)
     clear(0.0, space.total, m)
     dx_panels, dw_panels = block_count(d, nr), block_count(d if by_columns else m, nr)
-    if want_dx and plan.by_dots == 0:
+    if want_dx and plan.by_dots == 0 and plan.w == PACKED:
         for panel in range(dx_panels):
             pack_w(zero, job, group, panel, space.packed_w + panel * m * nr * size)
     for r0 in range(first, max(last, first + 1), BLOCK_ROWS):
