@@ -147,7 +147,7 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     for panels_of_task in blocks(panels, tasks.dx_columns):
         columns = min(panels_of_task * nr, d)
         for rows in blocks(count, tasks.dx_rows):
-            packs = 0 if tasks.panels_to_pack or chosen.by_dots else 2 * columns * m * size
+            packs = 0 if tasks.panels_to_pack or chosen.by_dots or chosen.w == IN_PLACE else 2 * columns * m * size
             w = columns * m * size * (1 if tasks.panels_to_pack == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
             made.append(Task(2 * rows * m * padded(host, columns, host.vectors), packs, w + 2 * rows * columns * size))
     down, across = (m, d) if chosen.dw_by_columns else (d, m)
