@@ -17,6 +17,7 @@ import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
+from rectilinear.backends.cupy_scratch import Scratches
 from rectilinear.keepmask import KeepMask, unchecked
 
 # As in layers.cu.
@@ -72,6 +73,7 @@ class CupyBackend:
         self._examine = examine
         self._runtime: Runtime | None = None
         self._functions: dict[tuple[str, str], Any] = {}
+        self.scratches = Scratches()
 
     def probe(self) -> Probe:
         return self._examine(self)
