@@ -24,6 +24,7 @@ from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.reach import Held, arrays_in, held_in
 
 _MOST_SIGNATURES = 16  # kept for one function; each has memory of its own on the GPU
+_ALIGNED = 16  # bytes that kernels and products move at a time
 _PRODUCTS = "pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]') brings nvmath-python, whose products can be"
 
 
@@ -153,7 +154,8 @@ def _signature(x: Any, given: _Arguments) -> Any:
         return (dict, *[(key, _signature(each, given)) for key, each in x.items()])
     if compat.is_cupy_array(x):
         given.arrays.append(x)
-        return kind, x.data.device_id, x.dtype, x.shape, x.strides
+        at = x.data
+        return kind, at.device_id, at.ptr % _ALIGNED, x.dtype, x.shape, x.strides
     if kind is KeepMask:
         return KeepMask, x.shape, _signature(x._bits, given)
     if kind is float or kind is complex:
@@ -203,9 +205,7 @@ class _Buffer(NamedTuple):
     def fill(self, given: Array) -> None:
         array, low, span = self.array, *_extent(given)
         if span == given.nbytes:  # the same layout without gaps: bytes, whatever their order
-            array.data.copy_from_device_async(given.data, span) if not low else (array.data + low).copy_from_device_async(
-                given.data + low, span
-            )
+            (array.data + low).copy_from_device_async(given.data + low, span)
         else:
             array[...] = given
 
@@ -220,10 +220,11 @@ def _extent(x: Array) -> tuple[int, int]:
 
 
 def _like(x: Array, cp: Any) -> Array:
-    """Fresh memory in x's layout."""
+    """Fresh memory in x's layout, and as well aligned: products and kernels are chosen by that."""
     low, span = _extent(x)
-    memory = cp.empty((span,), np.uint8)
-    return cp.ndarray(x.shape, x.dtype, memory.data + -low if low else memory.data, x.strides)
+    start = (x.data.ptr + low) % _ALIGNED
+    memory = cp.empty((span + start,), np.uint8)
+    return cp.ndarray(x.shape, x.dtype, memory.data + (start - low), x.strides)
 
 
 # ---------------------------------------------------------------- recording
