@@ -21,7 +21,7 @@ from rectilinear.backends import cupy_scratch, registry
 from rectilinear.backends.contract import Array
 from rectilinear.backends.cupy_scratch import PER_THREAD, Scratch
 from rectilinear.keepmask import KeepMask, unchecked
-from rectilinear.reach import Held, arrays_in, held_in
+from rectilinear.reach import Held, arrays_in, edges_from, held
 
 _MOST_SIGNATURES = 16  # kept for one function; each has memory of its own on the GPU
 _ALIGNED = 16  # bytes that kernels and products move at a time
@@ -244,8 +244,8 @@ class _First(NamedTuple):
 def _first(function: Callable[..., Any], given: _Arguments) -> _First:
     backend: Any = registry.serving("cupy")
     cp = backend.runtime.cp
-    held = given.arrays or arrays_in((function, *given.objects), compat.is_cupy_array)
-    device = held[0].data.device_id
+    arrays = given.arrays or arrays_in((function, *given.objects), compat.is_cupy_array)
+    device = arrays[0].data.device_id
     return _First(cp, device, given.arrays, backend.scratches.current(cp, device, cp.cuda.get_current_stream(device).ptr))
 
 
@@ -253,7 +253,7 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
     """A graph of what the function does; nothing of it has been computed."""
     cp, device = earlier.cp, earlier.device
     roots = (function, *given.objects)
-    before = arrays_in(roots, compat.is_cupy_array)
+    before = edges_from(roots, compat.is_cupy_array)
     pool = cp.cuda.MemoryPool()
     with _on_device(cp, device), cp.cuda.using_allocator(pool.malloc):
         buffers = [_buffer(cp, array, first) for array, first in zip(given.arrays, earlier.arrays, strict=True)]
@@ -271,7 +271,8 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
                     recorder.end_capture()
                 raise
             graph = recorder.end_capture()
-    memory = _Memory(buffers, result, held_in(roots, compat.is_cupy_array, before), scratch, pool)
+    kept = held(before, edges_from(roots, compat.is_cupy_array), compat.is_cupy_array)
+    memory = _Memory(buffers, result, kept, scratch, pool)
     return _Graph(cp, device, graph, memory)
 
 

@@ -149,7 +149,11 @@ class Layer(Module):
                     f"{type(self).__name__}.backward: the gradient of {name} has shape {tuple(grad.shape)}, "
                     f"but the earlier one, which it is to be added to, has {tuple(earlier[name].shape)}"
                 )
-        self.grads = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
+        sums = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
+        # The very dictionary where all was added in place: so `rectilinear.capture` sees when another is put there.
+        self.grads = (
+            earlier if earlier and len(earlier) == len(sums) and all(earlier.get(name) is value for name, value in sums.items()) else sums
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "grads": {}, "_cache": None}

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,9 +24,10 @@ from rectilinear.measure import ours
 
 
 def install(host: Host, patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    import array_api_compat.cupy as namespace  # the genuine one, which is asked for dtypes only
+    import array_api_compat.cupy as genuine  # which is asked for dtypes only
 
-    array = host.cp.ndarray
+    array, namespace = host.cp.ndarray, ModuleType(genuine.__name__)
+    namespace.__dict__.update(vars(genuine), asarray=lambda x, dtype=None, device=None: host.cp.asarray(x, dtype))
     array.__module__ = "cupy"
     array.__array_namespace__ = lambda self, api_version=None: namespace
     recognised = array_api_compat.is_cupy_array
