@@ -127,6 +127,7 @@ class Captured:
         with self._lock:
             self._seen[signature] = _first(function, given)
             self._seen.move_to_end(signature)
+            self._latest = None
             if len(self._seen) > _MOST_SIGNATURES:
                 self._seen.popitem(last=False)
         return result

@@ -15,6 +15,7 @@ from tests import planted
 from tests.planted import Mutant
 
 TESTS = ("test_cuda_kernels.py", "test_cuda_backend.py")
+OF_CAPTURE = ("graphs.py", "reach.py", "cupy_scratch.py", "sgd.py", "module.py")  # whose bugs the tests of capture are to find
 SELECTED = "not float64 and not 12345 and not (numbers_and_bits and (-0] or -1]))"
 SECONDS = 150  # a mutant that takes longer hangs
 
@@ -22,7 +23,8 @@ SECONDS = 150  # a mutant that takes longer hangs
 def outcome(mutant: Mutant | None) -> str:
     """What the tests say of a mutant: the first that fails, or how the process ended; empty if all pass."""
     with planted.checkout(mutant) as folder:
-        files = [f"tests/cuda/{name}" for name in TESTS]
+        of_capture = mutant is None or mutant.file in OF_CAPTURE
+        files = [f"tests/cuda/{name}" for name in (*TESTS * (mutant is None or not of_capture), *("test_cuda_capture.py",) * of_capture)]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
         env = {**os.environ, "PYTHONPATH": "", "RECTILINEAR_CUDA_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", *options, *files]

@@ -176,6 +176,22 @@ def test_counters_are_zero_before_a_replay_and_are_not_set_by_it(cp: Any) -> Non
     assert len(graph._graph._nodes) == 2
 
 
+def test_counters_that_are_outgrown_stay_zero(cp: Any) -> None:
+    def count(x: Any) -> Any:
+        scratch = registry.serving("cupy").scratches.current(cp, 0, standin.get_current_stream().ptr)
+        bare = standin._bare(scratch.counters(8)._host)
+        standin.device_work(lambda: seen.append(bare[:8].tolist()))
+        if cupy_scratch.is_recording():
+            scratch.counters(4000)
+        return (x + 1) * 2
+
+    seen: list[list[int]] = []
+    captured = rectilinear.capture(count)
+    for _ in range(4):
+        assert (captured(cp.asarray(np.ones(4, "f4"))).get() == 4).all()
+    assert seen == [[0] * 8] * 4
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -411,14 +427,18 @@ def test_an_array_that_is_replaced_is_noticed_and_one_that_is_written_to_is_hear
 
 
 def test_what_a_record_reads_stays_alive(cp: Any) -> None:
-    """Here nobody else holds it any more, and capture cannot see that it was replaced: in an object of a kind that tells nothing."""
-    box = iter([cp.asarray(np.full(100, 2, "f4"))])
-    arrays = {"w": next(box)}
-    captured = rectilinear.capture(lambda x: x * arrays["w"])
+    """Where a function makes a new dict at every call, nobody can see that another array was put into it; the record reads the old one."""
+    box = {"params": {"w": cp.asarray(np.full(100, 2, "f4"))}}
+
+    def function(x: Any) -> Any:
+        box["params"] = dict(box["params"])
+        return x * box["params"]["w"]
+
+    captured = rectilinear.capture(function)
     for _ in range(3):
         captured(cp.asarray(np.ones(100, "f4")))
-    address = arrays["w"].data.ptr
-    arrays["w"] = None
+    address = box["params"]["w"].data.ptr
+    box.clear()
     gc.collect()
     assert all(array.data.ptr != address for array in occupy(cp, (100,)))
 
@@ -589,7 +609,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("function", "error", "words"), REFUSED, ids=[function.__name__ for function, *_ in REFUSED])
-def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(cp: Any, function: Any, error: Any, words: str) -> None:
+def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(
+    cp: Any, monkeypatch: pytest.MonkeyPatch, function: Any, error: Any, words: str
+) -> None:
     with_it = True
 
     def sometimes(x: Any) -> Any:
@@ -597,11 +619,14 @@ def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(cp: Any,
 
     captured = rectilinear.capture(sometimes)
     x = cp.asarray(np.zeros(3, "f4"))
-    pools = _pools()
+    gc.collect()
+    pools, streams = _pools(), []
+    monkeypatch.setattr(cp.cuda, "Stream", lambda **how: streams.append(standin.Stream(**how)) or streams[-1])
     for _ in range(2):
         captured(x)
         with pytest.raises(error, match=words):
             captured(x)
+    assert [stream.is_capturing() for stream in streams] == [False] * 2
     gc.collect()
     assert _pools() == pools
     assert not cupy_scratch.is_recording()
