@@ -150,10 +150,8 @@ class Layer(Module):
                     f"but the earlier one, which it is to be added to, has {tuple(earlier[name].shape)}"
                 )
         sums = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
-        # The very dictionary where all was added in place: so `rectilinear.capture` sees when another is put there.
-        self.grads = (
-            earlier if earlier and len(earlier) == len(sums) and all(earlier.get(name) is value for name, value in sums.items()) else sums
-        )
+        in_place = sums.keys() == earlier.keys() and all(earlier[name] is value for name, value in sums.items())
+        self.grads = earlier if in_place else sums  # the very dictionary, so that `rectilinear.capture` sees when another is put there
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "grads": {}, "_cache": None}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_standin
@@ -746,3 +748,14 @@ def test_labels_from_the_host_say_what_to_do(cp: Any) -> None:
     captured(x)
     with pytest.raises(RuntimeError, match=r"rectilinear.capture: softmax_loss: y comes from the host.*argument"):
         captured(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_example_trains_captured_as_it_does_otherwise(cp: Any, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    import two_layer_net as example
+
+    build = functools.partial(example.two_layer_net, dtype=dtype)
+    plain, captured = (example.run(build, 0, 32, 2, capture=capture) for capture in (False, True))
+    assert captured.losses == plain.losses
+    assert captured.predicted == plain.predicted
