@@ -63,6 +63,7 @@ def capture(function: Callable[..., Any], *, copies: bool = False) -> Callable[.
     -----
     - Python itself runs in the first two calls only: what it prints, counts or assigns to attributes does not happen later. What is to
       last from call to call has to be written in place (``w += ...``), as `nn.SGD` does.
+    - The function works on the current stream: what it puts on streams of its own is not recorded.
     - Arrays that the function holds (globals, closures, attributes, layers) are used in place. One that is replaced by another is
       noticed where it is held in a dict, list, attribute, closure or global: the next call runs as it is, the one after records anew.
       Arrays that are written to, those in ``out=`` too, have to be held like this; arguments are copied, and never written to.
@@ -431,7 +432,7 @@ class _Graph:
 
 
 def _copy(x: Array) -> Array:
-    return x.copy()
+    return x.copy("K")
 
 
 def _itself(x: Array) -> Array:

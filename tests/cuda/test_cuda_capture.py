@@ -140,6 +140,15 @@ def test_results_are_overwritten_by_the_next_call_unless_copies_are_asked_for(cp
         assert len(captured(cp.asarray(np.zeros(4, "f4")))["y"][1]) == 1
 
 
+def test_copies_have_the_layout_of_the_results(cp: Any) -> None:
+    for copies in (False, True):
+        captured = rectilinear.capture(lambda x: ((x + 1).T, None, "as it is"), copies=copies)
+        for n in range(4):
+            turned, none, text = captured(cp.asarray(values(n, 3, 5)))
+            assert np.array_equal(turned.get(), values(n, 3, 5).T + 1)
+            assert (turned.strides, none, text) == ((4, 20), None, "as it is")
+
+
 def test_temporaries_lie_in_a_pool_that_stays_with_the_graph(cp: Any) -> None:
     captured = rectilinear.capture(lambda x: ((x + 1) * 2 + 3) * 4)
     for _ in range(3):
@@ -739,6 +748,28 @@ def test_gradients_that_are_added_to_from_call_to_call(cp: Any) -> None:
             for layer in layers:
                 layer.grads = {}
     del rng
+
+
+def test_a_layer_that_is_used_twice(cp: Any) -> None:
+    nets = []
+    for _ in range(2):
+        twice = nn.AffineReLU(4, 4, rng=np.random.default_rng(0))
+        nets.append(nn.Sequential(twice, nn.ReLU(), twice))
+    optimizers = [nn.SGD(net, lr=0.1, momentum=0.9) for net in nets]
+
+    def step(which: int, x: Any) -> Any:
+        net = nets[which]
+        out = net.forward(x)
+        net.backward(out)
+        optimizers[which].step()
+        return out
+
+    captured = rectilinear.capture(lambda x: step(1, x))
+    for n in range(6):
+        x = cp.asarray(values(n, 5, 4))
+        assert np.array_equal(captured(x).get(), step(0, x).get())
+        assert np.array_equal(nets[1].grads["0.w"].get(), nets[0].grads["0.w"].get())
+        assert np.array_equal(nets[1].params["0.w"].get(), nets[0].params["0.w"].get())
 
 
 def test_labels_from_the_host_say_what_to_do(cp: Any) -> None:
