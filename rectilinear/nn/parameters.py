@@ -15,8 +15,9 @@ from array_api_compat import device as device_of
 from numpy.lib.array_utils import byte_bounds
 
 from rectilinear.arrays import asarray, to_numpy
-from rectilinear.dispatch import common_namespace, dtype_name, elements_apart, library_name, memory_of
+from rectilinear.dispatch import common_namespace, dtype_name, library_name, memory_of
 from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.plain import elements_apart
 
 if TYPE_CHECKING:
     from rectilinear.nn.module import Layer, Module

@@ -54,8 +54,8 @@ class Device:
 class MemoryPointer:
     """`cupy.cuda.MemoryPointer`, as far as it is read."""
 
-    def __init__(self, ptr: int, owner: Any) -> None:
-        self.ptr, self.owner = ptr, owner
+    def __init__(self, ptr: int, owner: Any, device_id: int = 0) -> None:
+        self.ptr, self.owner, self.device_id = ptr, owner, device_id
 
 
 class _Interface:
@@ -109,7 +109,9 @@ class ndarray:
     strides = property(lambda self: self._host.strides)
     flags = property(lambda self: self._host.flags)
     device = property(lambda self: self._device)
-    data = property(lambda self: MemoryPointer(self._host.ctypes.data, self._host))
+    data = property(lambda self: MemoryPointer(self._host.ctypes.data, self._host, self._device.id))
+    _c_contiguous = property(lambda self: self._host.flags.c_contiguous)
+    _f_contiguous = property(lambda self: self._host.flags.f_contiguous)
     T = property(lambda self: self._view(self._host.T))
 
     def _view(self, host: np.ndarray) -> ndarray:
@@ -308,6 +310,9 @@ class Runtime:
 
     def runtimeGetVersion(self) -> int:  # noqa: N802
         return 13020
+
+    def getDevice(self) -> int:  # noqa: N802
+        return Device().id
 
     def getDeviceCount(self) -> int:  # noqa: N802
         return 2

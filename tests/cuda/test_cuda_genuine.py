@@ -5,7 +5,7 @@ Type, strides, flags and pointers are CuPy's own; what would compute or copy on 
 
 from __future__ import annotations
 
-import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
@@ -44,7 +44,8 @@ class Genuine:
         import cupy
 
         self.ndarray = cupy.ndarray
-        self.cuda = type("cuda", (), {"Device": staticmethod(lambda: cupy.cuda.Device(0))})
+        # The genuine ones ask the driver which device is current.
+        self.cuda = SimpleNamespace(Device=lambda: cupy.cuda.Device(0), runtime=SimpleNamespace(getDevice=lambda: 0))
 
     def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
         return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
@@ -59,16 +60,13 @@ class Genuine:
 
 
 @pytest.fixture
-def backend(host: Host, monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
+def backend(host: Host) -> CupyBackend:
     """The backend on genuine arrays and the kernels built for the CPU."""
     cp = Genuine()
     for module in host.modules.values():
         module.cp = cp
     runtime = Runtime(cp, host.modules.__getitem__)
-    backend = CupyBackend(lambda: runtime, lambda backend: Probe(True))
-    # Entering a genuine device asks the driver.
-    monkeypatch.setattr(backend, "_on_device_of", lambda x: contextlib.nullcontext())
-    return backend
+    return CupyBackend(lambda: runtime, lambda backend: Probe(True))
 
 
 def test_whole_passes(backend: CupyBackend) -> None:
@@ -95,9 +93,11 @@ def test_widths_follow_pointers_and_rows(dtype: str) -> None:
     start = -memory.ctypes.data % 16
     aligned = genuine(memory[start : start + 512].view(T))
     shifted = genuine(memory[start + T.itemsize : start + 512 + T.itemsize].view(T))
-    assert cupy_backend._width(T, 4 * width, aligned) == width
-    assert cupy_backend._width(T, 4 * width + 1, aligned) == 1
-    assert cupy_backend._width(T, 4 * width, aligned, shifted) == 1
+    assert cupy_backend._wide_aligned(aligned)
+    assert not cupy_backend._wide_aligned(aligned, shifted)
+    assert cupy_backend._width(T.itemsize, 4 * width, True) == width
+    assert cupy_backend._width(T.itemsize, 4 * width + 1, True) == 1
+    assert cupy_backend._width(T.itemsize, 4 * width, False) == 1
 
 
 def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
