@@ -10,14 +10,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from rectilinear.backends.contract import Array
 
 _MOST_STREAMS = 64  # whose scratch is kept; a program has a handful, one that makes streams without end must not keep memory for each
-_PER_THREAD = 2  # cudaStreamPerThread: one address, a stream of its own in each thread
+PER_THREAD = 2  # cudaStreamPerThread: one address, a stream of its own in each thread
+
+
+class Setting(Protocol):
+    """Numbers that a graph reads from the GPU and that may be changed between its replays."""
+
+    def fits(self) -> bool:
+        """Whether the graph can do what it is to do now, given other numbers."""
+        ...
+
+    def refresh(self) -> None:
+        """Put the numbers of now where the graph reads them."""
+        ...
 
 
 class Scratch:
@@ -28,6 +40,16 @@ class Scratch:
         self._workspace: Array | None = None
         self._counters: Array | None = None
         self._outgrown: list[Array] = []  # of a graph, whose earlier nodes go on to use them
+        self.settings: list[Setting] = []  # of a graph
+
+    def prepare(self, like: Scratch) -> None:
+        """Have as many counters as `like`, zero before a graph is recorded, which then need not set them at every replay."""
+        if like._counters is not None:
+            self.counters(like._counters.size)
+
+    def scalar(self, dtype: Any) -> Array:
+        """A number in a graph's own memory, which a `Setting` fills."""
+        return self._cp.empty((), dtype)
 
     def workspace(self, nbytes: int) -> Array:
         """At least so many bytes that hold anything: uint8."""
@@ -67,7 +89,7 @@ class Scratches:
         """For what this thread launches now: of its recording, else of this stream (its address) of this device."""
         if _here.recording is not None:
             return _here.recording
-        key = device, stream, threading.get_ident() if stream == _PER_THREAD else 0
+        key = device, stream, threading.get_ident() if stream == PER_THREAD else 0
         scratch = self._of.get(key)
         if scratch is None:
             with self._lock:
@@ -87,14 +109,19 @@ def recording(scratch: Scratch) -> Iterator[None]:
         _here.recording = None
 
 
+def recorded() -> Scratch | None:
+    """The scratch of what this thread records, if it does."""
+    return _here.recording
+
+
 def is_recording() -> bool:
     return _here.recording is not None
 
 
-def refuse_while_recording(what: str) -> None:
-    """Raise where this thread records: `what` can only be done before."""
+_SAME_AS_FIRST = "the first, ordinary call prepares what the second one records: let the function do the same at every call"
+
+
+def refuse_while_recording(what: str, remedy: str = _SAME_AS_FIRST) -> None:
+    """Raise where this thread records, for what can only be done before, such as "asks for a new plan"."""
     if _here.recording is not None:
-        raise RuntimeError(
-            f"rectilinear.capture: {what} while a graph is recorded; the first, ordinary call has to meet all that the second one does: "
-            "let the function do the same at every call, and nothing that waits for the GPU"
-        )
+        raise RuntimeError(f"rectilinear.capture: {what} while a graph is recorded; {remedy}")
