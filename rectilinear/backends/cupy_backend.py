@@ -1,4 +1,4 @@
-"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (plans of `cupy_lt`, or `cupy_gemm`), and the project's CUDA kernels around them.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
-from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
+from rectilinear.backends.cupy_gemm import Gemm, Operation, Products
+from rectilinear.backends.cupy_gemm import aligned as _aligned
 from rectilinear.backends.cupy_scratch import Scratches
 from rectilinear.keepmask import KeepMask, unchecked
 
@@ -37,8 +38,6 @@ _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
 
-_BFLOAT16_SINCE = 80  # compute capability times ten
-
 _NULL = np.uintp(0)
 _BYTE, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
 
@@ -46,14 +45,15 @@ _LAUNCHES = 1024  # kept of each family of kernels: a few for each layer shape o
 
 
 class Runtime(NamedTuple):
-    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name.
+    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name, `products` what multiplies.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, matmul, cuda.Device, cuda.runtime.getDevice, and what `cupy_gemm` names.
-    Used of a kernel file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.runtime.getDevice, and what `cupy_gemm` and `cupy_lt`
+    name. Used of a kernel file: get_function.
     """
 
     cp: Any
     kernels: Callable[[str], Any]
+    products: Callable[[Any, Scratches], Products] = Gemm
 
 
 class Launch(NamedTuple):
@@ -102,6 +102,11 @@ class CupyBackend:
     def runtime(self) -> Runtime:
         return self._connect()
 
+    @cached_property
+    def products(self) -> Products:
+        """Chosen at the first product, since only a call tells whether cuBLASLt works here; asks the current device."""
+        return self.runtime.products(self.runtime.cp, self.scratches)
+
     # affine
 
     # Launches go to the current device and its current stream, and the arrays decide which device that is. A context manager costs as
@@ -111,8 +116,7 @@ class CupyBackend:
         if self._elsewhere(x):
             with x.device:
                 return self.affine_forward(x, w, b, out)
-        y, z = self._buffers((*x.shape[:-1], w.shape[-1]), x.dtype, out)
-        self._product(x, w, z, "NN")
+        y, z, b = self._affine(x, w, b, out)
         if b is not None or z is not y:
             self._bias("bias_add", z, b, y)
         return _deliver(y, out)
@@ -121,11 +125,10 @@ class CupyBackend:
         if self._elsewhere(x):
             with x.device:
                 return self.affine_relu_forward(x, w, b, out)
-        y, z = self._buffers((*x.shape[:-1], w.shape[-1]), x.dtype, out)
-        self._product(x, w, z, "NN")
+        y, z, b = self._affine(x, w, b, out)
         shape = y.shape
         mask = self._empty((*shape[:-1], -(-shape[-1] // 8)), _BYTE)
-        self._bias("bias_relu_mask", z, b, y, mask)
+        self._bias("bias_relu_mask_rounded" if z.itemsize == 2 else "bias_relu_mask", z, b, y, mask)
         return _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
@@ -146,8 +149,8 @@ class CupyBackend:
             dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
         else:
             dz = dout if keep is None else self._relu_backward(dout, keep, None)
-        dx = self._gradient(dz, w, x.shape, "NT", out[0]) if want_dx else None
-        dw = self._gradient(x, dz, w.shape, "TN", out[1]) if want_dw else None
+        dx = self._gradient("NT", dz, w, x.shape, out[0]) if want_dx else None
+        dw = self._gradient("TN", x, dz, w.shape, out[1]) if want_dw else None
         return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
@@ -156,36 +159,44 @@ class CupyBackend:
                 return self.bias_backward(dout, out)
         return self._select_and_sum(dout, None, False, out)[1]
 
-    def _buffers(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> tuple[Array, Array]:
-        """y, and z: what the product is written to, which is y itself unless y is narrower than the sums."""
-        y = self._result(shape, dtype, out)
-        return y, y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
+    def _affine(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Array, Array | None]:
+        """y, which is still to be filled; z = x w, in y itself unless y is narrower than the sums; the bias that is still to be added."""
+        y = self._product_result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
+        if self._rounds(x, x.shape[-1]):
+            self._product("NN", x, w, y, b)
+            return y, y, None
+        z = self._wide(y)
+        self._product("NN", x, w, z)
+        return y, z, b
 
-    def _gradient(self, a: Array, b: Array, shape: tuple[int, ...], transposed: str, out: Array | None) -> Array:
-        result, wide = self._buffers(shape, a.dtype, out)
-        self._product(a, b, wide, transposed)
+    def _gradient(self, operation: Operation, a: Array, b: Array, shape: tuple[int, ...], out: Array | None) -> Array:
+        result = self._product_result(shape, a.dtype, out)
+        wide = result if self._rounds(a, a.shape[-2 if operation == "TN" else -1]) else self._wide(result)
+        self._product(operation, a, b, wide)
         if wide is not result:
             self._bias("bias_add", wide, None, result)
         return _deliver(result, out)
 
-    def _product(self, a: Array, b: Array, out: Array, transposed: str) -> None:
-        """out = a b, by cuBLAS. `transposed` says of each operand, as BLAS does, whether it is taken as it is (N) or transposed (T)."""
+    def _rounds(self, x: Array, summed: int) -> bool:
+        """Whether products of x are written in its 16 bits, rounded once. An empty sum is no product: its bias is added by a kernel."""
+        return x.itemsize == 2 and summed > 0 and self.products.rounds(x)
+
+    def _wide(self, y: Array) -> Array:
+        """What a product that is not rounded is written to."""
+        return y if y.itemsize > 2 else self._empty(y.shape, _FLOAT32)
+
+    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
+        """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
+        return self._result(shape, dtype, None if out is None or out.data.ptr % _WIDE_BYTES else out)
+
+    def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
+        """out = a b, as `operation` says, + bias where such products are rounded."""
         if out.size == 0:
             return
-        a, b = (x.swapaxes(-1, -2) if how == "T" else x for x, how in zip((a, b), transposed, strict=True))
-        if a.shape[-1] == 0:
+        if a.shape[-2 if operation == "TN" else -1] == 0:
             out.fill(0)
-            return
-        if max(*out.shape, a.shape[-1]) > LARGEST:
-            raise ValueError(f"cuBLAS takes extents up to {LARGEST}, not a product of {a.shape} and {b.shape}; split the samples")
-        cp = self.runtime.cp
-        a, b = _aligned(a, cp), _aligned(b, cp)
-        if a.itemsize == 2 and a.dtype.name == "bfloat16" and int(cp.cuda.Device().compute_capability) < _BFLOAT16_SINCE:
-            a, b = a.astype(out.dtype), b.astype(out.dtype)
-        if a.dtype == out.dtype and out.ndim == 2:
-            cp.matmul(a, b, out=out)
         else:
-            strided_gemm(cp, a, b, out)
+            self.products.product(operation, a, b, out, bias)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
         if y.size == 0:
@@ -344,15 +355,6 @@ def _wide_aligned(*arrays: Array) -> bool:
     return addresses % _WIDE_BYTES == 0
 
 
-def _aligned(x: Array, cp: Any) -> Array:
-    """x, or a copy where its elements lie across their natural boundaries, which no GPU instruction can read."""
-    size = x.itemsize
-    if x.data.ptr % size == 0 and (x._c_contiguous or x._f_contiguous or all(stride % size == 0 for stride in x.strides)):
-        return x
-    as_bytes = cp.ndarray((*x.shape, x.itemsize), np.uint8, x.data, (*x.strides, 1))
-    return as_bytes.copy().view(x.dtype).reshape(x.shape)
-
-
 def _sum_dtype(dtype: Any) -> Any:
     """A of layers.cu."""
     return _FLOAT32 if dtype.itemsize == 2 else dtype
@@ -365,7 +367,7 @@ def _sum_dtype(dtype: Any) -> Any:
 def _bias_launch(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool) -> Launch:
     groups, rows, cols = _extents(shape)
     width = _width(itemsize, cols, aligned)
-    masked = name == "bias_relu_mask"
+    masked = name.startswith("bias_relu_mask")
     block = _block(cols, width, max(1, 8 // width) if masked else 1)  # threads along x whose bits fill a byte of the mask
     tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
     row_bytes = (_cdiv(cols, 8),) if masked else ()

@@ -122,6 +122,8 @@ def multiples(dtype: Any = np.float32, products: bool = False) -> tuple[float, d
 if __name__ == "__main__":
     for products in (False, True):
         unit, found = multiples(products=products)
-        print(f"np.maximum of two (1, 64) float32 arrays: {unit * 1e6:.2f} us; {'with' if products else 'without'} our Python of the products")
+        print(
+            f"np.maximum of two (1, 64) float32 arrays: {unit * 1e6:.2f} us; {'with' if products else 'without'} our Python of the products"
+        )
         for name, times in found.items():
             print(f"{name:28} {times:6.1f} times that, {times * unit * 1e6:6.2f} us")
