@@ -162,7 +162,7 @@ class Plans:
         """The operands, or copies where cuBLASLt cannot take strides or addresses."""
         check_extents(a, b)
         a, b = (self._copy(x) if x.data.ptr % _ALIGNMENT or column_major_strides(x) is None else x for x in (a, b))
-        if bias is not None and (bias.data.ptr % _ALIGNMENT or not bias.flags.c_contiguous):
+        if bias is not None and (bias.data.ptr % _ALIGNMENT or not bias._c_contiguous):
             bias = self._copy(bias)
         return a, b, bias
 
@@ -276,7 +276,9 @@ class Plans:
 
 
 def _key(operation: Operation, a: Array, b: Array, bias: Array | None, device: int) -> Any:
-    return operation, a.shape, a.strides, b.shape, b.strides, a.dtype, None if bias is None else bias.strides, device
+    """What a plan is made for. Every product asks, so that contiguous arrays, which are most, do not name their strides."""
+    lies_a, lies_b = a._c_contiguous or a.strides, b._c_contiguous or b.strides
+    return operation, a.shape, lies_a, b.shape, lies_b, a.dtype, None if bias is None else bias._c_contiguous, device
 
 
 def _matrix(x: Array, transposed: bool) -> tuple[bool, _Matrix]:
