@@ -17,6 +17,7 @@ import rectilinear
 from rectilinear.backends import cupy_backend, cupy_gemm, registry
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_lt import Plans
 from rectilinear.dispatch import library_name, resolve
 from rectilinear.keepmask import KeepMask
 
@@ -43,9 +44,17 @@ class Genuine:
     def __init__(self) -> None:
         import cupy
 
+        class Device(cupy.cuda.Device):
+            compute_capability = "90"
+
         self.ndarray = cupy.ndarray
-        # The genuine ones ask the driver which device is current.
-        self.cuda = SimpleNamespace(Device=lambda: cupy.cuda.Device(0), runtime=SimpleNamespace(getDevice=lambda: 0))
+        types = {name: getattr(cupy.cuda.runtime, name) for name in ("CUDA_R_16F", "CUDA_R_16BF", "CUDA_R_32F", "CUDA_R_64F")}
+        # The genuine ones ask the driver, which device and stream are current and what a device can do.
+        self.cuda = SimpleNamespace(
+            Device=lambda number=0: Device(number),
+            get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False),
+            runtime=SimpleNamespace(getDevice=lambda: 0, **types),
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
         return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
@@ -59,13 +68,14 @@ class Genuine:
         return out
 
 
-@pytest.fixture
-def backend(host: Host) -> CupyBackend:
-    """The backend on genuine arrays and the kernels built for the CPU."""
+@pytest.fixture(params=["plans", "gemm"])
+def backend(host: Host, request: pytest.FixtureRequest) -> CupyBackend:
+    """The backend on genuine arrays and the kernels built for the CPU; products by the stand-in's cuBLASLt, or by NumPy."""
     cp = Genuine()
     for module in host.modules.values():
         module.cp = cp
-    runtime = Runtime(cp, host.modules.__getitem__)
+    plans = request.param == "plans"
+    runtime = Runtime(cp, host.modules.__getitem__, lambda *given: Plans(*given, host.lt) if plans else cupy_gemm.Gemm(*given))
     return CupyBackend(lambda: runtime, lambda backend: Probe(True))
 
 

@@ -29,7 +29,7 @@ def make(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(host_build.HostKernel, "num_regs", property(lambda self: of(self, 0)), raising=False)
     monkeypatch.setattr(host_build.HostKernel, "shared_size_bytes", property(lambda self: of(self, 1)), raising=False)
     monkeypatch.setattr(host_build.HostKernel, "local_size_bytes", 0, raising=False)
-    runtime = Runtime(host.cp, host.modules.__getitem__)
+    runtime = Runtime(host.cp, host.modules.__getitem__, host.backend.runtime.products)
     return lambda: CupyBackend(lambda: runtime, cupy_loader.examine)
 
 
