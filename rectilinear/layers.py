@@ -29,9 +29,6 @@ from rectilinear.dispatch import (
     check_outs,
     common_namespace,
     dtype_name,
-    fits_at_once,
-    gradients_fit_at_once,
-    plain_backend,
     product,
     readable,
     resolve,
@@ -41,6 +38,7 @@ from rectilinear.dispatch import (
 )
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
+from rectilinear.plain import fits_at_once, gradients_fit_at_once, on_one_device, plain_backend
 
 __all__ = [
     "affine_backward",
@@ -360,12 +358,14 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
 
 
 def _plain_labels(x: Array, y: Any) -> bool:
-    """Whether these are scores and labels that fit, as nearly always: base NumPy arrays."""
-    if type(y) is not np.ndarray or x.ndim != 2 or y.shape != x.shape[:1]:
+    """Whether these are scores and labels that fit, as nearly always: base arrays of one library."""
+    if type(y) is not type(x) or x.ndim != 2 or y.shape != x.shape[:1]:
         return False
     unsigned = _UNSIGNED.get(y.dtype)
     if unsigned is None or x.size == 0:
         return False
+    if type(y) is not np.ndarray:  # not to be read without waiting
+        return on_one_device(x, y)
     labels = y.view(unsigned)  # without its sign a label below 0 is a large one
     return bool(labels.item(labels.argmax()) < x.shape[1])  # argmax saves setting up a reduction, 0.6 us
 
@@ -404,7 +404,7 @@ def _check_labels(x: Array, labels: Any, wrong: np.ndarray, wanted: str) -> None
 
 
 def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
-    """Shape of the output if these are NumPy arrays of the plain form, samples flat, whose extents fit."""
+    """Shape of the output if these are arrays of the plain form, samples flat, whose extents fit."""
     try:
         (n, d), (rows, m) = x.shape, w.shape
     except ValueError:  # another number of axes

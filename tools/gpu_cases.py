@@ -39,6 +39,7 @@ KINDS = (
     "bias_add_none",
     "bias_relu_mask",
     "bias_relu_mask_none",
+    "bias_relu_mask_rounded_none",
     "colsum",
     "colsum_one_block",
     "mask_colsum",
@@ -110,10 +111,10 @@ def with_specials(values: np.ndarray, dtype: np.dtype, every: int) -> np.ndarray
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """Host arrays by name: z (pre-activations, in the sums' dtype), b, dout, keep, x, y."""
+    """Host arrays by name: z (pre-activations, in the sums' dtype unless rounded), b, dout, keep, x, y."""
     dtype, seed = numpy_dtype(case.dtype), len(case.name) * 31 + sum(case.shape)
     if case.kind.startswith("bias"):
-        z = with_specials(uniform(case.shape, seed), dtype, 5).astype(sum_dtype(dtype))
+        z = with_specials(uniform(case.shape, seed), dtype, 5).astype(dtype if "rounded" in case.kind else sum_dtype(dtype))
         b = uniform((case.shape[0], case.shape[2]), seed + 1).astype(dtype)
         b[..., ::7] = -0.0  # meets every special of z unchanged
         return {"z": z, "b": b}

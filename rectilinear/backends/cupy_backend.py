@@ -1,4 +1,4 @@
-"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (plans of `cupy_lt`, or `cupy_gemm`), and the project's CUDA kernels around them.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
@@ -9,14 +9,16 @@ Launches of one affine + ReLU step: three products, one kernel forward, two back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
-from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
+from rectilinear.backends.cupy_gemm import Gemm, Operation, Products
+from rectilinear.backends.cupy_gemm import aligned as _aligned
 from rectilinear.backends.cupy_scratch import Scratches
 from rectilinear.keepmask import KeepMask, unchecked
 
@@ -36,20 +38,39 @@ _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
 
-_BFLOAT16_SINCE = 80  # compute capability times ten
-
 _NULL = np.uintp(0)
+_BYTE, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+_LAUNCHES = 1024  # kept of each family of kernels: a few for each layer shape of a program
 
 
 class Runtime(NamedTuple):
-    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name.
+    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name, `products` what multiplies.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, matmul, cuda.Device, and what `cupy_gemm` names. Used of a kernel
-    file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.runtime.getDevice, and what `cupy_gemm` and `cupy_lt`
+    name. Used of a kernel file: get_function.
     """
 
     cp: Any
     kernels: Callable[[str], Any]
+    products: Callable[[Any, Scratches], Products] = Gemm
+
+
+class Launch(NamedTuple):
+    """What a kernel is launched with besides its pointers: worked out once for a shape and an alignment, and kept."""
+
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    extents: tuple[np.int64, ...]
+
+
+class ColumnSum(NamedTuple):
+    """Launches of a sum over rows, and the shape of the partial sums between them; without a second launch these are the sum."""
+
+    first: Launch
+    parts: tuple[int, ...]
+    final: Launch | None
 
 
 class CupyBackend:
@@ -71,36 +92,44 @@ class CupyBackend:
     def __init__(self, connect: Callable[[], Runtime], examine: Callable[[CupyBackend], Probe]) -> None:
         self._connect = connect
         self._examine = examine
-        self._runtime: Runtime | None = None
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[Any, str], Any] = {}
         self.scratches = Scratches()
 
     def probe(self) -> Probe:
         return self._examine(self)
 
-    @property
+    @cached_property
     def runtime(self) -> Runtime:
-        if self._runtime is None:
-            self._runtime = self._connect()
-        return self._runtime
+        return self._connect()
+
+    @cached_property
+    def products(self) -> Products:
+        """Chosen at the first product, since only a call tells whether cuBLASLt works here; asks the current device."""
+        return self.runtime.products(self.runtime.cp, self.scratches)
 
     # affine
 
+    # Launches go to the current device and its current stream, and the arrays decide which device that is. A context manager costs as
+    # much as the rest of a call, so it is entered only where another device is current.
+
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
-        with self._on_device_of(x):
-            y, z = self._forward_buffers(x, w, out)
-            self._product(x, w, z)
-            if b is not None or z is not y:
-                self._bias("bias_add", z, b, y)
-            return _deliver(y, out)
+        if self._elsewhere(x):
+            with x.device:
+                return self.affine_forward(x, w, b, out)
+        y, z, b = self._affine(x, w, b, out)
+        if b is not None or z is not y:
+            self._bias("bias_add", z, b, y)
+        return _deliver(y, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
-        with self._on_device_of(x):
-            y, z = self._forward_buffers(x, w, out)
-            self._product(x, w, z)
-            mask = self._empty((*y.shape[:-1], -(-y.shape[-1] // 8)), np.uint8)
-            self._bias("bias_relu_mask", z, b, y, mask)
-            return _deliver(y, out), unchecked(mask, y.shape)
+        if self._elsewhere(x):
+            with x.device:
+                return self.affine_relu_forward(x, w, b, out)
+        y, z, b = self._affine(x, w, b, out)
+        shape = y.shape
+        mask = self._empty((*shape[:-1], -(-shape[-1] // 8)), _BYTE)
+        self._bias("bias_relu_mask_rounded" if z.itemsize == 2 else "bias_relu_mask", z, b, y, mask)
+        return _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
         self,
@@ -111,88 +140,95 @@ class CupyBackend:
         wanted: Wanted,
         out: tuple[Array | None, Array | None, Array | None],
     ) -> tuple[Array | None, Array | None, Array | None]:
+        if self._elsewhere(dout):
+            with dout.device:
+                return self.affine_backward(dout, x, w, keep, wanted, out)
         want_dx, want_dw, want_db = wanted
-        with self._on_device_of(dout):
-            db = None
-            if want_db:
-                dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
-            else:
-                dz = dout if keep is None else self._relu_backward(dout, keep, None)
-            dx = self._gradient(dz, w.swapaxes(-1, -2), out[0]) if want_dx else None
-            dw = self._gradient(x.swapaxes(-1, -2), dz, out[1]) if want_dw else None
-            return dx, dw, db
+        db = None
+        if want_db:
+            dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
+        else:
+            dz = dout if keep is None else self._relu_backward(dout, keep, None)
+        dx = self._gradient("NT", dz, w, x.shape, out[0]) if want_dx else None
+        dw = self._gradient("TN", x, dz, w.shape, out[1]) if want_dw else None
+        return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
-        with self._on_device_of(dout):
-            return self._select_and_sum(dout, None, False, out)[1]
+        if self._elsewhere(dout):
+            with dout.device:
+                return self.bias_backward(dout, out)
+        return self._select_and_sum(dout, None, False, out)[1]
 
-    def _forward_buffers(self, x: Array, w: Array, out: Array | None) -> tuple[Array, Array]:
-        """y, and z: what the product is written to, which is y itself unless y is narrower than the sums."""
-        y = self._result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
-        return y, y if _sum_dtype(x.dtype) == x.dtype else self._empty(y.shape, _sum_dtype(x.dtype))
+    def _affine(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Array, Array | None]:
+        """y, which is still to be filled; z = x w, in y itself unless y is narrower than the sums; the bias that is still to be added."""
+        y = self._product_result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
+        if self._rounds(x, x.shape[-1]):
+            self._product("NN", x, w, y, b)
+            return y, y, None
+        z = self._wide(y)
+        self._product("NN", x, w, z)
+        return y, z, b
 
-    def _gradient(self, a: Array, b: Array, out: Array | None) -> Array:
-        result, wide = self._forward_buffers(a, b, out)
-        self._product(a, b, wide)
+    def _gradient(self, operation: Operation, a: Array, b: Array, shape: tuple[int, ...], out: Array | None) -> Array:
+        result = self._product_result(shape, a.dtype, out)
+        wide = result if self._rounds(a, a.shape[-2 if operation == "TN" else -1]) else self._wide(result)
+        self._product(operation, a, b, wide)
         if wide is not result:
             self._bias("bias_add", wide, None, result)
         return _deliver(result, out)
 
-    def _product(self, a: Array, b: Array, out: Array) -> None:
-        """out = a b, by cuBLAS."""
+    def _rounds(self, x: Array, summed: int) -> bool:
+        """Whether products of x are written in its 16 bits, rounded once. An empty sum is no product: its bias is added by a kernel."""
+        return x.itemsize == 2 and summed > 0 and self.products.rounds(x)
+
+    def _wide(self, y: Array) -> Array:
+        """What a product that is not rounded is written to."""
+        return y if y.itemsize > 2 else self._empty(y.shape, _FLOAT32)
+
+    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
+        """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
+        return self._result(shape, dtype, None if out is None or out.data.ptr % _WIDE_BYTES else out)
+
+    def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
+        """out = a b, as `operation` says, + bias where such products are rounded."""
         if out.size == 0:
             return
-        if a.shape[-1] == 0:
+        if a.shape[-2 if operation == "TN" else -1] == 0:
             out.fill(0)
-            return
-        if max(*out.shape, a.shape[-1]) > LARGEST:
-            raise ValueError(f"cuBLAS takes extents up to {LARGEST}, not a product of {a.shape} and {b.shape}; split the samples")
-        cp = self.runtime.cp
-        a, b = _aligned(a, cp), _aligned(b, cp)
-        if a.dtype.name == "bfloat16" and int(cp.cuda.Device().compute_capability) < _BFLOAT16_SINCE:
-            a, b = a.astype(out.dtype), b.astype(out.dtype)
-        if a.dtype == out.dtype and out.ndim == 2:
-            cp.matmul(a, b, out=out)
         else:
-            strided_gemm(cp, a, b, out)
+            self.products.product(operation, a, b, out, bias)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
-        groups, rows, cols = _extents(y)
         if y.size == 0:
             return
-        b = b if b is None else self._contiguous(b)
-        width = _width(y.dtype, cols, z, y, *(() if b is None else (b,)))
-        least = max(1, 8 // width) if mask is not None else 1  # threads along x whose bits fill a byte of the mask
-        block = _block(cols, width, least)
-        tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
-        masked = () if mask is None else (mask,)
-        row_bytes = () if mask is None else (mask.shape[-1],)
-        pointers = (z, _NULL if b is None else b, y, *masked)
-        self._launch(name, width, y.dtype, _grid(tiles, groups), block, pointers, (groups, rows, cols, *row_bytes))
+        pointers: tuple[Any, ...]
+        if b is None:
+            pointers, aligned = (z, _NULL, y), _wide_aligned(z, y)
+        else:
+            b = self._contiguous(b)
+            pointers, aligned = (z, b, y), _wide_aligned(z, y, b)
+        if mask is not None:
+            pointers += (mask,)
+        self._launch(_bias_launch(name, y.shape, y.itemsize, aligned), y.dtype, pointers)
 
     def _select_and_sum(self, dout: Array, keep: Keep | None, want_dz: bool, out: Array | None) -> tuple[Array | None, Array]:
         """dz (dout itself without keep, None if not wanted) and the sum of it over rows."""
         dout = self._contiguous(dout)
-        groups, rows, cols = _extents(dout)
-        db = self._result((*dout.shape[:-2], cols), dout.dtype, out)
-        dz = dout if keep is None else self._empty(dout.shape, dout.dtype) if want_dz else None
+        shape, dtype = dout.shape, dout.dtype
+        db = self._result((*shape[:-2], shape[-1]), dtype, out)
+        dz = dout if keep is None else self._empty(shape, dtype) if want_dz else None
         if dout.size == 0:
             db.fill(0)
             return dz, _deliver(db, out)
         name, selector, row_bytes = self._selector(keep)
-        arrays = [array for array in (dout, dz) if array is not None]
-        width = _width(dout.dtype, cols, *arrays, *(() if name != "preact_colsum" else (selector,)))
-        block = _block(cols, width, 1)
-        col_tiles = _cdiv(cols, block[0] * width)
-        span = _rows_per_block(rows, block[1], col_tiles)
-        blocks = _cdiv(rows, span)
-        sums = _sum_dtype(dout.dtype)
-        direct = blocks == 1 and sums == dout.dtype  # one partial sum is the sum
-        parts = db if direct else self._empty((groups, blocks, cols), sums)
-        pointers = (dout, selector, _NULL if keep is None or dz is None else dz, parts)
-        self._launch(name, width, dout.dtype, _grid(col_tiles * blocks, groups), block, pointers, (groups, rows, cols, row_bytes, span))
-        if not direct:
-            self._final_sum(parts, db, groups, blocks, cols)
+        aligned = _wide_aligned(dout) if dz is None else _wide_aligned(dout, dz)
+        aligned = aligned and (name != "preact_colsum" or _wide_aligned(selector))
+        sums = _sum_dtype(dtype)
+        launches = _column_sum(name, shape, dtype.itemsize, aligned, row_bytes)
+        parts = db if launches.final is None else self._empty(launches.parts, sums)
+        self._launch(launches.first, dtype, (dout, selector, _NULL if keep is None or dz is None else dz, parts))
+        if launches.final is not None:
+            self._launch(launches.final, dtype, (parts, db))
         return dz, _deliver(db, out)
 
     def _selector(self, keep: Keep | None) -> tuple[str, Any, int]:
@@ -204,22 +240,21 @@ class CupyBackend:
             return "mask_colsum", bits, bits.shape[-1]
         return "preact_colsum", self._contiguous(keep), 0
 
-    def _final_sum(self, parts: Array, sums: Array, groups: int, blocks: int, cols: int) -> None:
-        # Eight columns a block are a 32-byte sector of a row of float32 partial sums, and leave 32 threads for the rows.
-        x = min(8, _power_of_2(cols))
-        self._launch("colsum_final", 1, sums.dtype, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (parts, sums), (groups, blocks, cols))
-
     # ReLU
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
-        with self._on_device_of(x):
-            y = self._result(x.shape, x.dtype, out)
-            self._flat("relu", (self._contiguous(x), y))
-            return _deliver(y, out)
+        if self._elsewhere(x):
+            with x.device:
+                return self.relu_forward(x, out)
+        y = self._result(x.shape, x.dtype, out)
+        self._flat("relu", (self._contiguous(x), y))
+        return _deliver(y, out)
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        with self._on_device_of(dout):
-            return self._relu_backward(dout, keep, out)
+        if self._elsewhere(dout):
+            with dout.device:
+                return self.relu_backward(dout, keep, out)
+        return self._relu_backward(dout, keep, out)
 
     def _relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
         dx = self._result(dout.shape, dout.dtype, out)
@@ -233,37 +268,31 @@ class CupyBackend:
     def _flat(self, name: str, arrays: tuple[Array, ...]) -> None:
         y = arrays[-1]
         if y.size:
-            width = _width(y.dtype, 0, *arrays)
-            blocks = min(_cdiv(_cdiv(y.size, width), _BLOCK), _LARGEST_X)
-            self._launch(name, width, y.dtype, (blocks,), (_BLOCK,), arrays, (y.size,))
+            self._launch(_flat_launch(name, y.size, y.itemsize, _wide_aligned(*arrays)), y.dtype, arrays)
 
     def _mask_backward(self, dout: Array, bits: Array, dx: Array) -> None:
-        cols = dx.shape[-1] if dx.ndim else 1
-        if dx.size == 0:
-            return
-        rows = dx.size // cols
-        width = _width(dx.dtype, cols, dout, dx)
-        block = _block(cols, width, 1)
-        tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
-        self._launch("mask_backward", width, dx.dtype, _grid(tiles, 1), block, (dout, bits, dx), (rows, cols, bits.shape[-1]))
+        if dx.size:
+            launch = _mask_backward_launch(dx.shape, dx.itemsize, _wide_aligned(dout, dx), bits.shape[-1])
+            self._launch(launch, dx.dtype, (dout, bits, dx))
 
     # softmax
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        with self._on_device_of(x):
-            n, c = x.shape
-            loss = self._empty((), x.dtype)
-            dx = self._result(x.shape, x.dtype, out)
-            if n == 0:
-                loss.fill(np.nan)
-                return loss, _deliver(dx, out)
-            labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
-            warps = _BLOCK // _WARP
-            blocks = min(_cdiv(n, warps), _SOFTMAX_BLOCKS)
-            parts = self._empty((blocks * warps,), _sum_dtype(x.dtype))
-            self._launch("softmax_loss", 1, x.dtype, (blocks,), (_WARP, warps), (self._contiguous(x), labels, dx, parts), (n, c))
-            self._final_sum(parts, loss, 1, blocks * warps, 1)
+        if self._elsewhere(x):
+            with x.device:
+                return self.softmax_loss(x, y, out)
+        shape, dtype = x.shape, x.dtype
+        loss = self._empty((), dtype)
+        dx = self._result(shape, dtype, out)
+        if shape[0] == 0:
+            loss.fill(np.nan)
             return loss, _deliver(dx, out)
+        labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
+        launches = _softmax_launches(shape)
+        parts = self._empty(launches.parts, _sum_dtype(dtype))
+        self._launch(launches.first, dtype, (self._contiguous(x), labels, dx, parts))
+        self._launch(launches.final, dtype, (parts, loss))
+        return loss, _deliver(dx, out)
 
     # arrays
 
@@ -283,39 +312,26 @@ class CupyBackend:
 
     # buffers and launches
 
-    def _on_device_of(self, x: Array) -> AbstractContextManager[Any]:
-        """Launches go to the current device and its current stream; the arrays decide which device that is."""
-        device: AbstractContextManager[Any] = x.device
-        return device
+    def _elsewhere(self, x: Array) -> bool:
+        """Whether another device than that of x is current."""
+        return bool(x.data.device_id != self.runtime.cp.cuda.runtime.getDevice())
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self.runtime.cp.empty(shape, dtype)
 
     def _result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
         """Where the kernels write: `out` if they can, else an array of its own that `_deliver` copies from."""
-        if out is not None and out.flags.c_contiguous and out.data.ptr % out.itemsize == 0:
-            return out
-        return self._empty(shape, dtype)
+        return out if out is not None and _plain_layout(out) else self.runtime.cp.empty(shape, dtype)
 
     def _contiguous(self, x: Array) -> Array:
-        return self.runtime.cp.ascontiguousarray(_aligned(x, self.runtime.cp))
+        return x if _plain_layout(x) else self.runtime.cp.ascontiguousarray(_aligned(x, self.runtime.cp))
 
-    def _launch(
-        self,
-        name: str,
-        width: int,
-        dtype: Any,
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        pointers: tuple[Any, ...],
-        extents: tuple[int, ...],
-    ) -> None:
-        key = dtype.name, name if width == 1 else name + "_wide"
-        function = self._functions.get(key)
+    def _launch(self, launch: Launch, dtype: Any, pointers: tuple[Any, ...]) -> None:
+        name, grid, block, extents = launch
+        function = self._functions.get((dtype, name))
         if function is None:
-            function = self._functions[key] = self.runtime.kernels(key[0]).get_function(key[1])
-        # CuPy passes what it is given: every extent must be a 64-bit integer here, as it is there.
-        function(grid, block, (*pointers, *map(np.int64, extents)))
+            function = self._functions[dtype, name] = self.runtime.kernels(dtype.name).get_function(name)
+        function(grid, block, pointers + extents)
 
 
 def _deliver(result: Array, out: Array | None) -> Array:
@@ -325,28 +341,96 @@ def _deliver(result: Array, out: Array | None) -> Array:
     return out
 
 
-def _aligned(x: Array, cp: Any) -> Array:
-    """x, or a copy where its elements lie across their natural boundaries, which no GPU instruction can read."""
-    if x.data.ptr % x.itemsize == 0 and all(stride % x.itemsize == 0 for stride in x.strides):
-        return x
-    as_bytes = cp.ndarray((*x.shape, x.itemsize), np.uint8, x.data, (*x.strides, 1))
-    return as_bytes.copy().view(x.dtype).reshape(x.shape)
+def _plain_layout(x: Array) -> bool:
+    """Whether kernels can take x as it is. Its flags would say so too, but they are an object made anew each time, ten times as slow."""
+    plain: bool = x._c_contiguous and x.data.ptr % x.itemsize == 0
+    return plain
+
+
+def _wide_aligned(*arrays: Array) -> bool:
+    """Whether all begin where a thread may move 16 bytes at a time."""
+    addresses = 0
+    for array in arrays:
+        addresses |= array.data.ptr
+    return addresses % _WIDE_BYTES == 0
 
 
 def _sum_dtype(dtype: Any) -> Any:
     """A of layers.cu."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    return _FLOAT32 if dtype.itemsize == 2 else dtype
 
 
-def _extents(y: Array) -> tuple[int, int, int]:
-    groups, rows, cols = y.shape if y.ndim == 3 else (1, *y.shape)
+# ---------------------------------------------------------------- geometry
+
+
+@lru_cache(_LAUNCHES)
+def _bias_launch(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool) -> Launch:
+    groups, rows, cols = _extents(shape)
+    width = _width(itemsize, cols, aligned)
+    masked = name.startswith("bias_relu_mask")
+    block = _block(cols, width, max(1, 8 // width) if masked else 1)  # threads along x whose bits fill a byte of the mask
+    tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
+    row_bytes = (_cdiv(cols, 8),) if masked else ()
+    return _named(name, width, _grid(tiles, groups), block, (groups, rows, cols, *row_bytes))
+
+
+@lru_cache(_LAUNCHES)
+def _column_sum(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool, row_bytes: int) -> ColumnSum:
+    groups, rows, cols = _extents(shape)
+    width = _width(itemsize, cols, aligned)
+    block = _block(cols, width, 1)
+    col_tiles = _cdiv(cols, block[0] * width)
+    span = _rows_per_block(rows, block[1], col_tiles)
+    blocks = _cdiv(rows, span)
+    first = _named(name, width, _grid(col_tiles * blocks, groups), block, (groups, rows, cols, row_bytes, span))
+    direct = blocks == 1 and itemsize > 2  # one partial sum is the sum, but for its dtype
+    return ColumnSum(first, (groups, blocks, cols), None if direct else _final_sum(groups, blocks, cols))
+
+
+def _final_sum(groups: int, blocks: int, cols: int) -> Launch:
+    # Eight columns a block are a 32-byte sector of a row of float32 partial sums, and leave 32 threads for the rows.
+    x = min(8, _power_of_2(cols))
+    return _named("colsum_final", 1, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (groups, blocks, cols))
+
+
+@lru_cache(_LAUNCHES)
+def _flat_launch(name: str, size: int, itemsize: int, aligned: bool) -> Launch:
+    width = _width(itemsize, 0, aligned)
+    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK), _LARGEST_X),), (_BLOCK,), (size,))
+
+
+@lru_cache(_LAUNCHES)
+def _mask_backward_launch(shape: tuple[int, ...], itemsize: int, aligned: bool, row_bytes: int) -> Launch:
+    cols = shape[-1] if shape else 1
+    rows = math.prod(shape) // cols
+    width = _width(itemsize, cols, aligned)
+    block = _block(cols, width, 1)
+    tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
+    return _named("mask_backward", width, _grid(tiles, 1), block, (rows, cols, row_bytes))
+
+
+@lru_cache(_LAUNCHES)
+def _softmax_launches(shape: tuple[int, int]) -> ColumnSum:
+    warps = _BLOCK // _WARP
+    blocks = min(_cdiv(shape[0], warps), _SOFTMAX_BLOCKS)
+    first = _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape)
+    return ColumnSum(first, (blocks * warps,), _final_sum(1, blocks * warps, 1))
+
+
+def _named(name: str, width: int, grid: tuple[int, ...], block: tuple[int, ...], extents: tuple[int, ...]) -> Launch:
+    # CuPy passes what it is given: every extent must be a 64-bit integer here, as it is there.
+    return Launch(name if width == 1 else name + "_wide", grid, block, tuple(map(np.int64, extents)))
+
+
+def _extents(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    groups, rows, cols = shape if len(shape) == 3 else (1, *shape)
     return groups, rows, cols
 
 
-def _width(dtype: Any, cols: int, *arrays: Array) -> int:
+def _width(itemsize: int, cols: int, aligned: bool) -> int:
     """Elements that a thread moves at a time: 16 bytes of them, where rows and pointers allow."""
-    width: int = _WIDE_BYTES // dtype.itemsize
-    return width if cols % width == 0 and all(array.data.ptr % _WIDE_BYTES == 0 for array in arrays) else 1
+    width = _WIDE_BYTES // itemsize
+    return width if aligned and cols % width == 0 else 1
 
 
 def _block(cols: int, width: int, least: int) -> tuple[int, int]:

@@ -57,18 +57,21 @@ class Scratch:
 
     def workspace(self, nbytes: int) -> Array:
         """At least so many bytes that hold anything: uint8."""
-        if self._workspace is None or self._workspace.size < nbytes:
-            self._replaced(self._workspace)
-            self._workspace = self._cp.empty((nbytes,), np.uint8)
-        return self._workspace
+        workspace = self._workspace  # looked at once: another thread on this stream may replace it meanwhile, by a smaller one
+        if workspace is None or workspace.size < nbytes:
+            self._replaced(workspace)
+            workspace = self._workspace = self._cp.empty((nbytes,), np.uint8)
+        return workspace
 
     def counters(self, n: int) -> Array:
         """At least n zeros, which whoever counts in them leaves zeros: uint32."""
-        if self._counters is None or self._counters.size < n:
-            self._replaced(self._counters)
-            self._counters = self._cp.empty((n,), np.uint32)
-            self._counters.fill(0)
-        return self._counters
+        counters = self._counters
+        if counters is None or counters.size < n:
+            self._replaced(counters)
+            counters = self._cp.empty((n,), np.uint32)
+            counters.fill(0)
+            self._counters = counters
+        return counters
 
     def _replaced(self, buffer: Array | None) -> None:
         if buffer is not None and _here.recording is self:

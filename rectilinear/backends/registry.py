@@ -182,7 +182,7 @@ def _make(factory: Factory) -> _Loaded:
 def serving(library: str) -> Backend:
     """The backend for arrays of another library than NumPy: the built-in one made for it, else the generic one."""
     name = library if library in _BUILT_IN else GENERIC
-    loaded = _load(name)
+    loaded = _loaded.get(name) or _load(name)
     if loaded is None or loaded.backend is None or not loaded.probe.usable:
         raise BackendError(_refusal(name, "rectilinear"))
     return loaded.backend

@@ -16,8 +16,9 @@ from numpy.lib.array_utils import byte_bounds
 
 from rectilinear.arrays import asarray, to_numpy
 from rectilinear.backends.cupy_scratch import refuse_while_recording
-from rectilinear.dispatch import common_namespace, dtype_name, elements_apart, library_name, memory_of
+from rectilinear.dispatch import common_namespace, dtype_name, library_name, memory_of
 from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.plain import elements_apart
 
 if TYPE_CHECKING:
     from rectilinear.nn.module import Layer, Module

@@ -232,6 +232,8 @@ class ndarray:
     flags = property(lambda self: self._host.flags)
     device = property(lambda self: self._device)
     data = property(lambda self: MemoryPointer(self._host.ctypes.data, self._host, self._device.id))
+    _c_contiguous = property(lambda self: self._host.flags.c_contiguous)
+    _f_contiguous = property(lambda self: self._host.flags.f_contiguous)
     T = property(lambda self: self._view(self._host.T))
 
     def _view(self, host: np.ndarray) -> ndarray:
@@ -359,7 +361,7 @@ class Cublas:
 
     HANDLE = 4711
     CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
-    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 68, 70
+    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 70, 77
     CUBLAS_GEMM_DEFAULT = -1
 
     def __init__(self, counts: Counter[str]) -> None:
@@ -376,7 +378,8 @@ class Cublas:
         total = dtypes[Ctype]
         if handle != self.HANDLE or Atype != Btype or (Atype != Ctype and Ctype != 0) or algo != self.CUBLAS_GEMM_DEFAULT:
             raise ValueError("CUBLAS_STATUS_NOT_SUPPORTED")
-        if computeType != (self.CUBLAS_COMPUTE_64F if Ctype == 1 else self.CUBLAS_COMPUTE_32F):
+        allowed = {0: {68, 77} if Atype == 0 else {68}, 1: {70}}
+        if computeType not in allowed[Ctype]:
             raise ValueError("CUBLAS_STATUS_NOT_SUPPORTED")
         if min(m, n, k, batchCount) < 1 or max(m, n, k, lda, ldb, ldc, batchCount) > 2**31 - 1:
             raise ValueError("CUBLAS_STATUS_INVALID_VALUE")
@@ -385,7 +388,8 @@ class Cublas:
         b = _matrices(B, dtypes[Btype], *((n, k) if transb else (k, n)), ldb, strideB, batchCount)
         c = _matrices(C, total, m, n, ldc, strideC, batchCount)
         a, b = (x.swapaxes(1, 2) if op else x for x, op in ((a, transa), (b, transb)))
-        c[...] = scale * np.matmul(a.astype(total), b.astype(total)) + (keep * c if keep else 0)
+        a, b = (_tf32(x) if computeType == 77 else x.astype(total) for x in (a, b))
+        c[...] = scale * np.matmul(a, b) + (keep * c if keep else 0)
         self._counts["products"] += 1
 
     def getVersion(self, handle: int) -> int:  # noqa: N802
@@ -398,6 +402,11 @@ def _matrices(address: int, dtype: np.dtype, rows: int, cols: int, lead: int, st
         raise ValueError("CUBLAS_STATUS_INVALID_VALUE: a leading dimension below the rows")
     strides = tuple(stride * dtype.itemsize for stride in (step, 1, lead))
     return np.asarray(_Interface(MemoryPointer(address, None), (groups, rows, cols), dtype, strides)).view(dtype)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """Float32 with ten bits behind the point."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _bfloat16() -> np.dtype:

@@ -5,7 +5,7 @@ Type, strides, flags and pointers are CuPy's own; what would compute or copy on 
 
 from __future__ import annotations
 
-import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
@@ -17,6 +17,7 @@ import rectilinear
 from rectilinear.backends import cupy_backend, cupy_gemm, registry
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_lt import Plans
 from rectilinear.dispatch import library_name, resolve
 from rectilinear.keepmask import KeepMask
 
@@ -43,8 +44,17 @@ class Genuine:
     def __init__(self) -> None:
         import cupy
 
+        class Device(cupy.cuda.Device):
+            compute_capability = "90"
+
         self.ndarray = cupy.ndarray
-        self.cuda = type("cuda", (), {"Device": staticmethod(lambda: cupy.cuda.Device(0))})
+        types = {name: getattr(cupy.cuda.runtime, name) for name in ("CUDA_R_16F", "CUDA_R_16BF", "CUDA_R_32F", "CUDA_R_64F")}
+        # The genuine ones ask the driver, which device and stream are current and what a device can do.
+        self.cuda = SimpleNamespace(
+            Device=lambda number=0: Device(number),
+            get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False),
+            runtime=SimpleNamespace(getDevice=lambda: 0, **types),
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
         return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
@@ -58,17 +68,15 @@ class Genuine:
         return out
 
 
-@pytest.fixture
-def backend(host: Host, monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
-    """The backend on genuine arrays and the kernels built for the CPU."""
+@pytest.fixture(params=["plans", "gemm"])
+def backend(host: Host, request: pytest.FixtureRequest) -> CupyBackend:
+    """The backend on genuine arrays and the kernels built for the CPU; products by the stand-in's cuBLASLt, or by NumPy."""
     cp = Genuine()
     for module in host.modules.values():
         module.cp = cp
-    runtime = Runtime(cp, host.modules.__getitem__)
-    backend = CupyBackend(lambda: runtime, lambda backend: Probe(True))
-    # Entering a genuine device asks the driver.
-    monkeypatch.setattr(backend, "_on_device_of", lambda x: contextlib.nullcontext())
-    return backend
+    plans = request.param == "plans"
+    runtime = Runtime(cp, host.modules.__getitem__, lambda *given: Plans(*given, host.lt) if plans else cupy_gemm.Gemm(*given))
+    return CupyBackend(lambda: runtime, lambda backend: Probe(True))
 
 
 def test_whole_passes(backend: CupyBackend) -> None:
@@ -95,9 +103,11 @@ def test_widths_follow_pointers_and_rows(dtype: str) -> None:
     start = -memory.ctypes.data % 16
     aligned = genuine(memory[start : start + 512].view(T))
     shifted = genuine(memory[start + T.itemsize : start + 512 + T.itemsize].view(T))
-    assert cupy_backend._width(T, 4 * width, aligned) == width
-    assert cupy_backend._width(T, 4 * width + 1, aligned) == 1
-    assert cupy_backend._width(T, 4 * width, aligned, shifted) == 1
+    assert cupy_backend._wide_aligned(aligned)
+    assert not cupy_backend._wide_aligned(aligned, shifted)
+    assert cupy_backend._width(T.itemsize, 4 * width, True) == width
+    assert cupy_backend._width(T.itemsize, 4 * width + 1, True) == 1
+    assert cupy_backend._width(T.itemsize, 4 * width, False) == 1
 
 
 def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
@@ -133,21 +143,13 @@ def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
     ],
 )
 def test_cublas_geometry_of_genuine_views(view: Any, want: tuple[str, int, int]) -> None:
-    class Names:
-        class cuda:
-            class cublas:
-                CUBLAS_OP_N, CUBLAS_OP_T = "N", "T"
-
-    array = view(genuine(np.zeros((3, 4, 6), "f4")))
-    same, op, lead, group = cupy_gemm._column_major(Names, array)
-    assert same is array
-    assert (op, lead, group) == want
+    op, *lies = want
+    assert cupy_gemm.column_major_strides(view(genuine(np.zeros((3, 4, 6), "f4")))) == (op == "T", *lies)
 
 
 @pytest.mark.parametrize("view", [lambda a: a[:, :, ::2], lambda a: a[:, ::-1], lambda a: a[::-1]])
 def test_cublas_geometry_asks_for_a_copy(view: Any) -> None:
-    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):  # the copy, for which there is no device
-        cupy_gemm._column_major(None, view(genuine(np.zeros((3, 4, 6), "f4"))))
+    assert cupy_gemm.column_major_strides(view(genuine(np.zeros((3, 4, 6), "f4")))) is None
 
 
 def test_out_that_kernels_cannot_write_is_told_apart(backend: CupyBackend) -> None:

@@ -32,6 +32,7 @@ def own_signature(own: Any) -> list[str]:
 FUNCTIONS = ["empty", "asarray", "asnumpy", "ascontiguousarray"]
 METHODS = ["reshape", "swapaxes", "view", "copy", "astype", "fill", "get"]
 PROPERTIES = ["shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides", "flags", "device", "data", "T"]
+PRIVATE = ["_c_contiguous", "_f_contiguous"]  # what flags are made of
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -54,7 +55,7 @@ def test_methods(name: str) -> None:
 def test_properties_and_nothing_else() -> None:
     import cupy
 
-    for name in PROPERTIES:
+    for name in (*PROPERTIES, *PRIVATE):
         assert hasattr(cupy.ndarray, name), name
     public = {name for name in vars(standin.ndarray) if not name.startswith("_")}
     assert public == {*PROPERTIES, *METHODS, "tolist", "item"}
@@ -71,7 +72,9 @@ def test_array_constructor() -> None:
     pointer = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0), 0)
     real = cupy.ndarray((2, 3, 1), np.uint8, pointer, (6, 2, 1))
     own = standin.ndarray((2, 3, 1), np.uint8, standin.MemoryPointer(host.ctypes.data, host), (6, 2, 1))
-    assert (real.shape, real.strides, real.data.ptr) == (own.shape, own.strides, own.data.ptr)
+    for name in ("shape", "strides", *PRIVATE):
+        assert getattr(real, name) == getattr(own, name), name
+    assert (real.data.ptr, real.data.device_id) == (own.data.ptr, own.data.device_id)
     assert own.get().ravel().tolist() == [0, 2, 4, 6, 8, 10]
 
 
