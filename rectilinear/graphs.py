@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import MethodType
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -132,6 +133,10 @@ class Captured:
             if len(self._seen) > _MOST_SIGNATURES:
                 self._seen.popitem(last=False)
         return result
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: the object is its first argument."""
+        return self if instance is None else MethodType(self, instance)
 
     def _holds_arrays(self, signature: Any, given: _Arguments) -> bool:
         """Whether a function that is given no array holds CuPy's."""

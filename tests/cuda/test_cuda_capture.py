@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_standin
+import gpu_cases
 import numpy as np
 import pytest
 import standin
@@ -19,6 +20,7 @@ from host_backend import Host
 import rectilinear
 from rectilinear import graphs, nn
 from rectilinear.backends import cupy_scratch, registry
+from rectilinear.backends.cupy_gemm import Gemm
 from rectilinear.keepmask import KeepMask
 
 
@@ -444,6 +446,35 @@ def test_a_method_that_is_captured_by_its_own_object(cp: Any) -> None:
     assert len(runs) == 2
 
 
+class Scaled:
+    def __init__(self, w: Any) -> None:
+        self.w = w
+
+    @rectilinear.capture
+    def times(self, x: Any) -> Any:
+        """Python."""
+        runs.append(self)
+        return x * self.w
+
+
+runs: list[Any] = []
+
+
+def test_methods(cp: Any) -> None:
+    runs.clear()
+    two, three = (Scaled(cp.asarray(np.full(3, factor, "f4"))) for factor in (2, 3))
+    for n in range(4):
+        x = cp.asarray(np.full(3, n, "f4"))
+        assert (two.times(x).get() == 2 * n).all()
+        assert (three.times(x=x).get() == 3 * n).all()
+    assert runs == [two, three] * 2
+    assert (Scaled.times.__doc__, Scaled.times.__name__) == ("Python.", "times")
+    two.w.fill(5)
+    assert (two.times(x).get() == 15).all()
+    two.w = cp.asarray(np.full(3, 6, "f4"))
+    assert (two.times(x).get() == 18).all()
+
+
 def test_all_is_given_back_with_the_callable(cp: Any) -> None:
     gc.collect()
     before, pools = standin._default_pool.used_bytes(), _pools()
@@ -629,6 +660,17 @@ def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(
     for n in range(4):
         x.fill(n)
         assert (captured(x).get() == n + 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_nvmath_it_says_what_brings_products(cp: Any, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    backend = registry.serving("cupy")
+    monkeypatch.setattr(backend, "products", Gemm(cp, backend.scratches))
+    captured = rectilinear.capture(layer)
+    given = [cp.asarray(values(i, *shape), gpu_cases.numpy_dtype(dtype)) for i, shape in enumerate(SHAPES)]
+    captured(*given)
+    with pytest.raises(RuntimeError, match=r"CuPy's own products cannot be recorded.*rectilinear\[cuda13\].*nvmath-python"):
+        captured(*given)
 
 
 # ---------------------------------------------------------------- nn
