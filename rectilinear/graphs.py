@@ -303,7 +303,7 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
     cp, device = earlier.cp, earlier.device
     roots = (function, *given.objects)
     before = edges_from(roots, compat.is_cupy_array)
-    pool = cp.cuda.MemoryPool()
+    pool = _pool(cp)
     with _on_device(cp, device), cp.cuda.using_allocator(pool.malloc):
         buffers = [_buffer(cp, array, first) for array, first in zip(given.arrays, earlier.arrays, strict=True)]
         scratch = Scratch(cp)
@@ -323,6 +323,28 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
     kept = held(before, edges_from(roots, compat.is_cupy_array), compat.is_cupy_array)
     memory = _Memory(buffers, result, kept, scratch, pool)
     return _Graph(cp, device, graph, memory)
+
+
+def _pool(cp: Any) -> Any:
+    """A memory pool that never gives back what a record has used: where the GPU is full CuPy's would, in the midst of recording."""
+
+    def allocate(size: int) -> Any:
+        return cp.cuda.MemoryPointer(cp.cuda.Memory(size), 0)
+
+    def allocate_after_others(size: int) -> Any:
+        full = cp.cuda.runtime.CUDARuntimeError
+        try:
+            return allocate(size)
+        except full:
+            cp.get_default_memory_pool().free_all_blocks()
+        try:
+            return allocate(size)
+        except full as error:  # another error than the one at which a pool frees what it can
+            raise MemoryError(
+                f"rectilinear.capture: the GPU has no {size} bytes left for a record; each kind of arguments has one, in memory of its own"
+            ) from error
+
+    return cp.cuda.MemoryPool(allocate_after_others)
 
 
 def _buffer(cp: Any, given: Array, earlier: Array) -> _Buffer:

@@ -130,6 +130,37 @@ def test_temporaries_lie_in_a_pool_that_stays_with_the_graph(cp: Any) -> None:
     assert all((array.get() == 1).all() for array in occupied)
 
 
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_full_gpu(cp: Any, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """A pool gives back what is free in it when there is no memory left; of what is recorded some lies there."""
+
+    def function(x: Any) -> Any:
+        some = cp.empty((3000 + refused,), "f4")  # as large as nothing else
+        some.fill(2)
+        y = some[:100] + x
+        del some
+        if cupy_scratch.is_recording() and armed:
+            standin.Memory._refused = armed.pop()
+        large = cp.empty((5000 + refused,), "f4")  # more than anything that is free
+        large.fill(3)
+        return y + large[:100], large
+
+    monkeypatch.setattr(standin.Memory, "_refused", 0)
+    armed = [refused]
+    captured = rectilinear.capture(function)
+    given = [cp.asarray(np.full(100, n, "f4")) for n in range(6)]
+    captured(given[0])
+    if refused == 2:
+        with pytest.raises(MemoryError, match=r"rectilinear.capture: the GPU has no \d+ bytes left for a record"):
+            captured(given[1])
+    occupied: list[Any] = []
+    for n in range(1, 6):
+        got = captured(given[n])[0]
+        assert (got.get() == n + 5).all()
+        assert all((array.get() == 1).all() for array in occupied)
+        occupied = occupied or occupy(cp, (3000 + refused,))
+
+
 def test_a_workspace_is_the_graphs_own(cp: Any) -> None:
     captured = rectilinear.capture(lambda x, w: rectilinear.affine_forward(x, w, None)[0])
     x, w = cp.asarray(values(0, 4, 500)), cp.asarray(values(1, 500, 4))  # a long sum, which is split

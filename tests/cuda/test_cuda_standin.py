@@ -82,6 +82,7 @@ def test_memory_pointer() -> None:
     import cupy
 
     real, own = cupy.cuda.MemoryPointer, standin.MemoryPointer
+    assert own_signature(standin.pointer_to) == real_signature(real) == ["mem", "offset"]
     assert own_signature(own.copy_from_device_async) == real_signature(real.copy_from_device_async)
     assert {"ptr", "device_id", "__add__"} <= set(dir(real))
     host = np.zeros(8, np.uint8)
@@ -133,7 +134,7 @@ def test_cublas_constants_are_those_of_the_header() -> None:
     assert callable(cupy.cuda.device.get_cublas_handle)
 
 
-@pytest.mark.parametrize("own", [standin.Stream, standin.Event, standin.MemoryPool, standin.Graph, standin.Runtime])
+@pytest.mark.parametrize("own", [standin.Stream, standin.Event, standin.MemoryPool, standin.Graph, standin.Memory, standin.Runtime])
 def test_what_the_script_for_a_gpu_uses(own: type) -> None:
     import cupy
 
