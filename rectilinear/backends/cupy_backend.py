@@ -128,7 +128,7 @@ class CupyBackend:
         y, z, b = self._affine(x, w, b, out)
         shape = y.shape
         mask = self._empty((*shape[:-1], -(-shape[-1] // 8)), _BYTE)
-        self._bias("bias_relu_mask_rounded" if z.itemsize == 2 else "bias_relu_mask", z, b, y, mask)
+        self._bias("bias_relu_mask", z, b, y, mask)
         return _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
@@ -199,6 +199,7 @@ class CupyBackend:
             self.products.product(operation, a, b, out, bias)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
+        """y = z + b, by "bias_add"; relu'd with its mask by "bias_relu_mask". z is in the sums' dtype, or without b in y's, and may be y."""
         if y.size == 0:
             return
         pointers: tuple[Any, ...]
@@ -209,6 +210,7 @@ class CupyBackend:
             pointers, aligned = (z, b, y), _wide_aligned(z, y, b)
         if mask is not None:
             pointers += (mask,)
+            name = "relu_mask" if b is None and z.itemsize == y.itemsize else name
         self._launch(_bias_launch(name, y.shape, y.itemsize, aligned), y.dtype, pointers)
 
     def _select_and_sum(self, dout: Array, keep: Keep | None, want_dz: bool, out: Array | None) -> tuple[Array | None, Array]:
@@ -367,7 +369,7 @@ def _sum_dtype(dtype: Any) -> Any:
 def _bias_launch(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool) -> Launch:
     groups, rows, cols = _extents(shape)
     width = _width(itemsize, cols, aligned)
-    masked = name.startswith("bias_relu_mask")
+    masked = "mask" in name
     block = _block(cols, width, max(1, 8 // width) if masked else 1)  # threads along x whose bits fill a byte of the mask
     tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
     row_bytes = (_cdiv(cols, 8),) if masked else ()
