@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from genuine import genuine
 
 import rectilinear
 from rectilinear.backends import registry
@@ -23,14 +24,6 @@ from rectilinear.backends.cupy_backend import CupyBackend, Runtime
 SHAPE = (16, 64, 64)
 """N, D, M of the layer that is timed; the cost depends on none of them."""
 TURNS, SECONDS = 300, 0.0005
-
-
-def genuine(host: np.ndarray, device: int = 0) -> Any:
-    """A `cupy.ndarray` that says it is on `device` and whose memory is that of `host`."""
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(host.nbytes, 1), host, device)
-    return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0), host.strides)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, boundary: int = 256) -> np.ndarray:
@@ -117,6 +110,8 @@ def multiples(dtype: Any = np.float32, products: bool = False) -> tuple[float, d
 if __name__ == "__main__":
     for products in (False, True):
         unit, found = multiples(products=products)
-        print(f"np.maximum of two (1, 64) float32 arrays: {unit * 1e6:.2f} us; {'with' if products else 'without'} our Python of the products")
+        print(
+            f"np.maximum of two (1, 64) float32 arrays: {unit * 1e6:.2f} us; {'with' if products else 'without'} our Python of the products"
+        )
         for name, times in found.items():
             print(f"{name:28} {times:6.1f} times that, {times * unit * 1e6:6.2f} us")
