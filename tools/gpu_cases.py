@@ -154,10 +154,10 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
     if case.kind.startswith("bias"):
         y = backend._empty(case.shape, numpy_dtype(case.dtype))
         mask = backend._empty((*case.shape[:-1], -(-case.shape[-1] // 8)), np.uint8) if "mask" in case.kind else None
-        backend._bias(case.kind.removesuffix("_none"), on["z"], None if "none" in case.kind else on["b"], y, mask)
+        backend._bias(case.kind.removesuffix("_none"), case.shape, on["z"], None if "none" in case.kind else on["b"], y, mask)
         out = {"y": y, "mask": mask}
     elif case.kind == "colsum_one_block":
-        with _one_block():
+        with _one_block(backend):
             out["db"] = backend.bias_backward(on["dout"], None)
     elif case.kind == "colsum":
         out["db"] = backend.bias_backward(on["dout"], None)
@@ -175,14 +175,16 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
 
 
 @contextmanager
-def _one_block() -> Iterator[None]:
+def _one_block(backend: Any) -> Iterator[None]:
     """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
     chosen = cupy_backend._rows_per_block
     cupy_backend._rows_per_block = lambda rows, threads, col_tiles: rows
+    backend._column_sum.cache_clear()  # which remembers what was chosen
     try:
         yield
     finally:
         cupy_backend._rows_per_block = chosen
+        backend._column_sum.cache_clear()
 
 
 # ---------------------------------------------------------------- what must come out

@@ -125,7 +125,8 @@ class CupyBackend:
         if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_forward(x, w, b, out)
-        (shape, _), dtype = _forward_shapes(x.shape, w.shape), x.dtype
+        shape, _ = _forward_shapes(x.shape, w.shape)
+        dtype = x.dtype
         y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
         z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product(x, w, z, "NN")
@@ -137,7 +138,8 @@ class CupyBackend:
         if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_relu_forward(x, w, b, out)
-        (shape, mask_shape), dtype = _forward_shapes(x.shape, w.shape), x.dtype
+        shape, mask_shape = _forward_shapes(x.shape, w.shape)
+        dtype = x.dtype
         y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
         z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product(x, w, z, "NN")
@@ -183,10 +185,13 @@ class CupyBackend:
         return result if out is None else _deliver(result, out)
 
     def _product(self, a: Array, b: Array, out: Array, transposed: str) -> None:
-        """out = a b, by cuBLAS. `transposed` says of each operand, as BLAS does, whether it is taken as it is (N) or transposed (T)."""
+        """out = a b, by cuBLAS. `transposed`, as BLAS says it: operands as they are (NN), the first transposed (TN), or the second (NT)."""
         if out.size == 0:
             return
-        a, b = (x.swapaxes(-1, -2) if how == "T" else x for x, how in zip((a, b), transposed, strict=True))
+        if transposed == "TN":
+            a = a.swapaxes(-1, -2)
+        elif transposed == "NT":
+            b = b.swapaxes(-1, -2)
         if a.shape[-1] == 0:
             out.fill(0)
             return
@@ -211,8 +216,8 @@ class CupyBackend:
                 b = self._contiguous(b)
             addresses |= b.data.ptr
         start, extents = self._bias_launch(dtype, name, shape, addresses % _WIDE_BYTES == 0)
-        pointers = (z, _NULL if b is None else b, y)
-        start(pointers + extents if mask is None else (*pointers, mask, *extents))
+        bias = _NULL if b is None else b
+        start(((z, bias, y) if mask is None else (z, bias, y, mask)) + extents)
 
     def _select_and_sum(self, dout: Array, keep: Keep | None, want_dz: bool, out: Array | None) -> tuple[Array | None, Array]:
         """dz (dout itself without keep, None if not wanted) and the sum of it over rows."""

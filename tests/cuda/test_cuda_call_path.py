@@ -260,10 +260,15 @@ def test_which_genuine_arrays_are_seen_at_once(monkeypatch: pytest.MonkeyPatch, 
     class Subclass(type(x)):  # type: ignore[misc]
         pass
 
-    views = [x, w, b, keep]
-    for i, other in enumerate((x.view(Subclass), w.view(Subclass), b.view(Subclass), KeepMask(mask.view(Subclass), (N, M)))):
-        first, second, third, fourth = (*views[:i], other, *views[i + 1 :])
-        assert plain.plain_backend(first, (second,), third, fourth) is None
+    usual = [x, w, b, keep]
+    subclasses = x.view(Subclass), w.view(Subclass), b.view(Subclass), KeepMask(mask.view(Subclass), (N, M))
+    narrow = "i2" if T.itemsize != 2 else "i4"
+    other_dtypes = *(genuine(np.zeros(a.shape, narrow)) for a in (x, w, b)), genuine(np.zeros((N, M), narrow))
+    on_host = *(np.zeros(a.shape, T) for a in (x, w, b)), KeepMask(np.zeros((N, 1), "u1"), (N, M))
+    for others in (subclasses, other_dtypes, on_host):
+        for i, other in enumerate(others):
+            first, second, third, fourth = (*usual[:i], other, *usual[i + 1 :])
+            assert plain.plain_backend(first, (second,), third, fourth) is None
 
 
 def test_what_is_seen_to_lie_apart_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,16 +434,16 @@ def test_nothing_else_is_computed_with_it(on_standin: Any, refused: Any) -> None
 def test_genuine_arrays_leave_a_comparison_to_the_mask(monkeypatch: pytest.MonkeyPatch, compare: Any) -> None:
     """In either order; there is no device to compute the answer."""
 
-    class Asked(Exception):
+    class AskedError(Exception):
         pass
 
     def asked(self: KeepMask) -> Any:
-        raise Asked
+        raise AskedError
 
     monkeypatch.setattr(KeepMask, "_signs", asked)
     mask, array = KeepMask(genuine(np.zeros((N, 1), "u1")), (N, M)), genuine(np.zeros((N, M), "f4"))
     for pair in ((mask, array), (array, mask), (mask, 0), (0, mask), (mask, mask)):
-        with pytest.raises(Asked):
+        with pytest.raises(AskedError):
             compare(*pair)
     with pytest.raises(TypeError, match="relu_backward"):
         array * mask
