@@ -27,7 +27,7 @@ def own_signature(own: Any) -> list[str]:
     return [name for name in inspect.signature(own).parameters if name != "self"]
 
 
-FUNCTIONS = ["empty", "asarray", "asnumpy", "ascontiguousarray"]
+FUNCTIONS = ["empty", "asarray", "asnumpy", "ascontiguousarray", "reshape", "unpackbits"]
 METHODS = ["reshape", "swapaxes", "view", "copy", "astype", "fill", "get"]
 PROPERTIES = ["shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides", "flags", "device", "data", "T"]
 PRIVATE = ["_c_contiguous", "_f_contiguous"]  # what flags are made of
@@ -57,7 +57,9 @@ def test_properties_and_nothing_else() -> None:
         assert hasattr(cupy.ndarray, name), name
     public = {name for name in vars(standin.ndarray) if not name.startswith("_")}
     assert public == {*PROPERTIES, *METHODS, "tolist", "item"}
-    assert {"tolist", "item", "__len__", "__imul__", "__isub__"} <= set(dir(cupy.ndarray))
+    used = {name for name in vars(standin.ndarray) if name.startswith("__") and name not in vars(object)}
+    made_by_python = {"__module__", "__dict__", "__weakref__", "__annotations__"}
+    assert {"tolist", "item"} | used - made_by_python - {"__index__"} <= set(dir(cupy.ndarray))  # which refuses an index by having none
 
 
 def test_array_constructor() -> None:
@@ -180,9 +182,17 @@ def test_no_mixing_with_numpy(cp: standin.StandIn) -> None:
         cp.ascontiguousarray(a.get())
     with pytest.raises(TypeError):
         a[...] = a.get()
+    for operand in (a.get(), np.array(0.0)):
+        for operate in (lambda x, y: x * y, lambda x, y: x > y, lambda x, y: x == y):
+            with pytest.raises(TypeError):
+                operate(a, operand)
+            with pytest.raises(TypeError):
+                operate(operand, a)
 
 
-@pytest.mark.parametrize("ask", [bool, int, float, list, lambda a: a == 1, lambda a: a < 0, lambda a: a.item(), lambda a: a.tolist()])
+@pytest.mark.parametrize(
+    "ask", [bool, int, float, list, lambda a: bool(a == 1), lambda a: bool(a < 0), lambda a: a.item(), lambda a: a.tolist()]
+)
 def test_no_hidden_waiting(cp: standin.StandIn, ask: Any) -> None:
     with pytest.raises(RuntimeError, match="hidden wait"):
         ask(cp.empty(1, "f4"))
