@@ -154,7 +154,7 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
     if case.kind.startswith("bias"):
         y = backend._empty(case.shape, numpy_dtype(case.dtype))
         mask = backend._empty((*case.shape[:-1], -(-case.shape[-1] // 8)), np.uint8) if "mask" in case.kind else None
-        backend._bias(case.kind.removesuffix("_none"), case.shape, on["z"], None if "none" in case.kind else on["b"], y, mask)
+        backend._bias(case.kind.removesuffix("_none"), on["z"], None if "none" in case.kind else on["b"], y, mask)
         out = {"y": y, "mask": mask}
     elif case.kind == "colsum_one_block":
         with _one_block(backend):

@@ -131,7 +131,7 @@ class CupyBackend:
         z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product(x, w, z, "NN")
         if b is not None or z is not y:
-            self._bias("bias_add", shape, z, b, y)
+            self._bias("bias_add", z, b, y)
         return y if out is None else _deliver(y, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
@@ -144,7 +144,7 @@ class CupyBackend:
         z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product(x, w, z, "NN")
         mask = self._empty(mask_shape, _BYTE)
-        self._bias("bias_relu_mask", shape, z, b, y, mask)
+        self._bias("bias_relu_mask", z, b, y, mask)
         return y if out is None else _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
@@ -181,7 +181,7 @@ class CupyBackend:
         sums = result if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product(a, b, sums, transposed)
         if sums is not result:
-            self._bias("bias_add", shape, sums, None, result)
+            self._bias("bias_add", sums, None, result)
         return result if out is None else _deliver(result, out)
 
     def _product(self, a: Array, b: Array, out: Array, transposed: str) -> None:
@@ -206,8 +206,8 @@ class CupyBackend:
         else:
             strided_gemm(cp, a, b, out)
 
-    def _bias(self, name: str, shape: tuple[int, ...], z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
-        dtype = y.dtype
+    def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
+        shape, dtype = y.shape, y.dtype
         if 0 in shape:
             return
         addresses = y.data.ptr if z is y else z.data.ptr | y.data.ptr
