@@ -49,10 +49,11 @@ _device_dtypes = _Dtypes()
 def plain_backend(first: Array, others: tuple[Array, ...] = (), b: Array | None = None, keep: Any = None) -> Backend | None:
     """The backend, if the arguments are operands as they are; None if the general look is to decide."""
     kind: Any = type(first)
-    on_host = kind is _ndarray
-    dtypes = _NATIVE if on_host else _device_dtypes[kind]
-    if dtypes is None:
-        return None
+    dtypes: Any = _NATIVE
+    if kind is not _ndarray:
+        dtypes = _device_dtypes[kind]
+        if dtypes is None:
+            return None
     dtype = first.dtype
     if dtype not in dtypes:
         return None
@@ -67,7 +68,7 @@ def plain_backend(first: Array, others: tuple[Array, ...] = (), b: Array | None 
                 return None
         elif type(keep) is not KeepMask or type(keep._bits) is not kind:
             return None
-    if on_host:
+    if kind is _ndarray:
         backend = registry.active()
         return backend if backend.library == "numpy" else None
     here = first.data.device_id
