@@ -38,7 +38,7 @@ from rectilinear.dispatch import (
 )
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
-from rectilinear.plain import fits_at_once, gradients_fit_at_once, on_one_device, plain_backend
+from rectilinear.plain import fits_at_once, gradients_fit_at_once, labels_on_its_device, plain_backend
 
 __all__ = [
     "affine_backward",
@@ -300,13 +300,14 @@ def affine_relu_backward(
         raise TypeError(
             f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it"
         )
-    x, w, b = _affine_cache("affine_relu_backward", cache[0])
-    if cache[1] is None or isinstance(cache[1], _SEQUENCE):
-        met = _met(cache[1])
+    affine, keep = cache
+    x, w, b = affine if type(affine) is tuple and len(affine) == 3 else _affine_cache("affine_relu_backward", affine)
+    if keep is None or isinstance(keep, _SEQUENCE):
+        met = _met(keep)
         raise TypeError(
             f"affine_relu_backward: the ReLU half of cache is {met}; it takes z or a KeepMask, as affine_relu_forward returned it"
         )
-    return _affine_backward("affine_relu_backward", dout, x, w, b, cache[1], needs, out)
+    return _affine_backward("affine_relu_backward", dout, x, w, b, keep, needs, out)
 
 
 # ---------------------------------------------------------------- softmax
@@ -365,7 +366,7 @@ def _plain_labels(x: Array, y: Any) -> bool:
     if unsigned is None or x.size == 0:
         return False
     if type(y) is not np.ndarray:  # not to be read without waiting
-        return on_one_device(x, y)
+        return labels_on_its_device(x, y)
     labels = y.view(unsigned)  # without its sign a label below 0 is a large one
     return bool(labels.item(labels.argmax()) < x.shape[1])  # argmax saves setting up a reduction, 0.6 us
 

@@ -7,9 +7,7 @@ everything, and says what is wrong, if anything is. So what this file does not k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,36 +19,20 @@ from rectilinear.keepmask import KeepMask
 _ndarray = np.ndarray  # one look-up less at every call
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How the base arrays of a library are looked at.
+_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
 
-    Attributes
-    ----------
-    library : str
-        Its import name.
-    dtypes : frozenset
-        Those that are operands as they are, in the machine's byte order.
-    device : callable or None
-        The number of the device that an array is on; None where all arrays are in one place.
+
+class _Dtypes(dict[type, frozenset[Any] | None]):
+    """Exact type of an array on a device -> the dtypes that are operands as they are; None for what is left to the general look.
+
+    CuPy is known by name, for only those who use it have it.
     """
 
-    library: str
-    dtypes: frozenset[Any]
-    device: Callable[[Array], int] | None = None
-
-
-class _Looks(dict[type, Look | None]):
-    """Exact type of an array -> how to look at it; None for types that the fast look leaves to the general one."""
-
-    def __missing__(self, kind: type) -> Look | None:
+    def __missing__(self, kind: type) -> frozenset[Any] | None:
         if kind.__module__ != "cupy" or kind.__qualname__ != "ndarray":
             return None  # and not kept: there may be any number of types
-        look = self[kind] = Look("cupy", _NATIVE | _half_dtypes(), attrgetter("data.device_id"))
-        return look
-
-
-_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
+        dtypes = self[kind] = _NATIVE | _half_dtypes()
+        return dtypes
 
 
 def _half_dtypes() -> frozenset[Any]:
@@ -61,19 +43,19 @@ def _half_dtypes() -> frozenset[Any]:
     return frozenset({np.dtype(np.float16), np.dtype(bfloat16)})
 
 
-_LOOKS = _Looks({np.ndarray: Look("numpy", _NATIVE)})
+_device_dtypes = _Dtypes()
 
 
-def plain_backend(
-    first: Array, others: tuple[Array, ...] = (), b: Array | None = None, keep: Array | KeepMask | None = None
-) -> Backend | None:
+def plain_backend(first: Array, others: tuple[Array, ...] = (), b: Array | None = None, keep: Any = None) -> Backend | None:
     """The backend, if the arguments are operands as they are; None if the general look is to decide."""
     kind: Any = type(first)
-    look = _LOOKS[kind]
-    if look is None:
-        return None
+    dtypes: Any = _NATIVE
+    if kind is not _ndarray:
+        dtypes = _device_dtypes[kind]
+        if dtypes is None:
+            return None
     dtype = first.dtype
-    if dtype not in look.dtypes:
+    if dtype not in dtypes:
         return None
     for other in others:
         if type(other) is not kind or other.dtype is not dtype:
@@ -89,23 +71,20 @@ def plain_backend(
     if kind is _ndarray:
         backend = registry.active()
         return backend if backend.library == "numpy" else None
-    device = look.device
-    if device is not None:
-        here = device(first)
-        for other in others:
-            if device(other) != here:
-                return None
-        if b is not None and device(b) != here:
+    here = first.data.device_id
+    for other in others:
+        if other.data.device_id != here:
             return None
-        if keep is not None and device(keep._bits if type(keep) is KeepMask else keep) != here:
-            return None
-    return registry.serving(look.library)
+    if b is not None and b.data.device_id != here:
+        return None
+    if keep is not None and (keep._bits if type(keep) is KeepMask else keep).data.device_id != here:
+        return None
+    return registry.serving("cupy")
 
 
-def on_one_device(x: Array, y: Array) -> bool:
-    """Whether base arrays of one library are on one device."""
-    look = _LOOKS[type(x)]
-    return look is not None and (look.device is None or look.device(x) == look.device(y))
+def labels_on_its_device(x: Array, y: Array) -> bool:
+    """Whether y, an array of the same library as x other than NumPy, is where x is."""
+    return _device_dtypes[type(x)] is not None and bool(x.data.device_id == y.data.device_id)
 
 
 # ---------------------------------------------------------------- out
@@ -208,16 +187,10 @@ def _fit_by_bounds(outs: Sequence[Any], shapes: Sequence[Any], dtype: Any, argum
 
     Their flags are an object that is made anew each time; what it is made of is there as well.
     """
-    first: Any = arguments[0]
+    first = arguments[0]
     kind, here = type(first), first.data.device_id
-    taken = []
-    for x in arguments:
-        if x is not None:
-            low = x.data.ptr
-            if not (x._c_contiguous or x._f_contiguous):
-                return False
-            taken.append((low, low + x.nbytes))
-    for out, shape in zip(outs, shapes, strict=True):
+    taken: list[tuple[int, int]] = []
+    for out, shape in zip(outs, shapes):  # noqa: B905 - strict costs as much as the loop
         if out is not None:
             if type(out) is not kind or out.dtype is not dtype or not out._c_contiguous or out.shape != shape:
                 return False
@@ -230,4 +203,13 @@ def _fit_by_bounds(outs: Sequence[Any], shapes: Sequence[Any], dtype: Any, argum
                 if low < end and start < high:
                     return False
             taken.append((low, high))
+    for x in arguments:
+        if x is not None:
+            if not (x._c_contiguous or x._f_contiguous):
+                return False
+            low = x.data.ptr
+            high = low + x.nbytes
+            for start, end in taken:
+                if low < end and start < high:
+                    return False
     return True

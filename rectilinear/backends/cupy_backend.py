@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ class Runtime(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a kernel is launched with besides its pointers: worked out once for a shape and an alignment, and kept."""
+    """What a kernel is launched with besides its pointers."""
 
     name: str
     grid: tuple[int, ...]
@@ -66,11 +66,15 @@ class Launch(NamedTuple):
 
 
 class ColumnSum(NamedTuple):
-    """Launches of a sum over rows, and the shape of the partial sums between them; without a second launch these are the sum."""
+    """A sum over rows: the shape of the result, and of the partial sums that the second launch adds up, where there is one.
 
-    first: Launch
-    parts: tuple[int, ...]
-    final: Launch | None
+    Without a first launch there is nothing to add.
+    """
+
+    shape: tuple[int, ...]
+    first: Launch | None = None
+    parts: tuple[int, ...] = ()
+    final: Launch | None = None
 
 
 class CupyBackend:
@@ -92,7 +96,11 @@ class CupyBackend:
     def __init__(self, connect: Callable[[], Runtime], examine: Callable[[CupyBackend], Probe]) -> None:
         self._connect = connect
         self._examine = examine
-        self._functions: dict[tuple[Any, str], Any] = {}
+        self._bias_launch = self._kept(bias_launch)
+        self._column_sum = self._kept(column_sum)
+        self._flat_launch = self._kept(flat_launch)
+        self._mask_backward_launch = self._kept(mask_backward_launch)
+        self._softmax_launches = self._kept(softmax_launches)
         self.scratches = Scratches()
 
     def probe(self) -> Probe:
@@ -107,29 +115,38 @@ class CupyBackend:
         """Chosen at the first product, since only a call tells whether cuBLASLt works here; asks the current device."""
         return self.runtime.products(self.runtime.cp, self.scratches)
 
+    @cached_property
+    def _empty(self) -> Callable[[tuple[int, ...], Any], Array]:
+        return self.runtime.cp.empty  # type: ignore[no-any-return]
+
+    @cached_property
+    def _current_device(self) -> Callable[[], int]:
+        return self.runtime.cp.cuda.runtime.getDevice  # type: ignore[no-any-return]
+
     # affine
 
     # Launches go to the current device and its current stream, and the arrays decide which device that is. A context manager costs as
     # much as the rest of a call, so it is entered only where another device is current.
 
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
-        if self._elsewhere(x):
+        if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_forward(x, w, b, out)
-        y, z, b = self._affine(x, w, b, out)
+        shape, _ = _forward_shapes(x.shape, w.shape)
+        y, z, b = self._affine(x, w, b, shape, out)
         if b is not None or z is not y:
             self._bias("bias_add", z, b, y)
-        return _deliver(y, out)
+        return y if out is None else _deliver(y, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
-        if self._elsewhere(x):
+        if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_relu_forward(x, w, b, out)
-        y, z, b = self._affine(x, w, b, out)
-        shape = y.shape
-        mask = self._empty((*shape[:-1], -(-shape[-1] // 8)), _BYTE)
-        self._bias("bias_relu_mask_rounded" if z.itemsize == 2 else "bias_relu_mask", z, b, y, mask)
-        return _deliver(y, out), unchecked(mask, shape)
+        shape, mask_shape = _forward_shapes(x.shape, w.shape)
+        y, z, b = self._affine(x, w, b, shape, out)
+        mask = self._empty(mask_shape, _BYTE)
+        self._bias("bias_relu_mask", z, b, y, mask)
+        return y if out is None else _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
         self,
@@ -140,7 +157,7 @@ class CupyBackend:
         wanted: Wanted,
         out: tuple[Array | None, Array | None, Array | None],
     ) -> tuple[Array | None, Array | None, Array | None]:
-        if self._elsewhere(dout):
+        if dout.data.device_id != self._current_device():
             with dout.device:
                 return self.affine_backward(dout, x, w, keep, wanted, out)
         want_dx, want_dw, want_db = wanted
@@ -154,40 +171,39 @@ class CupyBackend:
         return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
-        if self._elsewhere(dout):
+        if dout.data.device_id != self._current_device():
             with dout.device:
                 return self.bias_backward(dout, out)
         return self._select_and_sum(dout, None, False, out)[1]
 
-    def _affine(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Array, Array | None]:
+    def _affine(self, x: Array, w: Array, b: Array | None, shape: tuple[int, ...], out: Array | None) -> tuple[Array, Array, Array | None]:
         """y, which is still to be filled; z = x w, in y itself unless y is narrower than the sums; the bias that is still to be added."""
-        y = self._product_result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
-        if self._rounds(x, x.shape[-1]):
+        dtype = x.dtype
+        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        if dtype.itemsize == 2 and self._rounds(x, x.shape[-1]):
             self._product("NN", x, w, y, b)
             return y, y, None
-        z = self._wide(y)
+        z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
         self._product("NN", x, w, z)
         return y, z, b
 
     def _gradient(self, operation: Operation, a: Array, b: Array, shape: tuple[int, ...], out: Array | None) -> Array:
-        result = self._product_result(shape, a.dtype, out)
-        wide = result if self._rounds(a, a.shape[-2 if operation == "TN" else -1]) else self._wide(result)
-        self._product(operation, a, b, wide)
-        if wide is not result:
-            self._bias("bias_add", wide, None, result)
-        return _deliver(result, out)
+        dtype = a.dtype
+        result = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        narrow = dtype.itemsize == 2 and not self._rounds(a, a.shape[-2 if operation == "TN" else -1])
+        sums = self._empty(shape, _FLOAT32) if narrow else result
+        self._product(operation, a, b, sums)
+        if sums is not result:
+            self._bias("bias_add", sums, None, result)
+        return result if out is None else _deliver(result, out)
 
     def _rounds(self, x: Array, summed: int) -> bool:
         """Whether products of x are written in its 16 bits, rounded once. An empty sum is no product: its bias is added by a kernel."""
-        return x.itemsize == 2 and summed > 0 and self.products.rounds(x)
+        return summed > 0 and self.products.rounds(x)
 
-    def _wide(self, y: Array) -> Array:
-        """What a product that is not rounded is written to."""
-        return y if y.itemsize > 2 else self._empty(y.shape, _FLOAT32)
-
-    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
+    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
         """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
-        return self._result(shape, dtype, None if out is None or out.data.ptr % _WIDE_BYTES else out)
+        return self._empty(shape, dtype) if out.data.ptr % _WIDE_BYTES else self._result(shape, dtype, out)
 
     def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
         """out = a b, as `operation` says, + bias where such products are rounded."""
@@ -199,65 +215,70 @@ class CupyBackend:
             self.products.product(operation, a, b, out, bias)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
-        if y.size == 0:
+        """y = z + b, by "bias_add"; then ReLU and mask, by "bias_relu_mask". z has the sums' dtype, or without b y's, and may be y."""
+        shape, dtype = y.shape, y.dtype
+        if 0 in shape:
             return
-        pointers: tuple[Any, ...]
-        if b is None:
-            pointers, aligned = (z, _NULL, y), _wide_aligned(z, y)
-        else:
-            b = self._contiguous(b)
-            pointers, aligned = (z, b, y), _wide_aligned(z, y, b)
-        if mask is not None:
-            pointers += (mask,)
-        self._launch(_bias_launch(name, y.shape, y.itemsize, aligned), y.dtype, pointers)
+        addresses = y.data.ptr if z is y else z.data.ptr | y.data.ptr
+        if b is not None:
+            if not b._c_contiguous or b.data.ptr % dtype.itemsize:
+                b = self._contiguous(b)
+            addresses |= b.data.ptr
+        elif mask is not None and z.itemsize == dtype.itemsize:
+            name = "relu_mask"
+        start, extents = self._bias_launch(dtype, name, shape, addresses % _WIDE_BYTES == 0)
+        bias = _NULL if b is None else b
+        start(((z, bias, y) if mask is None else (z, bias, y, mask)) + extents)
 
     def _select_and_sum(self, dout: Array, keep: Keep | None, want_dz: bool, out: Array | None) -> tuple[Array | None, Array]:
         """dz (dout itself without keep, None if not wanted) and the sum of it over rows."""
         dout = self._contiguous(dout)
-        shape, dtype = dout.shape, dout.dtype
-        db = self._result((*shape[:-2], shape[-1]), dtype, out)
-        dz = dout if keep is None else self._empty(shape, dtype) if want_dz else None
-        if dout.size == 0:
-            db.fill(0)
-            return dz, _deliver(db, out)
-        name, selector, row_bytes = self._selector(keep)
-        aligned = _wide_aligned(dout) if dz is None else _wide_aligned(dout, dz)
-        aligned = aligned and (name != "preact_colsum" or _wide_aligned(selector))
-        sums = _sum_dtype(dtype)
-        launches = _column_sum(name, shape, dtype.itemsize, aligned, row_bytes)
-        parts = db if launches.final is None else self._empty(launches.parts, sums)
-        self._launch(launches.first, dtype, (dout, selector, _NULL if keep is None or dz is None else dz, parts))
-        if launches.final is not None:
-            self._launch(launches.final, dtype, (parts, db))
-        return dz, _deliver(db, out)
-
-    def _selector(self, keep: Keep | None) -> tuple[str, Any, int]:
-        """Kernel, pointer and bytes per mask row for a kind of keep."""
+        shape, dtype, addresses = dout.shape, dout.dtype, dout.data.ptr
+        dz: Any = None
         if keep is None:
-            return "colsum", _NULL, 0
-        if isinstance(keep, KeepMask):
-            bits = self._contiguous(keep._bits)
-            return "mask_colsum", bits, bits.shape[-1]
-        return "preact_colsum", self._contiguous(keep), 0
+            name, selector, row_bytes, dz = "colsum", _NULL, 0, dout
+        else:
+            if isinstance(keep, KeepMask):
+                selector = self._contiguous(keep._bits)
+                name, row_bytes = "mask_colsum", selector.shape[-1]
+            else:
+                selector = self._contiguous(keep)
+                name, row_bytes = "preact_colsum", 0
+                addresses |= selector.data.ptr
+            if want_dz:
+                dz = self._empty(shape, dtype)
+                addresses |= dz.data.ptr
+        db_shape, first, parts_shape, final = self._column_sum(dtype, name, shape, addresses % _WIDE_BYTES == 0, row_bytes)
+        db = self._empty(db_shape, dtype) if out is None else self._result(db_shape, dtype, out)
+        if first is None:
+            db.fill(0)
+        else:
+            parts = db if final is None else self._empty(parts_shape, _sum_dtype(dtype))
+            start, extents = first
+            start((dout, selector, _NULL if dz is None or dz is dout else dz, parts, *extents))
+            if final is not None:
+                start, extents = final
+                start((parts, db, *extents))
+        return dz, db if out is None else _deliver(db, out)
 
     # ReLU
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
-        if self._elsewhere(x):
+        if x.data.device_id != self._current_device():
             with x.device:
                 return self.relu_forward(x, out)
-        y = self._result(x.shape, x.dtype, out)
+        y = self._empty(x.shape, x.dtype) if out is None else self._result(x.shape, x.dtype, out)
         self._flat("relu", (self._contiguous(x), y))
         return _deliver(y, out)
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        if self._elsewhere(dout):
+        if dout.data.device_id != self._current_device():
             with dout.device:
                 return self.relu_backward(dout, keep, out)
         return self._relu_backward(dout, keep, out)
 
     def _relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        dx = self._result(dout.shape, dout.dtype, out)
+        dx = self._empty(dout.shape, dout.dtype) if out is None else self._result(dout.shape, dout.dtype, out)
         dout = self._contiguous(dout)
         if isinstance(keep, KeepMask):
             self._mask_backward(dout, self._contiguous(keep._bits), dx)
@@ -268,30 +289,33 @@ class CupyBackend:
     def _flat(self, name: str, arrays: tuple[Array, ...]) -> None:
         y = arrays[-1]
         if y.size:
-            self._launch(_flat_launch(name, y.size, y.itemsize, _wide_aligned(*arrays)), y.dtype, arrays)
+            start, extents = self._flat_launch(y.dtype, name, y.size, _wide_aligned(*arrays))
+            start((*arrays, *extents))
 
     def _mask_backward(self, dout: Array, bits: Array, dx: Array) -> None:
         if dx.size:
-            launch = _mask_backward_launch(dx.shape, dx.itemsize, _wide_aligned(dout, dx), bits.shape[-1])
-            self._launch(launch, dx.dtype, (dout, bits, dx))
+            start, extents = self._mask_backward_launch(dx.dtype, dx.shape, _wide_aligned(dout, dx), bits.shape[-1])
+            start((dout, bits, dx, *extents))
 
     # softmax
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        if self._elsewhere(x):
+        if x.data.device_id != self._current_device():
             with x.device:
                 return self.softmax_loss(x, y, out)
         shape, dtype = x.shape, x.dtype
         loss = self._empty((), dtype)
-        dx = self._result(shape, dtype, out)
+        dx = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
         if shape[0] == 0:
             loss.fill(np.nan)
             return loss, _deliver(dx, out)
         labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
-        launches = _softmax_launches(shape)
-        parts = self._empty(launches.parts, _sum_dtype(dtype))
-        self._launch(launches.first, dtype, (self._contiguous(x), labels, dx, parts))
-        self._launch(launches.final, dtype, (parts, loss))
+        first, parts_shape, final = self._softmax_launches(dtype, shape)
+        parts = self._empty(parts_shape, _sum_dtype(dtype))
+        start, extents = first
+        start((self._contiguous(x), labels, dx, parts, *extents))
+        start, extents = final
+        start((parts, loss, *extents))
         return loss, _deliver(dx, out)
 
     # arrays
@@ -312,26 +336,35 @@ class CupyBackend:
 
     # buffers and launches
 
-    def _elsewhere(self, x: Array) -> bool:
-        """Whether another device than that of x is current."""
-        return bool(x.data.device_id != self.runtime.cp.cuda.runtime.getDevice())
-
-    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self.runtime.cp.empty(shape, dtype)
-
-    def _result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
+    def _result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
         """Where the kernels write: `out` if they can, else an array of its own that `_deliver` copies from."""
-        return out if out is not None and _plain_layout(out) else self.runtime.cp.empty(shape, dtype)
+        if out._c_contiguous and out.data.ptr % out.itemsize == 0:
+            return out
+        return self._empty(shape, dtype)
 
     def _contiguous(self, x: Array) -> Array:
-        return x if _plain_layout(x) else self.runtime.cp.ascontiguousarray(_aligned(x, self.runtime.cp))
+        # Flags would say so too, but they are an object made anew each time, ten times as slow.
+        if x._c_contiguous and x.data.ptr % x.itemsize == 0:
+            return x
+        return self.runtime.cp.ascontiguousarray(_aligned(x, self.runtime.cp))
 
-    def _launch(self, launch: Launch, dtype: Any, pointers: tuple[Any, ...]) -> None:
-        name, grid, block, extents = launch
-        function = self._functions.get((dtype, name))
-        if function is None:
-            function = self._functions[dtype, name] = self.runtime.kernels(dtype.name).get_function(name)
-        function(grid, block, pointers + extents)
+    def _kept(self, geometry: Callable[..., Any]) -> Callable[..., Any]:
+        """What `geometry` says of an item size and other things, asked by dtype and remembered; its launches ready to start.
+
+        A `Launch` becomes what takes all arguments of the kernel as a tuple and starts it, and the extents that are the last of them.
+        """
+
+        def ready(part: Any, dtype: Any) -> Any:
+            if isinstance(part, Launch):
+                function = self.runtime.kernels(dtype.name).get_function(part.name)
+                return partial(function, part.grid, part.block), part.extents
+            return part
+
+        def bound(dtype: Any, *of: Any) -> Any:
+            made = geometry(dtype.itemsize, *of)
+            return ready(made, dtype) if isinstance(made, Launch) else tuple(ready(part, dtype) for part in made)
+
+        return lru_cache(_LAUNCHES)(bound)
 
 
 def _deliver(result: Array, out: Array | None) -> Array:
@@ -339,12 +372,6 @@ def _deliver(result: Array, out: Array | None) -> Array:
         return result
     out[...] = result
     return out
-
-
-def _plain_layout(x: Array) -> bool:
-    """Whether kernels can take x as it is. Its flags would say so too, but they are an object made anew each time, ten times as slow."""
-    plain: bool = x._c_contiguous and x.data.ptr % x.itemsize == 0
-    return plain
 
 
 def _wide_aligned(*arrays: Array) -> bool:
@@ -364,19 +391,27 @@ def _sum_dtype(dtype: Any) -> Any:
 
 
 @lru_cache(_LAUNCHES)
-def _bias_launch(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool) -> Launch:
+def _forward_shapes(x: tuple[int, ...], w: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of the output and of the bits of its mask."""
+    rows, cols = x[:-1], w[-1]
+    return (*rows, cols), (*rows, _cdiv(cols, 8))
+
+
+def bias_launch(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool) -> Launch:
     groups, rows, cols = _extents(shape)
     width = _width(itemsize, cols, aligned)
-    masked = name.startswith("bias_relu_mask")
+    masked = "mask" in name
     block = _block(cols, width, max(1, 8 // width) if masked else 1)  # threads along x whose bits fill a byte of the mask
     tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
     row_bytes = (_cdiv(cols, 8),) if masked else ()
     return _named(name, width, _grid(tiles, groups), block, (groups, rows, cols, *row_bytes))
 
 
-@lru_cache(_LAUNCHES)
-def _column_sum(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool, row_bytes: int) -> ColumnSum:
+def column_sum(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> ColumnSum:
     groups, rows, cols = _extents(shape)
+    sums = (*shape[:-2], cols)
+    if groups * rows * cols == 0:
+        return ColumnSum(sums)
     width = _width(itemsize, cols, aligned)
     block = _block(cols, width, 1)
     col_tiles = _cdiv(cols, block[0] * width)
@@ -384,7 +419,7 @@ def _column_sum(name: str, shape: tuple[int, ...], itemsize: int, aligned: bool,
     blocks = _cdiv(rows, span)
     first = _named(name, width, _grid(col_tiles * blocks, groups), block, (groups, rows, cols, row_bytes, span))
     direct = blocks == 1 and itemsize > 2  # one partial sum is the sum, but for its dtype
-    return ColumnSum(first, (groups, blocks, cols), None if direct else _final_sum(groups, blocks, cols))
+    return ColumnSum(sums, first, (groups, blocks, cols), None if direct else _final_sum(groups, blocks, cols))
 
 
 def _final_sum(groups: int, blocks: int, cols: int) -> Launch:
@@ -393,14 +428,12 @@ def _final_sum(groups: int, blocks: int, cols: int) -> Launch:
     return _named("colsum_final", 1, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (groups, blocks, cols))
 
 
-@lru_cache(_LAUNCHES)
-def _flat_launch(name: str, size: int, itemsize: int, aligned: bool) -> Launch:
+def flat_launch(itemsize: int, name: str, size: int, aligned: bool) -> Launch:
     width = _width(itemsize, 0, aligned)
     return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK), _LARGEST_X),), (_BLOCK,), (size,))
 
 
-@lru_cache(_LAUNCHES)
-def _mask_backward_launch(shape: tuple[int, ...], itemsize: int, aligned: bool, row_bytes: int) -> Launch:
+def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> Launch:
     cols = shape[-1] if shape else 1
     rows = math.prod(shape) // cols
     width = _width(itemsize, cols, aligned)
@@ -409,12 +442,12 @@ def _mask_backward_launch(shape: tuple[int, ...], itemsize: int, aligned: bool, 
     return _named("mask_backward", width, _grid(tiles, 1), block, (rows, cols, row_bytes))
 
 
-@lru_cache(_LAUNCHES)
-def _softmax_launches(shape: tuple[int, int]) -> ColumnSum:
+def softmax_launches(itemsize: int, shape: tuple[int, int]) -> tuple[Launch, tuple[int, ...], Launch]:
+    """Launch of the rows, shape of the partial losses, and the launch that adds them up."""
     warps = _BLOCK // _WARP
     blocks = min(_cdiv(shape[0], warps), _SOFTMAX_BLOCKS)
-    first = _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape)
-    return ColumnSum(first, (blocks * warps,), _final_sum(1, blocks * warps, 1))
+    parts = blocks * warps
+    return _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape), (parts,), _final_sum(1, parts, 1)
 
 
 def _named(name: str, width: int, grid: tuple[int, ...], block: tuple[int, ...], extents: tuple[int, ...]) -> Launch:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,10 +23,18 @@ from rectilinear.measure import ours
 
 
 def install(host: Host, patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    import array_api_compat.cupy as genuine  # which is asked for dtypes only
+    import array_api_compat.cupy as genuine
 
-    array, namespace = host.cp.ndarray, ModuleType(genuine.__name__)
-    namespace.__dict__.update(vars(genuine), asarray=lambda x, dtype=None, device=None: host.cp.asarray(x, dtype))
+    class Namespace:
+        """The stand-in's functions, and for all else, dtypes above all, the genuine namespace."""
+
+        def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Any:
+            return host.cp.asarray(x, dtype)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(host.cp if hasattr(host.cp, name) else genuine, name)
+
+    namespace, array = Namespace(), host.cp.ndarray
     array.__module__ = "cupy"
     array.__array_namespace__ = lambda self, api_version=None: namespace
     recognised = array_api_compat.is_cupy_array

@@ -228,6 +228,15 @@ class _Interface:
         }
 
 
+def _operator(ufunc: np.ufunc) -> Any:
+    """As CuPy has it: a foreign operand with a protocol of its own is asked by NumPy; a NumPy array, 0-d or not, is refused."""
+
+    def operate(self: ndarray, other: Any) -> Any:
+        return ufunc(self, other)
+
+    return operate
+
+
 class ndarray:
     """`cupy.ndarray` over a NumPy array."""
 
@@ -371,12 +380,24 @@ class ndarray:
     def __array__(self, dtype: Any = None) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly.")
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if method != "__call__" or any(hasattr(x, "__array_ufunc__") and not isinstance(x, ndarray | np.generic) for x in inputs):
+            return NotImplemented
+        if any(not isinstance(out, ndarray) for out in kwargs.get("out", ())):
+            raise TypeError("CuPy writes to its own arrays only")
+        into = {"out": tuple(out._host for out in kwargs["out"])} if "out" in kwargs else {}
+        result = ufunc(*(x._host if isinstance(x, ndarray) else x for x in inputs), **into)
+        return kwargs["out"][0] if into else self._view(result)
+
+    __eq__ = _operator(np.equal)  # type: ignore[assignment]
+    __ne__ = _operator(np.not_equal)  # type: ignore[assignment]
+    __lt__, __le__, __gt__, __ge__ = map(_operator, (np.less, np.less_equal, np.greater, np.greater_equal))
+    __hash__ = None  # type: ignore[assignment]
+
     def _waits(self, *args: object) -> Any:
         raise RuntimeError("a hidden wait for the device: the value of an array was asked for")
 
     __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = _waits
-    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __ne__ = _waits
-    __hash__ = None  # type: ignore[assignment]
     tolist = item = _waits
 
 
@@ -627,6 +648,14 @@ class StandIn:
         if not isinstance(a, ndarray):
             raise TypeError(f"Unsupported type {type(a)}")
         return a if a.flags.c_contiguous else a.copy()
+
+    def reshape(self, a: ndarray, newshape: tuple[int, ...], order: str = "C") -> ndarray:
+        return a.reshape(newshape, order=order)
+
+    def unpackbits(self, a: ndarray, axis: int | None = None, bitorder: str = "big") -> ndarray:
+        if axis is not None:
+            raise NotImplementedError("axis option is not supported yet")
+        return self.ndarray._of(np.unpackbits(a._host, bitorder=bitorder))
 
     def matmul(self, x1: ndarray, x2: ndarray, /, out: ndarray | None = None) -> ndarray:
         for operand in (x1, x2):

@@ -231,7 +231,6 @@ def test_a_long_bias_reduction_keeps_five_digits(host: Host, values: Any) -> Non
 def test_many_rows_of_one_thread_keep_five_digits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an array a thousand times as long: one block of 256 threads sums all the rows."""
     monkeypatch.setattr(cupy_backend, "_rows_per_block", lambda rows, threads, col_tiles: rows)
-    monkeypatch.setattr(cupy_backend, "_column_sum", cupy_backend._column_sum.__wrapped__)  # which remembers launches
     n = 2**20
     got = host.backend.bias_backward(host.backend.asarray(np.full((n, 1), 0.1, "f4")), None).get()
     assert abs(got[0] / (n * float(np.float32(0.1))) - 1) < 1e-5
@@ -293,7 +292,7 @@ def test_a_16_bit_step_by_gemm_has_two_more_to_round_dx_and_dw(host: Host, dtype
 def test_a_16_bit_step_by_plans_has_no_kernel_that_rounds(host: Host, dtype: str, groups: int | None) -> None:
     products, kernels, copies = step(host, problem(100, 8, 32, groups, dtype))
     assert (products, copies) == (3, 0)
-    assert kernels == ["bias_relu_mask_rounded_wide", "mask_colsum_wide", "colsum_final"]
+    assert kernels == ["relu_mask_wide", "mask_colsum_wide", "colsum_final"]
 
 
 @pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)

@@ -5,13 +5,13 @@ Type, strides, flags and pointers are CuPy's own; what would compute or copy on 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
 import numpy as np
 import pytest
 from array_api_compat import is_cupy_array
+from genuine import Genuine, genuine, on_host
 from host_backend import Host
 from numpy.lib.array_utils import byte_bounds
 
@@ -23,52 +23,6 @@ from rectilinear.backends.cupy_backend import CupyBackend, Runtime
 from rectilinear.backends.cupy_lt import Plans
 from rectilinear.dispatch import library_name, resolve
 from rectilinear.keepmask import KeepMask
-
-
-def genuine(host: np.ndarray, device: int = 0) -> Any:
-    """A `cupy.ndarray` that says it is on `device` and whose memory is that of `host`."""
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(host.nbytes, 1), host, device)
-    return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0), host.strides)
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The memory of such an array."""
-    from standin import MemoryPointer, _Interface
-
-    interface = _Interface(MemoryPointer(array.data.ptr, array), array.shape, array.dtype, array.strides)
-    return np.asarray(interface).view(array.dtype)
-
-
-class Genuine:
-    """A module that makes genuine arrays without a device and multiplies them with NumPy; refuses what would launch a copy."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        class Device(cupy.cuda.Device):
-            compute_capability = "90"
-
-        self.ndarray = cupy.ndarray
-        types = {name: getattr(cupy.cuda.runtime, name) for name in ("CUDA_R_16F", "CUDA_R_16BF", "CUDA_R_32F", "CUDA_R_64F")}
-        # The genuine ones ask the driver, which device and stream are current and what a device can do.
-        self.cuda = SimpleNamespace(
-            Device=lambda number=0: Device(number),
-            get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False),
-            runtime=SimpleNamespace(getDevice=lambda: 0, **types),
-        )
-
-    def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
-        return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
-
-    def ascontiguousarray(self, a: Any) -> Any:
-        assert a.flags.c_contiguous, "a copy was asked for"
-        return a
-
-    def matmul(self, a: Any, b: Any, out: Any) -> Any:
-        np.matmul(on_host(a), on_host(b), out=on_host(out))
-        return out
 
 
 @pytest.fixture(params=["plans", "gemm"])

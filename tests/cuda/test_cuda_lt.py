@@ -317,10 +317,12 @@ def test_each_kind_of_product_has_a_plan_of_its_own(host: Host) -> None:
             a, b = (np.ones((8, 12), np.float16)[:, :8] if lies_wide else a.astype(np.float16)), b.astype(np.float16)
             multiply(host, operation, a, b, c)
             assert host.cp.counts["heuristics"] == (len(kinds) if repeat else count)
+    bfloat16 = square.astype(gpu_cases.numpy_dtype("bfloat16"))
+    assert (multiply(host, "NN", bfloat16, bfloat16).astype(float) == 8).all()
     multiply(host, "NN", square.astype("f4"), square.astype("f4"))
     with Device(1):
         multiply(host, "NN", square.astype("f4"), square.astype("f4"))
-    assert host.cp.counts["heuristics"] == len(kinds) + 2
+    assert host.cp.counts["heuristics"] == len(kinds) + 3
 
 
 def test_no_more_plans_are_kept_than_a_bound_and_what_goes_is_destroyed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,11 +171,11 @@ bias_relu_mask_wide(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows
 { bias_act<WIDE, true>(z, b, y, mask, groups, rows, cols, mask_row); }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_relu_mask_rounded(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+relu_mask(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
 { bias_act<1, true>(z, b, y, mask, groups, rows, cols, mask_row); }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_relu_mask_rounded_wide(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+relu_mask_wide(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
 { bias_act<WIDE, true>(z, b, y, mask, groups, rows, cols, mask_row); }
 
 // ---- backward: dz = keep ? dout : 0, db = sum of dz over rows ------------------------------------------------------
