@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import MethodType
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -21,7 +22,7 @@ from rectilinear.backends import cupy_scratch, registry
 from rectilinear.backends.contract import Array
 from rectilinear.backends.cupy_scratch import PER_THREAD, Scratch
 from rectilinear.keepmask import KeepMask, unchecked
-from rectilinear.reach import Held, arrays_in, held_in
+from rectilinear.reach import Held, arrays_in, edges_from, held
 
 _MOST_SIGNATURES = 16  # kept for one function; each has memory of its own on the GPU
 _ALIGNED = 16  # bytes that kernels and products move at a time
@@ -63,6 +64,7 @@ def capture(function: Callable[..., Any], *, copies: bool = False) -> Callable[.
     -----
     - Python itself runs in the first two calls only: what it prints, counts or assigns to attributes does not happen later. What is to
       last from call to call has to be written in place (``w += ...``), as `nn.SGD` does.
+    - The function works on the current stream: what it puts on streams of its own is not recorded.
     - Arrays that the function holds (globals, closures, attributes, layers) are used in place. One that is replaced by another is
       noticed where it is held in a dict, list, attribute, closure or global: the next call runs as it is, the one after records anew.
       Arrays that are written to, those in ``out=`` too, have to be held like this; arguments are copied, and never written to.
@@ -90,6 +92,8 @@ class Captured:
         self.__wrapped__ = function
         self._copies = copies
         self._seen: OrderedDict[Any, _First | _Graph] = OrderedDict()
+        self._latest: _Graph | None = None
+        self._without_arrays: Any = None  # signature of the latest call in which no CuPy array was met
         self._lock = threading.Lock()  # from the copies of the arguments to those of the results, other threads keep out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,36 +101,51 @@ class Captured:
         if cupy_scratch.is_recording():
             return function(*args, **kwargs)  # a part of what is recorded
         given = _Arguments()
-        signature = _signature((args, kwargs), given)
-        if given.others or (given.unhashable and not given.arrays):
-            if given.arrays:
-                raise TypeError(
-                    f"capture: arrays of CuPy come together with {', '.join(given.others)}; bring all to the GPU, for example with "
-                    "cupy.asarray(x)"
-                )
-            return function(*args, **kwargs)
-        if given.unhashable:
-            raise TypeError(
-                f"capture: an argument is of type {given.unhashable[0]}, which has no hash to tell it from another by; "
-                "let the function hold it, or pass its arrays and numbers"
-            )
-        if not given.arrays and signature not in self._seen and not arrays_in((function, *given.objects), compat.is_cupy_array):
+        for x in args:
+            _look(x, given)
+        if kwargs:
+            _look(kwargs, given)
+        signature = tuple(given.signature)
+        if given.refused and given.arrays:
+            raise TypeError(f"capture: {given.refused[0]}")
+        if given.refused or not (given.arrays or signature in self._seen or self._holds_arrays(signature, given)):
             return function(*args, **kwargs)
         with self._lock:
-            known = self._seen.pop(signature, None)
-            if isinstance(known, _Graph) and not known.is_current():
-                known = None
+            known = self._seen.get(signature)
+            graph = known if isinstance(known, _Graph) else None
+            if graph is not None and not graph.is_current():
+                known = graph = None
             if known is not None:
-                graph = known if isinstance(known, _Graph) and known.can_take(given.arrays) else None
-                graph = graph or _recorded(function, args, kwargs, given, known)
-                self._seen[signature] = graph  # the latest of all, and not there if recording has failed
-                return graph.replay(given.arrays, self._copies)
+                copying = None if graph is None else graph.to_copy(given.arrays)
+                if graph is None or copying is None:
+                    del self._seen[signature]  # should recording fail
+                    graph = self._seen[signature] = _recorded(function, args, kwargs, given, known)
+                    copying = graph.to_copy(given.arrays) or []
+                elif graph is not self._latest:
+                    self._seen.move_to_end(signature)
+                self._latest = graph
+                return graph.replay(copying, self._copies)
         result = function(*args, **kwargs)
         with self._lock:
-            self._seen.setdefault(signature, _first(function, given))
+            self._seen[signature] = _first(function, given)
+            self._seen.move_to_end(signature)
+            self._latest = None
             if len(self._seen) > _MOST_SIGNATURES:
                 self._seen.popitem(last=False)
         return result
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: the object is its first argument."""
+        return self if instance is None else MethodType(self, instance)
+
+    def _holds_arrays(self, signature: Any, given: _Arguments) -> bool:
+        """Whether a function that is given no array holds CuPy's."""
+        if signature == self._without_arrays:
+            return False
+        if arrays_in((self.__wrapped__, *given.objects), compat.is_cupy_array):
+            return True
+        self._without_arrays = signature
+        return False
 
     def __repr__(self) -> str:
         return f"capture({self.__wrapped__!r}{', copies=True' if self._copies else ''})"
@@ -136,46 +155,76 @@ class Captured:
 
 
 class _Arguments:
-    """What there is in the arguments of a call: CuPy arrays, and what stands in the way of telling it from others."""
+    """What there is in the arguments of a call."""
+
+    __slots__ = ("arrays", "objects", "refused", "signature")
 
     def __init__(self) -> None:
+        self.signature: list[Any] = []
+        """Equal for arguments that one record serves."""
         self.arrays: list[Array] = []
         self.objects: list[Any] = []  # that may hold arrays themselves
-        self.others: list[str] = []  # types of other libraries' arrays
-        self.unhashable: list[str] = []
+        self.refused: list[str] = []  # what is not to come together with CuPy arrays
 
 
-def _signature(x: Any, given: _Arguments) -> Any:
-    """What is equal for arguments that one record serves."""
+_array_types: set[type] = set()  # CuPy's, once met
+_PLAIN = frozenset({int, bool, str, bytes, type(None)})
+
+
+def _look(x: Any, given: _Arguments) -> None:
     kind = type(x)
-    if kind is tuple or kind is list or (isinstance(x, tuple) and hasattr(x, "_fields")):
-        return (kind, *[_signature(each, given) for each in x])
-    if kind is dict:
-        return (dict, *[(key, _signature(each, given)) for key, each in x.items()])
-    if compat.is_cupy_array(x):
-        given.arrays.append(x)
+    if kind in _array_types:
         at = x.data
-        return kind, at.device_id, at.ptr % _ALIGNED, x.dtype, x.shape, x.strides
-    if kind is KeepMask:
-        return KeepMask, x.shape, _signature(x._bits, given)
-    if kind is float or kind is complex:
-        return kind, repr(x)  # 0.0 is equal to -0.0, and NaN not to itself
+        given.arrays.append(x)
+        given.signature += (kind, at.device_id, at.ptr % _ALIGNED, x.dtype, x.shape, x.strides)
+    elif kind in _PLAIN:
+        given.signature += (kind, x)
+    elif kind is float or kind is complex:
+        given.signature += (kind, repr(x))  # 0.0 is equal to -0.0, and NaN not to itself
+    elif kind is tuple or kind is list or (isinstance(x, tuple) and hasattr(x, "_fields")):
+        given.signature += (kind, len(x))
+        for each in x:
+            _look(each, given)
+    elif kind is dict:
+        given.signature += (dict, len(x))
+        for key, each in x.items():
+            given.signature.append(key)
+            _look(each, given)
+    elif kind is KeepMask:
+        given.signature += (KeepMask, x.shape)
+        _look(x._bits, given)
+    elif compat.is_cupy_array(x):
+        _array_types.add(kind)
+        _look(x, given)
+    else:
+        _look_closely(x, given)
+
+
+def _look_closely(x: Any, given: _Arguments) -> None:
+    kind = type(x)
     if isinstance(x, np.generic):
-        return kind, x.tobytes()
+        given.signature += (kind, x.tobytes())
+        return
     if compat.is_array_api_obj(x):
-        given.others.append(f"{kind.__module__}.{kind.__name__}")
-        return kind
+        given.refused.append(
+            f"arrays of CuPy come together with {kind.__module__}.{kind.__name__}; bring all to the GPU, for example with cupy.asarray(x)"
+        )
+        return
     try:
         hash(x)
     except TypeError:
-        given.unhashable.append(kind.__name__)
-        return kind
-    if kind not in _PLAIN:
-        given.objects.append(x)
-    return kind, x
+        given.refused.append(
+            f"an argument is of type {kind.__name__}, which has no hash to tell it from another by; let the function hold it, or pass "
+            "its arrays and numbers"
+        )
+        return
+    given.objects.append(x)
+    given.signature += (kind, x)
 
 
-_PLAIN = frozenset({int, bool, str, bytes, type(None)})
+def _is_fixed(x: Any) -> bool:
+    """Whether nobody can put other arrays in the place of those in x."""
+    return all(map(_is_fixed, x)) if isinstance(x, tuple) else not isinstance(x, list | dict)
 
 
 def _mapped(x: Any, each: Callable[[Array], Array]) -> Any:
@@ -244,8 +293,8 @@ class _First(NamedTuple):
 def _first(function: Callable[..., Any], given: _Arguments) -> _First:
     backend: Any = registry.serving("cupy")
     cp = backend.runtime.cp
-    held = given.arrays or arrays_in((function, *given.objects), compat.is_cupy_array)
-    device = held[0].data.device_id
+    arrays = given.arrays or arrays_in((function, *given.objects), compat.is_cupy_array)
+    device = arrays[0].data.device_id
     return _First(cp, device, given.arrays, backend.scratches.current(cp, device, cp.cuda.get_current_stream(device).ptr))
 
 
@@ -253,8 +302,8 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
     """A graph of what the function does; nothing of it has been computed."""
     cp, device = earlier.cp, earlier.device
     roots = (function, *given.objects)
-    before = arrays_in(roots, compat.is_cupy_array)
-    pool = cp.cuda.MemoryPool()
+    before = edges_from(roots, compat.is_cupy_array)
+    pool = _pool(cp)
     with _on_device(cp, device), cp.cuda.using_allocator(pool.malloc):
         buffers = [_buffer(cp, array, first) for array, first in zip(given.arrays, earlier.arrays, strict=True)]
         scratch = Scratch(cp)
@@ -271,8 +320,31 @@ def _recorded(function: Callable[..., Any], args: Any, kwargs: Any, given: _Argu
                     recorder.end_capture()
                 raise
             graph = recorder.end_capture()
-    memory = _Memory(buffers, result, held_in(roots, compat.is_cupy_array, before), scratch, pool)
+    kept = held(before, edges_from(roots, compat.is_cupy_array), compat.is_cupy_array)
+    memory = _Memory(buffers, result, kept, scratch, pool)
     return _Graph(cp, device, graph, memory)
+
+
+def _pool(cp: Any) -> Any:
+    """A memory pool that never gives back what a record has used: where the GPU is full CuPy's would, in the midst of recording."""
+
+    def allocate(size: int) -> Any:
+        return cp.cuda.MemoryPointer(cp.cuda.Memory(size), 0)
+
+    def allocate_after_others(size: int) -> Any:
+        full = cp.cuda.runtime.CUDARuntimeError
+        try:
+            return allocate(size)
+        except full:
+            cp.get_default_memory_pool().free_all_blocks()
+        try:
+            return allocate(size)
+        except full as error:  # another error than the one at which a pool frees what it can
+            raise MemoryError(
+                f"rectilinear.capture: the GPU has no {size} bytes left for a record; each kind of arguments has one, in memory of its own"
+            ) from error
+
+    return cp.cuda.MemoryPool(allocate_after_others)
 
 
 def _buffer(cp: Any, given: Array, earlier: Array) -> _Buffer:
@@ -335,48 +407,59 @@ class _Graph:
         self._memory = memory
         self.scratch = memory.scratch
         self.arrays = [buffer.array for buffer in memory.buffers]
+        self._cuda, self._buffers, self._settings = cp.cuda, memory.buffers, memory.scratch.settings
+        self._fixed = _is_fixed(memory.result)
         self._stream: Any = None  # of the latest replay
         self._done: Any = None  # event after it, where one was needed
 
     def is_current(self) -> bool:
         """Whether a replay would still do what the function does."""
-        return self._memory.held.in_place() and all(setting.fits() for setting in self.scratch.settings)
+        if not self._memory.held.in_place():
+            return False
+        return not self._settings or all(setting.fits() for setting in self._settings)
 
-    def can_take(self, given: list[Array]) -> bool:
-        """Whether arrays that are not where the record reads them have a buffer to be copied to."""
-        return all(buffer.own or array.data.ptr == buffer.pointer for buffer, array in zip(self._memory.buffers, given, strict=True))
+    def to_copy(self, given: list[Array]) -> list[tuple[_Buffer, Array]] | None:
+        """Arrays that are not where the record reads them, and where to; None if one of those is the caller's."""
+        copying = []
+        for buffer, array in zip(self._buffers, given, strict=True):
+            if array.data.ptr != buffer.pointer:
+                if not buffer.own:
+                    return None
+                copying.append((buffer, array))
+        return copying
 
-    def replay(self, given: list[Array], copies: bool) -> Any:
-        cp = self.cp
-        if cp.cuda.runtime.getDevice() != self.device:
-            with cp.cuda.Device(self.device):
-                return self.replay(given, copies)
-        stream = cp.cuda.get_current_stream()
+    def replay(self, copying: list[tuple[_Buffer, Array]], copies: bool) -> Any:
+        cuda = self._cuda
+        if cuda.runtime.getDevice() != self.device:
+            with cuda.Device(self.device):
+                return self.replay(copying, copies)
+        stream = cuda.get_current_stream()
         if stream is not self._stream or stream.ptr == PER_THREAD:
             self._wait_for_the_latest(stream)
-        for setting in self.scratch.settings:
+        for setting in self._settings:
             setting.refresh()
-        for buffer, array in zip(self._memory.buffers, given, strict=True):
-            if array.data.ptr != buffer.pointer:
-                buffer.fill(array)
+        for buffer, array in copying:
+            buffer.fill(array)
         self._graph.launch(stream)
-        result = _mapped(self._memory.result, _copy if copies else _itself)
+        result = self._memory.result
+        if copies or not self._fixed:
+            result = _mapped(result, _copy if copies else _itself)
         if stream.ptr == PER_THREAD:  # another stream in another thread, which could not record an event on this one
-            self._done = cp.cuda.Event(disable_timing=True)
+            self._done = cuda.Event(disable_timing=True)
             self._done.record(stream)
         return result
 
     def _wait_for_the_latest(self, stream: Any) -> None:
         """Have the stream wait for the latest replay, on another one: it reads the buffers that are to be filled now."""
         if self._stream is not None and self._stream.ptr != PER_THREAD:
-            self._done = self._stream.record(self.cp.cuda.Event(disable_timing=True))
+            self._done = self._stream.record(self._cuda.Event(disable_timing=True))
         if self._done is not None:
             stream.wait_event(self._done)
         self._stream = stream
 
 
 def _copy(x: Array) -> Array:
-    return x.copy()
+    return x.copy("K")
 
 
 def _itself(x: Array) -> Array:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Wanted
+from rectilinear.backends.cupy_scratch import refuse_while_recording
 from rectilinear.backends.generic import beside, known
 from rectilinear.dispatch import (
     Call,
@@ -379,6 +380,7 @@ def _labels(call: Call, x: Array, y: Any) -> Array:
         _check_labels(x, y, np.array([not 0 <= label < classes for label in y], bool), wanted)
         y = np.asarray(y, np.int64)
         if call.xp is not np:
+            refuse_while_recording("softmax_loss: y comes from the host", "make it an array, and an argument of the captured function")
             y = call.xp.asarray(y, **beside(x))
     common_namespace("softmax_loss", tuple(zip(_SOFTMAX, (x, y), strict=True)))
     y = np.asarray(y) if call.xp is np else y

@@ -31,6 +31,10 @@ class _Edge(NamedTuple):
     key: Any
     child: Any
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return self.owner, id(self.where), self.key, id(self.child)
+
 
 class Held:
     """Arrays that are to stay alive, and the places where they are to be found."""
@@ -64,17 +68,23 @@ class Held:
 
 def arrays_in(roots: Iterable[Any], is_array: Callable[[Any], bool]) -> list[Array]:
     """The arrays that can be reached from `roots`."""
-    return list({id(edge.child): edge.child for edge in _edges(roots, is_array) if is_array(edge.child)}.values())
+    return list({id(edge.child): edge.child for edge in edges_from(roots, is_array) if is_array(edge.child)}.values())
 
 
-def held_in(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Iterable[Array]) -> Held:
-    """Those of `wanted` that can be reached from `roots`, and every place on the way to them."""
-    among = {id(array) for array in wanted}
-    edges = list(_edges(roots, is_array))
+def held(before: Iterable[_Edge], after: Iterable[_Edge], is_array: Callable[[Any], bool]) -> Held:
+    """The arrays that could be reached before a call and can be after it, and all places on the way to them that were the same.
+
+    What a call puts in the place of something else (caches, gradients) is its result; where it finds its parameters stays as it is.
+    """
+    known = {edge.identity for edge in before}
+    known_arrays = {id(edge.child) for edge in before if is_array(edge.child)}
+    arrays: dict[int, Array] = {}
     into: dict[int, list[_Edge]] = {}
-    for edge in edges:
-        into.setdefault(id(edge.child), []).append(edge)
-    arrays = {id(edge.child): edge.child for edge in edges if id(edge.child) in among and is_array(edge.child)}
+    for edge in after:
+        if id(edge.child) in known_arrays:
+            arrays[id(edge.child)] = edge.child
+        if edge.identity in known:
+            into.setdefault(id(edge.child), []).append(edge)
     on_the_way: list[_Edge] = []
     open_ends, done = list(arrays), set(arrays)
     while open_ends:
@@ -86,7 +96,9 @@ def held_in(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Itera
     return Held(list(arrays.values()), on_the_way)
 
 
-def _edges(roots: Iterable[Any], is_array: Callable[[Any], bool]) -> Iterator[_Edge]:
+def edges_from(roots: Iterable[Any], is_array: Callable[[Any], bool]) -> list[_Edge]:
+    """Every place from `roots` on in which there is an object that may hold arrays, or an array."""
+    edges: list[_Edge] = []
     open_ends = list(roots)
     seen = {id(root): root for root in open_ends}
     while open_ends and len(seen) < _MOST_OBJECTS:
@@ -94,10 +106,11 @@ def _edges(roots: Iterable[Any], is_array: Callable[[Any], bool]) -> Iterator[_E
         for where, key, child in _children(x):
             if isinstance(child, _LEAVES):
                 continue
-            yield _Edge(id(x), where, key, child)
+            edges.append(_Edge(id(x), where, key, child))
             if id(child) not in seen and not is_array(child):
                 seen[id(child)] = child
                 open_ends.append(child)
+    return edges
 
 
 def _children(x: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -41,6 +41,7 @@ class Scratch:
         self._counters: Array | None = None
         self._outgrown: list[Array] = []  # of a graph, whose earlier nodes go on to use them
         self.settings: list[Setting] = []  # of a graph
+        self._apart: Any = None
 
     def prepare(self, like: Scratch) -> None:
         """Have as many counters as `like`, zero before a graph is recorded, which then need not set them at every replay."""
@@ -48,8 +49,11 @@ class Scratch:
             self.counters(like._counters.size)
 
     def scalar(self, dtype: Any) -> Array:
-        """A number in a graph's own memory, which a `Setting` fills."""
-        return self._cp.empty((), dtype)
+        """A number that a `Setting` fills before a replay: in a pool apart, for where the graph has had a temporary, it would write."""
+        if self._apart is None:
+            self._apart = self._cp.cuda.MemoryPool()
+        with self._cp.cuda.using_allocator(self._apart.malloc):
+            return self._cp.empty((), dtype)
 
     def workspace(self, nbytes: int) -> Array:
         """At least so many bytes that hold anything: uint8."""

@@ -149,7 +149,9 @@ class Layer(Module):
                     f"{type(self).__name__}.backward: the gradient of {name} has shape {tuple(grad.shape)}, "
                     f"but the earlier one, which it is to be added to, has {tuple(earlier[name].shape)}"
                 )
-        self.grads = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
+        sums = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
+        in_place = sums.keys() == earlier.keys() and all(earlier[name] is value for name, value in sums.items())
+        self.grads = earlier if in_place else sums  # the very dictionary, so that `rectilinear.capture` sees when another is put there
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "grads": {}, "_cache": None}

@@ -31,6 +31,9 @@ def install(host: Host, patch: Callable[[Any, str, Any], None] = setattr) -> Non
         def __getattr__(self, name: str) -> Any:
             return getattr(host.cp if hasattr(host.cp, name) else genuine, name)
 
+        def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Any:
+            return host.cp.asarray(x, dtype)
+
     namespace, array = Namespace(), host.cp.ndarray
     array.__module__ = "cupy"
     array.__array_namespace__ = lambda self, api_version=None: namespace

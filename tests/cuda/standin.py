@@ -81,6 +81,23 @@ _abandoned: dict[int, list[np.ndarray]] = {}
 """Memory of pools that are no more, by size: to be given out again, as the driver would."""
 
 
+class Memory:
+    """`cupy.cuda.Memory`: the driver's, which refuses as often as `_refused` says."""
+
+    _refused: ClassVar[int] = 0
+
+    def __init__(self, size: int) -> None:
+        if Memory._refused:
+            Memory._refused -= 1
+            raise CUDARuntimeError(2)
+        self.size = size
+        self._host = _abandoned[size].pop() if _abandoned.get(size) else _system_memory(size)
+
+    @property
+    def ptr(self) -> int:
+        return self._host.ctypes.data
+
+
 class _Block:
     """Memory in use, given back when nothing refers to it any more."""
 
@@ -100,6 +117,7 @@ class MemoryPool:
     """`cupy.cuda.MemoryPool`."""
 
     def __init__(self, allocator: Any = None) -> None:
+        self._allocator = allocator or (lambda size: pointer_to(Memory(size), 0))
         self._free: dict[int, list[np.ndarray]] = {}
         self._used = self._total = 0
 
@@ -109,10 +127,20 @@ class MemoryPool:
         if free:
             memory = free.pop()
         else:
-            memory = _abandoned[size].pop() if _abandoned.get(size) else _system_memory(size)
+            try:
+                memory = self._allocator(size).owner._host
+            except CUDARuntimeError:
+                self.free_all_blocks()
+                memory = self._allocator(size).owner._host
             self._total += size
         self._used += size
         return MemoryPointer(memory.ctypes.data, _Block(memory, self), Device().id)
+
+    def free_all_blocks(self, stream: Any = None) -> None:
+        for size, memories in self._free.items():
+            self._total -= size * len(memories)
+            _abandoned.setdefault(size, []).extend(memories)
+        self._free.clear()
 
     def used_bytes(self) -> int:
         return self._used
@@ -121,8 +149,12 @@ class MemoryPool:
         return self._total
 
     def __del__(self) -> None:
-        for size, memories in self._free.items():
-            _abandoned.setdefault(size, []).extend(memories)
+        self.free_all_blocks()
+
+
+def pointer_to(mem: Memory, offset: int) -> MemoryPointer:
+    """`cupy.cuda.MemoryPointer` as one is made."""
+    return MemoryPointer(mem.ptr + offset, mem, Device().id)
 
 
 def _system_memory(size: int) -> np.ndarray:
@@ -589,6 +621,8 @@ class StandIn:
             get_elapsed_time=get_elapsed_time,
             get_current_stream=get_current_stream,
             MemoryPool=MemoryPool,
+            Memory=Memory,
+            MemoryPointer=pointer_to,
             using_allocator=using_allocator,
         )
 

@@ -10,10 +10,13 @@ from typing import Any
 import gpu_cases
 import numpy as np
 import pytest
+from array_api_compat import is_cupy_array
 from genuine import Genuine, genuine, on_host
 from host_backend import Host
+from numpy.lib.array_utils import byte_bounds
 
 import rectilinear
+from rectilinear import graphs, reach
 from rectilinear.backends import cupy_backend, cupy_gemm, registry
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
@@ -162,3 +165,55 @@ def test_public_functions_on_genuine_arrays(backend: CupyBackend, monkeypatch: p
         assert np.allclose(on_host(got), want, atol=1e-5)
     call = resolve("relu_forward", ("x",), (genuine(np.zeros(3, gpu_cases.numpy_dtype("bfloat16"))),))
     assert call.compute == call.dtype  # 16-bit types are the backend's own business
+
+
+# ---------------------------------------------------------------- capture
+
+
+def test_a_captured_call_tells_genuine_arrays_apart() -> None:
+    host = np.zeros((4, 6), "f4")
+    mask = KeepMask(genuine(np.zeros((2, 2), "u1")), (2, 16))
+
+    def signature(*args: Any) -> tuple[Any, ...]:
+        given = graphs._Arguments()
+        for x in args:
+            graphs._look(x, given)
+        assert not given.refused
+        assert len(given.arrays) == 2
+        return tuple(given.signature)
+
+    usual = signature(genuine(host), [mask])
+    assert usual == signature(genuine(np.ones((4, 6), "f4")), [mask])
+    assert hash(usual) == hash(signature(genuine(host), [mask]))
+    others = (host.astype("f8"), host.astype("i4"), host.T, host[:, ::2], host[::-1], np.zeros(25, "f4")[1:].reshape(4, 6))
+    different = [signature(genuine(other), [mask]) for other in others]
+    different += [signature(genuine(host, device=1), [mask]), signature(genuine(host), (mask,))]
+    assert len({usual, *different}) == len(different) + 1
+    given = graphs._Arguments()
+    graphs._look(host, given)
+    assert "numpy.ndarray" in given.refused[0]
+
+
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a.T, lambda a: a[::-1, ::2], lambda a: a[:0], lambda a: a[1:2, 3:]])
+def test_the_extent_of_an_array(view: Any) -> None:
+    host = view(np.zeros((4, 6), "f4"))
+    low, span = graphs._extent(genuine(host))
+    start, end = byte_bounds(host)
+    assert span == (end - start if host.size else 0)
+    assert low == (start - host.ctypes.data if host.size else 0)
+
+
+def test_what_a_function_holds_of_genuine_arrays() -> None:
+    a, b = genuine(np.zeros(3, "f4")), genuine(np.zeros(3, "f4"))
+    places = {"a": [a], "mask": KeepMask(genuine(np.zeros((1, 1), "u1")), (1, 8))}
+
+    def function() -> Any:
+        return places, b
+
+    found = reach.arrays_in((function,), is_cupy_array)
+    assert {id(array) for array in found} == {id(a), id(b), id(places["mask"]._bits)}
+    before = reach.edges_from((function,), is_cupy_array)
+    held = reach.held(before, reach.edges_from((function,), is_cupy_array), is_cupy_array)
+    assert held.in_place()
+    places["a"][0] = b
+    assert not held.in_place()
