@@ -133,7 +133,13 @@ class CupyBackend:
             with x.device:
                 return self.affine_forward(x, w, b, out)
         shape, _ = _forward_shapes(x.shape, w.shape)
-        y, z, b = self._affine(x, w, b, shape, out)
+        dtype = x.dtype
+        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        z = y
+        if dtype.itemsize > 2:
+            self._product("NN", x, w, z)
+        else:
+            z, b = self._half_affine(x, w, b, y)
         if b is not None or z is not y:
             self._bias("bias_add", z, b, y)
         return y if out is None else _deliver(y, out)
@@ -143,7 +149,13 @@ class CupyBackend:
             with x.device:
                 return self.affine_relu_forward(x, w, b, out)
         shape, mask_shape = _forward_shapes(x.shape, w.shape)
-        y, z, b = self._affine(x, w, b, shape, out)
+        dtype = x.dtype
+        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        z = y
+        if dtype.itemsize > 2:
+            self._product("NN", x, w, z)
+        else:
+            z, b = self._half_affine(x, w, b, y)
         mask = self._empty(mask_shape, _BYTE)
         self._bias("bias_relu_mask", z, b, y, mask)
         return y if out is None else _deliver(y, out), unchecked(mask, shape)
@@ -176,16 +188,14 @@ class CupyBackend:
                 return self.bias_backward(dout, out)
         return self._select_and_sum(dout, None, False, out)[1]
 
-    def _affine(self, x: Array, w: Array, b: Array | None, shape: tuple[int, ...], out: Array | None) -> tuple[Array, Array, Array | None]:
-        """y, which is still to be filled; z = x w, in y itself unless y is narrower than the sums; the bias that is still to be added."""
-        dtype = x.dtype
-        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
-        if dtype.itemsize == 2 and self._rounds(x, x.shape[-1]):
+    def _half_affine(self, x: Array, w: Array, b: Array | None, y: Array) -> tuple[Array, Array | None]:
+        """Of 16-bit x and w: z = x w, in y itself where it can be rounded, and the bias that is still to be added."""
+        if self._rounds(x, x.shape[-1]):
             self._product("NN", x, w, y, b)
-            return y, y, None
-        z = y if dtype.itemsize > 2 else self._empty(shape, _FLOAT32)
+            return y, None
+        z = self._empty(y.shape, _FLOAT32)
         self._product("NN", x, w, z)
-        return y, z, b
+        return z, b
 
     def _gradient(self, operation: Operation, a: Array, b: Array, shape: tuple[int, ...], out: Array | None) -> Array:
         dtype = a.dtype
@@ -203,7 +213,7 @@ class CupyBackend:
 
     def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
         """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
-        return self._empty(shape, dtype) if out.data.ptr % _WIDE_BYTES else self._result(shape, dtype, out)
+        return out if out._c_contiguous and out.data.ptr % _WIDE_BYTES == 0 else self._empty(shape, dtype)
 
     def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
         """out = a b, as `operation` says, + bias where such products are rounded."""

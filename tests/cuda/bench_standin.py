@@ -28,11 +28,11 @@ def install(host: Host, patch: Callable[[Any, str, Any], None] = setattr) -> Non
     class Namespace:
         """The stand-in's functions, and for all else, dtypes above all, the genuine namespace."""
 
-        def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Any:
-            return host.cp.asarray(x, dtype)
-
         def __getattr__(self, name: str) -> Any:
             return getattr(host.cp if hasattr(host.cp, name) else genuine, name)
+
+        def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Any:
+            return host.cp.asarray(x, dtype)
 
     namespace, array = Namespace(), host.cp.ndarray
     array.__module__ = "cupy"
