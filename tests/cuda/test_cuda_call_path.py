@@ -260,7 +260,7 @@ def test_which_genuine_arrays_are_seen_at_once(monkeypatch: pytest.MonkeyPatch, 
     assert (plain.plain_backend(x, (w,), b, keep) is backend) == native
 
     class Subclass(type(x)):  # type: ignore[misc]
-        pass
+        __module__ = "cupy"
 
     usual = [x, w, b, keep]
     subclasses = x.view(Subclass), w.view(Subclass), b.view(Subclass), KeepMask(mask.view(Subclass), (N, M))
