@@ -101,14 +101,19 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
         bits = self._bits
         if isinstance(bits, np.ndarray):
             return np.unpackbits(bits, axis=-1, count=self._shape[-1], bitorder="little").view(np.bool_)
-        with bits.device:  # where CuPy makes the result
-            # CuPy's unpackbits has neither axis nor count.
-            spread = compat.array_namespace(bits).unpackbits(bits, bitorder="little").view(np.bool_)
-        return spread.reshape(*bits.shape[:-1], 8 * bits.shape[-1])[..., : self._shape[-1]]
+        xp, width = compat.array_namespace(bits), 8 * bits.shape[-1]
+        if compat.is_cupy_array(bits):
+            with bits.device:  # where it makes the result
+                spread = xp.unpackbits(bits, bitorder="little").view(np.bool_)  # it has neither axis nor count
+        else:
+            one = xp.ones_like(bits[..., None])
+            spread = ((bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=compat.device(bits))) & one) == 1
+        return xp.reshape(spread, (*bits.shape[:-1], width))[..., : self._shape[-1]]
 
     def _signs(self) -> Any:
         """+1 and -1, in the library that holds the bits."""
-        return self.to_bool().astype(np.int8) * 2 - 1
+        xp, kept = compat.array_namespace(self._bits), self.to_bool()
+        return xp.astype(kept, xp.int8) * 2 - 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if not isinstance(self._bits, np.ndarray):

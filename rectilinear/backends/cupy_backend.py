@@ -231,9 +231,11 @@ class CupyBackend:
             return
         addresses = y.data.ptr if z is y else z.data.ptr | y.data.ptr
         if b is not None:
-            if not b._c_contiguous or b.data.ptr % dtype.itemsize:
+            address = b.data.ptr
+            if not b._c_contiguous or address % dtype.itemsize:
                 b = self._contiguous(b)
-            addresses |= b.data.ptr
+                address = b.data.ptr
+            addresses |= address
         elif mask is not None and z.itemsize == dtype.itemsize:
             name = "relu_mask"
         start, extents = self._bias_launch(dtype, name, shape, addresses % _WIDE_BYTES == 0)

@@ -10,6 +10,7 @@ import gpu_cases
 import numpy as np
 import pytest
 from host_backend import Host
+from host_cost import aligned
 from standin import Device
 
 import rectilinear
@@ -277,6 +278,17 @@ def test_a_step_is_three_products_and_three_kernels_at_most(host: Host, groups: 
     assert step(host, problem(100, 8, 32, groups, dtype)) == (3, ["bias_relu_mask_wide", "mask_colsum_wide"], 0)
     assert step(host, problem(1500, 8, 32, groups, dtype)) == (3, ["bias_relu_mask_wide", "mask_colsum_wide", "colsum_final"], 0)
     assert step(host, problem(1500, 8, 33, groups, dtype)) == (3, ["bias_relu_mask", "mask_colsum", "colsum_final"], 0)
+
+
+def test_a_bias_off_the_boundary_is_not_read_16_bytes_at_a_time(host: Host) -> None:
+    be, p = host.backend, problem(4, 3, 16, None, "float32")
+    x, w = be.asarray(p["x"]), be.asarray(p["w"])
+    memory = aligned((20,), np.float32)
+    for start, kernel in ((4, "bias_relu_mask_wide"), (1, "bias_relu_mask"), (4, "bias_relu_mask_wide")):
+        memory[start : start + 16] = p["b"]
+        y, _ = be.affine_relu_forward(x, w, host.cp.ndarray._of(memory[start : start + 16]), None)
+        assert host.launched[-1] == kernel
+        assert np.allclose(y.get(), (p["x"] @ p["w"] + p["b"]).clip(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

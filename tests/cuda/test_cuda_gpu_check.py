@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from host_backend import Host
 
-from rectilinear.backends import cupy_loader
+from rectilinear.backends import cupy_loader, cupy_lt
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
 
 
@@ -109,16 +109,7 @@ def test_a_step_that_breaks_off_stops_no_other_and_counts(make: Any, tmp_path: P
 
 @pytest.mark.usefixtures("one_dtype")
 def test_tf32_would_be_noticed(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cp = make().runtime.cp
-    right = cp.matmul
-
-    def rounded(a: Any, b: Any, out: Any) -> Any:
-        if a.dtype != np.float32:
-            return right(a, b, out=out)
-        a, b = (cp.ndarray._of((x._host.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)) for x in (a.copy(), b.copy()))
-        return right(a, b, out=out)
-
-    monkeypatch.setattr(cp, "matmul", rounded)
+    monkeypatch.setattr(cupy_lt, "COMPUTE_32F", cupy_lt.COMPUTE_32F_FAST_TF32)
     status, report = run(make, tmp_path, "--only", "tensor_cores")
     assert status == 1
     assert "is TF32 on?" in report["steps"]["tensor_cores"]["wrong"][0]
