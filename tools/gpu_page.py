@@ -18,9 +18,9 @@ NAMES = {
     "cupy-out": "ours, out=",
     CAPTURED: "ours, captured",
     PLAIN: "plain CuPy",
-    EAGER: "PyTorch eager",
-    LEAN: "PyTorch leanest",
-    GRAPH: "PyTorch CUDA graph",
+    EAGER: "torch eager",
+    LEAN: "torch leanest",
+    GRAPH: "torch graph",
     "torch-compile-cuda": "torch.compile",
     "jax-cuda": "JAX jit",
 }
@@ -75,7 +75,14 @@ def _correctness(report: dict[str, Any]) -> Section:
 
 
 def _facts(found: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in found.items() if not isinstance(value, dict))[:300]
+    """In one line; what does not fit is in the JSON."""
+    return "; ".join(f"{name}: {_number(value)}" for name, value in found.items() if not isinstance(value, dict) or name != "differ")[:300]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_number(each)}" for name, each in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------- what it comes to
@@ -87,7 +94,9 @@ def _summary(report: dict[str, Any]) -> Section:
         "Steps: the other's time over ours, above 1 is faster; the geometric mean over the shapes of this run that both have. "
         "Kernels: the least share of a device copy's GB/s over the shapes."
     )
-    rows = [[name, figure, aim] for name, figure, aim in summary(report) if figure]
+    rows: list[list[Cell | str]] = [
+        [name, Cell(figure, float(figure) / float(aim)), Cell(aim)] for name, figure, aim in summary(report) if figure
+    ]
     section.tables += [Table(["figure", "this run", "aim"], rows)] if rows else []
     return section
 
@@ -147,7 +156,7 @@ def _host(report: dict[str, Any]) -> Section:
     }
     section.tables += [_table("call", columns, lambda value: value if isinstance(value, str) else f"{value:.1f}")] if columns else []
     profile = rows.get("profile of a step", {}).get("found", {})
-    lines = [[name, f"{each['calls']:g}", f"{each['us']:.1f}"] for name, each in profile.items()]
+    lines = [[name, Cell(f"{each['calls']:g}"), Cell(f"{each['us']:.1f}")] for name, each in profile.items()]
     title = "Own time by function, one step of 128x784x256, by cProfile, which adds to each call"
     section.tables += [Table(["function", "calls a step", "us a step"], lines, title)] if lines else []
     return section
@@ -183,7 +192,7 @@ def _bandwidth(report: dict[str, Any]) -> Section:
 
 def _table(first: str, columns: dict[str, dict[str, Any]], shown: Callable[[Any], str], title: str = "") -> Table:
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    lines = [[name, *(shown(column[name]) if name in column else "" for column in columns.values())] for name in names]
+    lines = [[name, *(Cell(shown(column[name])) if name in column else "" for column in columns.values())] for name in names]
     return Table([first, *columns], lines, title)
 
 
