@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rectilinear.measure import gpu
+import rectilinear
+from rectilinear.measure import gpu, ours
 from rectilinear.measure.cases import HALF_ITEMSIZE, Case
 from rectilinear.measure.gpu import COPIES, LAUNCHED, Waits
 from rectilinear.measure.reference import check, expected, inputs, numpy_dtype
-from rectilinear.measure.subjects import ON_GPU, PEERS
+from rectilinear.measure.subjects import ON_GPU, PEERS, backend_subjects
 from rectilinear.measure.turns import started
 
 STEP = (16, 128, 128)
@@ -116,6 +117,37 @@ def test_copies_are_waited_for(clock):
         "a GPU", lambda a: clock.call(), lambda a: clock.call(), lambda made: setattr(clock, "host", max(clock.host, clock.device))
     )
     assert timer.copies(arrays, arrays)["to_device"] == {"bytes": 40, "seconds": [6.0] * COPIES}
+
+
+# ---------------------------------------------------------------- ours, recorded
+
+
+def test_a_recorded_step_has_all_its_arrays_as_arguments(monkeypatch):
+    """What `capture` is given: a recording that copied its arguments in would work with any others."""
+    given = []
+
+    def capture(function):
+        return lambda *arrays: (given.append(arrays), function(*(a.copy() for a in arrays)))[1]
+
+    monkeypatch.setattr(rectilinear, "capture", capture, raising=False)
+    case = Case("step", STEP, "float32")
+    run = ours.build_captured(case, inputs(case))
+    assert len(given) == 2  # run once, and recorded
+    assert check(case, inputs(case), run.results(run.call())) is None
+    assert all(a is b for a, b in zip(given[0], given[2], strict=True))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_takes_part_where_this_version_can_record(monkeypatch, there):
+    usable = SimpleNamespace(name="cupy", usable=True)
+    monkeypatch.setattr(rectilinear, "list_backends", lambda: [usable])
+    if there:
+        monkeypatch.setattr(rectilinear, "capture", lambda function: function, raising=False)
+    else:
+        monkeypatch.delattr(rectilinear, "capture", raising=False)
+    found, missing = backend_subjects()
+    assert ("cupy-captured" in [subject.name for subject in found]) is there
+    assert ("cupy-captured" in missing) is not there
 
 
 # ---------------------------------------------------------------- the peers

@@ -209,23 +209,27 @@ ROUNDS, TURN = 5, 0.015
 """Turns of each subject, and seconds of a turn, after one turn that does not count."""
 
 
-def step_subjects() -> list[Any]:
-    """Ours, and all others that can be on a GPU."""
+def step_subjects() -> tuple[list[Any], dict[str, str]]:
+    """Ours, and all others that can be on a GPU; and why one of ours cannot."""
     from rectilinear.measure.subjects import PEERS, backend_subjects
 
-    ours = [subject for subject in backend_subjects()[0] if subject.backend == "cupy"]
-    return [*ours, *(peer for peer in PEERS if peer.name.endswith(("-cuda", "-cupy")))]
+    ours, missing = backend_subjects()
+    taking = [subject for subject in ours if subject.backend == "cupy"]
+    taking += [peer for peer in PEERS if peer.name.endswith(("-cuda", "-cupy"))]
+    return taking, {name: why for name, why in missing.items() if name.startswith("cupy")}
 
 
-def steps(check: Any, rows: Any, subjects: Callable[[], list[Any]] = step_subjects) -> None:
+def steps(check: Any, rows: Any, subjects: Callable[[], tuple[list[Any], dict[str, str]]] = step_subjects) -> None:
     """Whole steps by libraries in processes of their own that take turns: medians of us a call in a loop that waits once at its end."""
     if _package() is None:
         raise Leave("array-api-compat is not installed")
     from rectilinear.measure.machine import available_cpus
     from rectilinear.measure.turns import started
 
-    with started(subjects(), available_cpus()) as (children, greetings, missing):
-        rows.add("subjects", lambda: {"versions": {n: g["versions"] for n, g in greetings.items()}, "missing": missing})
+    wanted, unusable = subjects()
+    with started(wanted, available_cpus()) as (children, greetings, missing):
+        about = {"versions": {name: said["versions"] for name, said in greetings.items()}, "missing": unusable | missing}
+        rows.add("subjects", lambda: about)
         for case in _step_cases(check):
             rows.add(case.name, lambda case=case: _side_by_side(check, case, children))
 

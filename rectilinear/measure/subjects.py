@@ -107,7 +107,7 @@ PEERS = (
 
 CAPTURED = Subject(
     "cupy-captured",
-    f"{_HERE}.captured:build",
+    f"{_HERE}.ours:build_captured",
     backend="cupy",
     passes=("step", "stacked"),
     dtypes=ON_GPU,
@@ -119,10 +119,10 @@ CAPTURED = Subject(
 
 def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
     """Two subjects for each usable backend, as called by default and with ``out=``; and the reasons why others are not usable."""
-    from rectilinear import list_backends
+    import rectilinear
 
     subjects, missing = [], {}
-    for info in list_backends():
+    for info in rectilinear.list_backends():
         if info.name in ("auto", "generic"):
             continue  # auto is one of the others; generic serves other libraries' arrays and is never chosen
         if not info.usable:
@@ -140,5 +140,8 @@ def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
                 )
             )
     if any(subject.backend == "cupy" for subject in subjects):
-        subjects.append(CAPTURED)
+        if hasattr(rectilinear, "capture"):
+            subjects.append(CAPTURED)
+        else:
+            missing[CAPTURED.name] = "this version of rectilinear has no capture()"
     return subjects, missing

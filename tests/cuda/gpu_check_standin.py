@@ -36,14 +36,15 @@ def pretend(patch: Callable[..., None] = setattr) -> None:
     patch(host_build.HostKernel, "local_size_bytes", 0)
 
 
-def subjects() -> list[Subject]:
+def subjects() -> tuple[list[Subject], dict[str, str]]:
     """The backend on the stand-in, one that is not to be had, and a peer, which runs on the CPU."""
     environment = {"RECTILINEAR_BACKEND": "cupy", "KERNELS": os.environ["KERNELS"]}
     ours = [
         Subject(name, f"bench_standin:{f}", backend="cupy", environment=environment)
         for name, f in (("cupy", "build"), ("cupy-out", "build_out"))
     ]
-    return [*ours, Subject("absent", "no_such_library:build"), next(peer for peer in PEERS if peer.name == BASELINE)]
+    others = [Subject("absent", "no_such_library:build"), next(peer for peer in PEERS if peer.name == BASELINE)]
+    return [*ours, *others], {"never": "not usable"}
 
 
 def setup(make: Callable[[], CupyBackend], **parts: Any) -> gpu_check.Setup:

@@ -77,7 +77,9 @@ def test_all_parts(make: Any, libraries: dict[str, Path], tmp_path: Path, monkey
     timed = rows["steps"]["step-16x128x128-float32"]["found"]
     assert set(timed["us"]) == {"cupy", "cupy-out", "cs231n"}
     assert timed["checked against float64"]
-    assert "No module named" in rows["steps"]["subjects"]["found"]["missing"]["absent"]
+    missing = rows["steps"]["subjects"]["found"]["missing"]
+    assert "No module named" in missing["absent"]
+    assert missing["never"] == "not usable"
     assert "all right on a stand-in" in said
     assert all(name in said for name in states)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
