@@ -364,17 +364,6 @@ def streams(check: Check) -> dict[str, Any]:
     return result
 
 
-def cublaslt(check: Check) -> dict[str, Any]:
-    """9. What cuBLASLt's ReLU epilogue does at NaN and 0 (docs/gpu.md: why it is left out), if nvmath is here."""
-    try:
-        from nvmath.linalg.advanced import MatmulEpilog, matmul
-    except ImportError:
-        raise Leave("nvmath is not installed") from None
-    x = check.backend.asarray(np.array([[np.nan, 0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 2.0]] * 8, "f4"))
-    y, aux = matmul(x.T, check.backend.asarray(np.eye(8, dtype="f4")), epilog=MatmulEpilog.RELU_AUX)
-    return {"relu of nan, 0, -0, 1, -1, inf, -inf": [str(v) for v in y.get()[:7, 0]], "mask": aux["relu_aux"].get()[:1, 0].tolist()}
-
-
 def memory(check: Check) -> dict[str, Any]:
     """10. The pool does not grow over a thousand steps; running out of memory leaves the backend usable."""
     cp = check.cp
@@ -435,7 +424,6 @@ STEPS: tuple[Callable[[Check], dict[str, Any]], ...] = (
     determinism,
     tensor_cores,
     streams,
-    cublaslt,
     memory,
     several_devices,
 )

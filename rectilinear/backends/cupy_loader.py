@@ -1,4 +1,4 @@
-"""Finds out whether CuPy can work here, and hands it to the backend; the only file that imports CuPy.
+"""Finds out whether CuPy can work here, and hands it to the backend; the only file that imports CuPy or nvmath-python.
 
 An installed CuPy says nothing: it imports without a GPU, and with one it may still lack NVRTC, headers or cuBLAS. So the probe asks
 the driver first, which is quick, and then lets the backend itself compute a small layer.
@@ -15,6 +15,9 @@ import numpy as np
 
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_gemm import Gemm, Products
+from rectilinear.backends.cupy_lt import Plans
+from rectilinear.backends.cupy_scratch import Scratches
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "cuda" / "layers.cu"
 
@@ -37,7 +40,28 @@ def connect() -> Runtime:
     def kernels(dtype: str) -> Any:
         return cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=compile_options(dtype))
 
-    return Runtime(cupy, kernels)
+    return Runtime(cupy, kernels, products)
+
+
+def products(cp: Any, scratches: Scratches) -> Products:
+    """cuBLASLt's where nvmath-python has it work on the current device, else CuPy's, which say why."""
+    try:
+        return Plans(cp, scratches, _cublaslt(), _tf32())
+    except Exception as error:  # no module, no library, no memory: each has an error type of its own, some of them private
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "nvmath"
+        why = "without nvmath-python" if missing else f"since nvmath-python does not work here: {_first_line(error)}"
+        return Gemm(cp, scratches, _tf32(), why)
+
+
+def _cublaslt() -> Any:
+    from nvmath.bindings import cublasLt
+
+    return cublasLt
+
+
+def _tf32() -> bool:
+    """As CuPy reads it."""
+    return int(os.environ.get("CUPY_TF32", "0")) > 0
 
 
 def compile_options(dtype: str) -> tuple[str, ...]:
@@ -62,7 +86,7 @@ def examine(backend: CupyBackend) -> Probe:
             reason = wrong and f"the GPU computes wrong numbers ({wrong}); run tools/gpu_check.py of the source and report what it says"
     if reason is not None:
         return _unusable(reason, version)
-    return Probe(True, version=version, device=_device(cp), simd=_cublas(cp))
+    return Probe(True, version=version, device=_device(cp), simd=backend.products.about)
 
 
 def _unusable(reason: str, version: str | None = None) -> Probe:
@@ -127,11 +151,6 @@ def _wrong_numbers(backend: CupyBackend) -> str | None:
 def _device(cp: Any) -> str:
     properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
     return f"{properties['name'].decode()} (sm_{properties['major']}{properties['minor']})"
-
-
-def _cublas(cp: Any) -> str:
-    version = cp.cuda.cublas.getVersion(cp.cuda.device.get_cublas_handle())
-    return f"cuBLAS {version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def _dotted(version: int) -> str:

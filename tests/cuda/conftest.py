@@ -39,7 +39,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def host(libraries: dict[str, Path]) -> Iterator[Host]:
-    host = Host(libraries)
+def host(libraries: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The parameter "gemm" has the products of a machine without nvmath-python."""
+    host = Host(libraries, plans=getattr(request, "param", "plans") == "plans")
     yield host
     host.set(schedule=0, flush=True)

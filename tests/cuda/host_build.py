@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from standin import device_work
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -110,10 +111,15 @@ class HostKernel:
         module.launched.append(self.name)
         launch = _Launch(_three(grid), _three(block), *module.window, module.schedule, module.flush)
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        with _one_at_a_time:
-            failure = self._function(ctypes.byref(launch), pointers)
-        if failure:
-            raise RuntimeError(f"{self.name}: {failure.decode()}")
+
+        def run() -> None:
+            with _one_at_a_time:
+                failure = self._function(ctypes.byref(launch), pointers)
+            if failure:
+                raise RuntimeError(f"{self.name}: {failure.decode()}")
+
+        pointers._values = values  # type: ignore[attr-defined]  # what they point at
+        device_work(run)
 
     def _value(self, i: int, arg: Any, code: str) -> Any:
         """The argument as eight bytes in memory, after checking it against the parameter: *f4, i8, *V2, ..."""

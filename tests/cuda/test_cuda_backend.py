@@ -50,6 +50,7 @@ def exact(p: dict[str, np.ndarray], keep: np.ndarray | None, bias: bool = True) 
     }
 
 
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 @pytest.mark.parametrize("dtype", gpu_cases.DTYPES)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -109,6 +110,7 @@ def layouts(a: np.ndarray) -> list[np.ndarray]:
     return [np.asfortranarray(a), flipped, spaced[tuple(slice(None, None, 2) for _ in a.shape)], unaligned]
 
 
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_any_strides_and_alignment(host: Host, groups: int | None, dtype: str) -> None:
@@ -137,6 +139,7 @@ def test_any_strides_and_alignment(host: Host, groups: int | None, dtype: str) -
             assert np.array_equal(be.relu_backward(frozen[3], other, None).get(), be.relu_backward(plain["dout"], mask0, None).get())
 
 
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", ["fresh", "strided", "offset"])
 def test_out_is_filled_and_returned(host: Host, dtype: str, make: str) -> None:
@@ -267,6 +270,7 @@ def step(host: Host, p: dict[str, np.ndarray]) -> tuple[int, list[str], int]:
     return host.cp.counts["products"], host.launched, host.cp.counts["copies"] + host.cp.counts["fills"]
 
 
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_step_is_three_products_and_three_kernels_at_most(host: Host, groups: int | None, dtype: str) -> None:
@@ -276,12 +280,22 @@ def test_a_step_is_three_products_and_three_kernels_at_most(host: Host, groups: 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_16_bit_step_has_two_more_to_round_dx_and_dw(host: Host, dtype: str) -> None:
+@pytest.mark.parametrize("host", ["gemm"], indirect=True)
+def test_a_16_bit_step_by_gemm_has_two_more_to_round_dx_and_dw(host: Host, dtype: str) -> None:
     products, kernels, copies = step(host, problem(100, 8, 32, None, dtype))
     assert (products, copies) == (3, 0)
     assert kernels == ["bias_relu_mask_wide", "mask_colsum_wide", "colsum_final", "bias_add_wide", "bias_add_wide"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_16_bit_step_by_plans_has_no_kernel_that_rounds(host: Host, dtype: str, groups: int | None) -> None:
+    products, kernels, copies = step(host, problem(100, 8, 32, groups, dtype))
+    assert (products, copies) == (3, 0)
+    assert kernels == ["relu_mask_wide", "mask_colsum_wide", "colsum_final"]
+
+
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 def test_bfloat16_is_widened_where_cublas_has_none(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before sm_80."""
     monkeypatch.setattr(Device, "compute_capability", "75")
@@ -304,11 +318,12 @@ def test_grids_and_sums_depend_on_the_shape_alone(host: Host) -> None:
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 def test_extents_that_cublas_cannot_count_are_refused(host: Host) -> None:
     host_view = np.broadcast_to(np.zeros((1, 1), "f4"), (2**31, 1))
     x, w, out = (host.cp.ndarray._of(a) for a in (host_view, np.zeros((1, 1), "f4"), host_view))
     with pytest.raises(ValueError, match="extents up to 2147483647"):
-        host.backend._product(x, w, out)
+        host.backend._product("NN", x, w, out)
 
 
 # ---------------------------------------------------------------- devices, arrays, threads

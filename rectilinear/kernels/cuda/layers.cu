@@ -3,8 +3,8 @@
 // geometry and buffers are backends/cupy_backend.py's.
 //
 // Compiled once per element type T, chosen by -DDTYPE_float32, _float64, _float16 or _bfloat16. Sums, biases and
-// exponentials are computed in A, which is T or, for the 16-bit types, float; products of 16-bit types arrive in A too, so
-// that a result is rounded once. The file includes nothing, so that NVRTC needs no header, and the same text is compiled
+// exponentials are computed in A, which is T or, for the 16-bit types, float. Products of 16-bit types arrive in A, to be
+// rounded once with the bias, or in T, with the bias and rounded. The file includes nothing, so that NVRTC needs no header, and the same text is compiled
 // by a C++ compiler and run on the CPU by the tests.
 //
 // Rules kept by every kernel:
@@ -106,13 +106,14 @@ template <int V> __device__ inline u32 mask_byte(u32 bits, u32 lane)
     return bits;
 }
 
-// z (groups, rows, cols) in A, b (groups, cols) or null, y like z in T, mask (groups, rows, mask_row) bytes.
+// z (groups, rows, cols) in Z, which is A, or T where z is rounded already; b (groups, cols) or null, y like z in T, mask
+// (groups, rows, mask_row) bytes.
 // A tile is blockDim.x * V columns by blockDim.y * TILE_ROWS rows: the two 64-bit divisions that find it are paid once,
 // the bias is loaded once, and four loads are under way at a time. blockDim.x * V is a multiple of 8.
 enum { TILE_ROWS = 4 };
 
-template <int V, bool RELU>
-__device__ void bias_act(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+template <int V, bool RELU, class Z>
+__device__ void bias_act(const Z* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
 {
     const i64 col_tiles = ceil_div(cols, (i64)blockDim.x * V);
     const i64 tiles = col_tiles * ceil_div(rows, (i64)blockDim.y * TILE_ROWS);
@@ -134,10 +135,10 @@ __device__ void bias_act(const A* z, const T* b, T* y, u8* mask, i64 groups, i64
             const i64 at = (group * rows + row) * cols + col;
             u32 bits = 0;
             if (inside) {
-                const Pack<A, V> s = load<V>(z + at);
+                const Pack<Z, V> s = load<V>(z + at);
                 Pack<T, V> t;
                 UNROLL for (int k = 0; k < V; ++k) {
-                    const A v = b ? s.v[k] + bias[k] : s.v[k];  // no b: -0.0 stays
+                    const A v = b ? widen(s.v[k]) + bias[k] : widen(s.v[k]);  // no b: -0.0 stays
                     t.v[k] = Round<T>::of(v);
                     const bool keep = !RELU || keeps(t.v[k]);  // of the rounded z: what rounds to -0.0 is kept
                     bits |= (u32)keep << k;
@@ -167,6 +168,14 @@ bias_relu_mask(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 bias_relu_mask_wide(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+{ bias_act<WIDE, true>(z, b, y, mask, groups, rows, cols, mask_row); }
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+relu_mask(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+{ bias_act<1, true>(z, b, y, mask, groups, rows, cols, mask_row); }
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+relu_mask_wide(const T* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
 { bias_act<WIDE, true>(z, b, y, mask, groups, rows, cols, mask_row); }
 
 // ---- backward: dz = keep ? dout : 0, db = sum of dz over rows ------------------------------------------------------
