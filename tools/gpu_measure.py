@@ -108,7 +108,7 @@ def _profile(check: Any) -> dict[str, Any]:
             check.backend.synchronize()
     profile.disable()
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    rows = sorted(((own, calls, where) for where, (_, calls, own, _, _) in stats.items()), reverse=True)[:15]
+    rows = sorted(((own, calls, where) for where, (_, calls, own, _, _) in stats.items()), reverse=True)[:30]
     return {
         f"{Path(file).name}:{line} {name}" if line else name: {"calls": round(calls / count, 1), "us": round(own / count * 1e6, 1)}
         for own, calls, (file, line, name) in rows
