@@ -105,8 +105,8 @@ cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@.venv-cuda/bin/python -m tests.cuda.mutants
 
-gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend there; writes one JSON
-	@$(PYTHON) tools/gpu_check.py
+gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there in six minutes; in two: make gpu-check GPU_CHECK=--first
+	@$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
