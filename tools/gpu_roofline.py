@@ -47,7 +47,6 @@ class Pass:
 OWN = (
     Pass("bias + ReLU + mask", elements=1, sums=1, masks=1 / 8),
     Pass("select by mask + column sums", elements=2, masks=1 / 8),
-    Pass("final sum", elements=0),
 )
 ROUNDING = Pass("rounding of dx, dw (16-bit types)", elements=1, sums=1)
 # One CuPy call each; y > 0 is a byte an element.

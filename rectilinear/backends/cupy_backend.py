@@ -1,10 +1,10 @@
-"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), the project's CUDA kernels around them, and small layers whole.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
 the rules they keep, is said in ``kernels/cuda/layers.cu``.
 
-Launches of one affine + ReLU step: three products, one kernel forward, two backward (one where N is small).
+Launches of one affine + ReLU step: three products and two kernels; of a small layer (`cupy_small`) two in all.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rectilinear.backends import cupy_small
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
+from rectilinear.backends.cupy_counters import Counters
 from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
 from rectilinear.keepmask import KeepMask, unchecked
 
 # As in layers.cu.
 _BLOCK = 256  # threads
 _TILE_ROWS = 4  # rows of a tile that one thread takes
-_CHUNK = 32  # rows that one thread adds up into one sum
+_FLAT = 4  # pieces of a flat array that one thread takes
 _WIDE_BYTES = 16
 
 _LARGEST_X, _LARGEST_Y = 2**31 - 1, 65535  # of a grid
 
-# Blocks of a column sum. Enough to fill a large GPU (an H100 holds about a thousand of 256 threads), few enough that the second
-# stage, which reads one partial sum of each, stays short. Neither depends on the device: the order of a sum is the shape's alone.
-_SUM_BLOCKS, _LEAST_SUM_BLOCKS = 1024, 256
+# Blocks of a column sum. Of the kernels that select three blocks fit on a multiprocessor, 396 on an H100's 132: a column tile
+# has at most that many, all at once, so that its last block has few partial sums to add up; several tiles have four rounds of them
+# together, so that a round that is not full costs little. A shape decides, not the device: the order of a sum is the shape's alone.
+_BLOCKS_AT_ONCE = 3 * 132
+_SUM_BLOCKS = 4 * _BLOCKS_AT_ONCE
 _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
 
 _SOFTMAX_BLOCKS = 1024
@@ -72,6 +76,7 @@ class CupyBackend:
         self._examine = examine
         self._runtime: Runtime | None = None
         self._functions: dict[tuple[str, str], Any] = {}
+        self.counters = Counters()
 
     def probe(self) -> Probe:
         return self._examine(self)
@@ -86,6 +91,8 @@ class CupyBackend:
 
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
         with self._on_device_of(x):
+            if blocks := _small_forward_blocks(x, w):
+                return self._small_forward(x, w, b, None, out, blocks)
             y, z = self._forward_buffers(x, w, out)
             self._product(x, w, z)
             if b is not None or z is not y:
@@ -94,11 +101,14 @@ class CupyBackend:
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
         with self._on_device_of(x):
+            shape = (*x.shape[:-1], w.shape[-1])
+            mask = self._empty((*shape[:-1], _cdiv(shape[-1], 8)), np.uint8)
+            if blocks := _small_forward_blocks(x, w):
+                return self._small_forward(x, w, b, mask, out, blocks), unchecked(mask, shape)
             y, z = self._forward_buffers(x, w, out)
             self._product(x, w, z)
-            mask = self._empty((*y.shape[:-1], -(-y.shape[-1] // 8)), np.uint8)
             self._bias("bias_relu_mask", z, b, y, mask)
-            return _deliver(y, out), unchecked(mask, y.shape)
+            return _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
         self,
@@ -111,6 +121,8 @@ class CupyBackend:
     ) -> tuple[Array | None, Array | None, Array | None]:
         want_dx, want_dw, want_db = wanted
         with self._on_device_of(dout):
+            if want_dw and (blocks := _small_backward_blocks(x, w, want_dx)):
+                return self._small_backward(dout, x, w, keep, wanted, out, blocks)
             db = None
             if want_db:
                 dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
@@ -154,7 +166,41 @@ class CupyBackend:
         else:
             strided_gemm(cp, a, b, out)
 
+    def _small_forward(self, x: Array, w: Array, b: Array | None, mask: Array | None, out: Array | None, blocks: int) -> Array:
+        """y, and the mask where one is given: then y is relu'd."""
+        y = self._result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
+        groups, n, m = _extents(y)
+        row_bytes = 0 if mask is None else mask.shape[-1]
+        x, w = self._contiguous(x), self._contiguous(w)
+        pointers = (x, w, _NULL if b is None else self._contiguous(b), y, _NULL if mask is None else mask)
+        self._launch("small_forward", 1, y.dtype, _grid(blocks, groups), (_BLOCK,), pointers, (groups, n, x.shape[-1], m, row_bytes))
+        return _deliver(y, out)
+
+    def _small_backward(
+        self,
+        dout: Array,
+        x: Array,
+        w: Array,
+        keep: Keep | None,
+        wanted: Wanted,
+        out: tuple[Array | None, Array | None, Array | None],
+        blocks: int,
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """dw, and dx and db where they are wanted."""
+        dout, x, w = self._contiguous(dout), self._contiguous(x), self._contiguous(w)
+        groups, n, m = _extents(dout)
+        kernel, selector, row_bytes = self._selector(keep)
+        mask, preact = (selector, _NULL) if kernel == "mask_colsum" else (_NULL, selector)
+        shapes = (x.shape, w.shape, (*dout.shape[:-2], m))
+        results = [self._result(shape, dout.dtype, given) if want else None for shape, given, want in zip(shapes, out, wanted, strict=True)]
+        pointers = (dout, mask, preact, x, w, *(_NULL if result is None else result for result in results))
+        extents = (groups, n, x.shape[-1], m, row_bytes)
+        self._launch("small_backward", 1, dout.dtype, _grid(blocks, groups), (_BLOCK,), pointers, extents)
+        dx, dw, db = (result if result is None else _deliver(result, given) for result, given in zip(results, out, strict=True))
+        return dx, dw, db
+
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
+        """y = z + b by "bias_add", relu'd and with its mask by "bias_relu_mask". z is in the sums' dtype or, without b, y's; y may be z."""
         groups, rows, cols = _extents(y)
         if y.size == 0:
             return
@@ -163,6 +209,8 @@ class CupyBackend:
         least = max(1, 8 // width) if mask is not None else 1  # threads along x whose bits fill a byte of the mask
         block = _block(cols, width, least)
         tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
+        if mask is not None and b is None and z.dtype == y.dtype:
+            name = "relu_mask"
         masked = () if mask is None else (mask,)
         row_bytes = () if mask is None else (mask.shape[-1],)
         pointers = (z, _NULL if b is None else b, y, *masked)
@@ -182,15 +230,13 @@ class CupyBackend:
         width = _width(dout.dtype, cols, *arrays, *(() if name != "preact_colsum" else (selector,)))
         block = _block(cols, width, 1)
         col_tiles = _cdiv(cols, block[0] * width)
-        span = _rows_per_block(rows, block[1], col_tiles)
+        span = _rows_per_block(rows, block[1], groups * col_tiles)
         blocks = _cdiv(rows, span)
-        sums = _sum_dtype(dout.dtype)
-        direct = blocks == 1 and sums == dout.dtype  # one partial sum is the sum
-        parts = db if direct else self._empty((groups, blocks, cols), sums)
-        pointers = (dout, selector, _NULL if keep is None or dz is None else dz, parts)
+        parts = counters = _NULL  # one block writes what it has straight to db
+        if blocks > 1:
+            parts, counters = self._empty((groups, blocks, cols), _sum_dtype(dout.dtype)), self.counters.current(self.runtime.cp)
+        pointers = (dout, selector, _NULL if keep is None or dz is None else dz, parts, counters, db)
         self._launch(name, width, dout.dtype, _grid(col_tiles * blocks, groups), block, pointers, (groups, rows, cols, row_bytes, span))
-        if not direct:
-            self._final_sum(parts, db, groups, blocks, cols)
         return dz, _deliver(db, out)
 
     def _selector(self, keep: Keep | None) -> tuple[str, Any, int]:
@@ -201,11 +247,6 @@ class CupyBackend:
             bits = self._contiguous(keep._bits)
             return "mask_colsum", bits, bits.shape[-1]
         return "preact_colsum", self._contiguous(keep), 0
-
-    def _final_sum(self, parts: Array, sums: Array, groups: int, blocks: int, cols: int) -> None:
-        # Eight columns a block are a 32-byte sector of a row of float32 partial sums, and leave 32 threads for the rows.
-        x = min(8, _power_of_2(cols))
-        self._launch("colsum_final", 1, sums.dtype, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (parts, sums), (groups, blocks, cols))
 
     # ReLU
 
@@ -232,7 +273,7 @@ class CupyBackend:
         y = arrays[-1]
         if y.size:
             width = _width(y.dtype, 0, *arrays)
-            blocks = min(_cdiv(_cdiv(y.size, width), _BLOCK), _LARGEST_X)
+            blocks = min(_cdiv(_cdiv(y.size, width), _BLOCK * _FLAT), _LARGEST_X)
             self._launch(name, width, y.dtype, (blocks,), (_BLOCK,), arrays, (y.size,))
 
     def _mask_backward(self, dout: Array, bits: Array, dx: Array) -> None:
@@ -259,8 +300,8 @@ class CupyBackend:
             warps = _BLOCK // _WARP
             blocks = min(_cdiv(n, warps), _SOFTMAX_BLOCKS)
             parts = self._empty((blocks * warps,), _sum_dtype(x.dtype))
-            self._launch("softmax_loss", 1, x.dtype, (blocks,), (_WARP, warps), (self._contiguous(x), labels, dx, parts), (n, c))
-            self._final_sum(parts, loss, 1, blocks * warps, 1)
+            pointers = (self._contiguous(x), labels, dx, parts, self.counters.current(self.runtime.cp), loss)
+            self._launch("softmax_loss", 1, x.dtype, (blocks,), (_WARP, warps), pointers, (n, c))
             return loss, _deliver(dx, out)
 
     # arrays
@@ -341,6 +382,22 @@ def _extents(y: Array) -> tuple[int, int, int]:
     return groups, rows, cols
 
 
+def _small_forward_blocks(x: Array, w: Array) -> int:
+    """Blocks of a small layer's forward; 0 leaves it to cuBLAS, which also takes other strides."""
+    if not (x.flags.c_contiguous and w.flags.c_contiguous):
+        return 0
+    groups, n, d = _extents(x)
+    return cupy_small.forward_blocks(cupy_small.Layer(groups, n, d, w.shape[-1]), x.dtype.itemsize)
+
+
+def _small_backward_blocks(x: Array, w: Array, want_dx: bool) -> int:
+    """The same of a backward, for dw and, where wanted, dx."""
+    if not (x.flags.c_contiguous and w.flags.c_contiguous):
+        return 0
+    groups, n, d = _extents(x)
+    return cupy_small.backward_blocks(cupy_small.Layer(groups, n, d, w.shape[-1]), x.dtype.itemsize, want_dx)
+
+
 def _width(dtype: Any, cols: int, *arrays: Array) -> int:
     """Elements that a thread moves at a time: 16 bytes of them, where rows and pointers allow."""
     width: int = _WIDE_BYTES // dtype.itemsize
@@ -353,12 +410,10 @@ def _block(cols: int, width: int, least: int) -> tuple[int, int]:
     return x, _BLOCK // x
 
 
-def _rows_per_block(rows: int, threads: int, col_tiles: int) -> int:
-    """Rows that one block of a column sum adds up; all of them where a single chunk a thread does it, which saves the second stage."""
-    if rows <= threads * _CHUNK:
-        return rows
-    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), max(_LEAST_SUM_BLOCKS, _SUM_BLOCKS // col_tiles))
-    return _cdiv(rows, blocks)
+def _rows_per_block(rows: int, threads: int, tiles: int) -> int:
+    """Rows that one block of a column sum adds up; all of them where so many tiles, of all groups, fill a GPU."""
+    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), _BLOCKS_AT_ONCE, _SUM_BLOCKS // tiles)
+    return _cdiv(rows, max(1, blocks))
 
 
 def _grid(blocks: int, groups: int) -> tuple[int, int, int]:

@@ -252,7 +252,7 @@ class Stream:
     _entered: ClassVar[list[Stream]] = []
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None) -> None:
-        pass
+        self.ptr = 0 if null else id(self)
 
     def __enter__(self) -> Stream:
         self._entered.append(self)

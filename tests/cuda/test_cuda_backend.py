@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
@@ -13,8 +14,16 @@ from host_backend import Host
 from standin import Device
 
 import rectilinear
-from rectilinear.backends import cupy_backend, registry
+from rectilinear.backends import cupy_backend, cupy_counters, cupy_small, registry
 from rectilinear.keepmask import KeepMask
+
+
+@pytest.fixture(params=["small", "cublas"])
+def way(request: pytest.FixtureRequest) -> None:
+    """Both ways through a layer: small ones whole, and all by cuBLAS."""
+    if request.param == "cublas":
+        request.getfixturevalue("no_small_layers")
+
 
 EXTENTS = [(3, 5, 4), (1, 1, 1), (64, 17, 33), (130, 4, 16), (0, 3, 2), (2, 0, 3), (4, 3, 0), (1, 300, 10), (300, 2, 1)]
 GROUPS = [None, 1, 3, 0]
@@ -53,7 +62,7 @@ def exact(p: dict[str, np.ndarray], keep: np.ndarray | None, bias: bool = True) 
 @pytest.mark.parametrize("dtype", gpu_cases.DTYPES)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_affine_and_fused(host: Host, dtype: str, groups: int | None, bias: bool) -> None:
+def test_affine_and_fused(host: Host, dtype: str, groups: int | None, bias: bool, way: None) -> None:
     be = host.backend
     for n, d, m in EXTENTS:
         p = problem(n, d, m, groups, dtype)
@@ -86,7 +95,7 @@ def test_affine_and_fused(host: Host, dtype: str, groups: int | None, bias: bool
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("kept", ["mask", "preact", None])
-def test_only_what_is_wanted(host: Host, wanted: tuple[bool, bool, bool], kept: str | None) -> None:
+def test_only_what_is_wanted(host: Host, wanted: tuple[bool, bool, bool], kept: str | None, no_small_layers: None) -> None:
     be, p = host.backend, problem(20, 6, 24, None, "float32")
     x, w, dout, z = (be.asarray(a) for a in (p["x"], p["w"], p["dout"], p["x"] @ p["w"]))
     keep = {"mask": be.asarray(gpu_cases.mask_of(p["x"] @ p["w"])), "preact": z, None: None}[kept]
@@ -111,7 +120,7 @@ def layouts(a: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_any_strides_and_alignment(host: Host, groups: int | None, dtype: str) -> None:
+def test_any_strides_and_alignment(host: Host, groups: int | None, dtype: str, way: None) -> None:
     be, p = host.backend, problem(9, 8, 16, groups, dtype)
     wrap = host.cp.ndarray._of
     plain = {name: be.asarray(a) for name, a in p.items()}
@@ -139,7 +148,7 @@ def test_any_strides_and_alignment(host: Host, groups: int | None, dtype: str) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", ["fresh", "strided", "offset"])
-def test_out_is_filled_and_returned(host: Host, dtype: str, make: str) -> None:
+def test_out_is_filled_and_returned(host: Host, dtype: str, make: str, way: None) -> None:
     be, p = host.backend, problem(12, 5, 8, None, dtype)
     x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
     labels = be.asarray(np.arange(12) % 8)
@@ -227,7 +236,7 @@ def test_a_long_bias_reduction_keeps_five_digits(host: Host, values: Any) -> Non
 
 def test_many_rows_of_one_thread_keep_five_digits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an array a thousand times as long: one block of 256 threads sums all the rows."""
-    monkeypatch.setattr(cupy_backend, "_rows_per_block", lambda rows, threads, col_tiles: rows)
+    monkeypatch.setattr(cupy_backend, "_rows_per_block", lambda rows, threads, tiles: rows)
     n = 2**20
     got = host.backend.bias_backward(host.backend.asarray(np.full((n, 1), 0.1, "f4")), None).get()
     assert abs(got[0] / (n * float(np.float32(0.1))) - 1) < 1e-5
@@ -259,6 +268,7 @@ def step(host: Host, p: dict[str, np.ndarray]) -> tuple[int, list[str], int]:
     """(products, kernels, copies) of one affine + ReLU forward and backward."""
     be = host.backend
     x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
+    be.counters.current(host.cp)  # filled once a stream
     host.cp.counts.clear()
     for module in host.modules.values():
         module.launched.clear()
@@ -269,20 +279,66 @@ def step(host: Host, p: dict[str, np.ndarray]) -> tuple[int, list[str], int]:
 
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_step_is_three_products_and_three_kernels_at_most(host: Host, groups: int | None, dtype: str) -> None:
-    assert step(host, problem(100, 8, 32, groups, dtype)) == (3, ["bias_relu_mask_wide", "mask_colsum_wide"], 0)
-    assert step(host, problem(1500, 8, 32, groups, dtype)) == (3, ["bias_relu_mask_wide", "mask_colsum_wide", "colsum_final"], 0)
-    assert step(host, problem(1500, 8, 33, groups, dtype)) == (3, ["bias_relu_mask", "mask_colsum", "colsum_final"], 0)
+def test_a_step_is_three_products_and_two_kernels(host: Host, groups: int | None, dtype: str, no_small_layers: None) -> None:
+    for n in (5, 100, 1500):
+        assert step(host, problem(n, 8, 32, groups, dtype)) == (3, ["bias_relu_mask_wide", "mask_colsum_wide"], 0)
+        assert step(host, problem(n, 8, 33, groups, dtype)) == (3, ["bias_relu_mask", "mask_colsum"], 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_16_bit_step_has_two_more_to_round_dx_and_dw(host: Host, dtype: str) -> None:
+def test_a_16_bit_step_has_two_more_to_round_dx_and_dw(host: Host, dtype: str, no_small_layers: None) -> None:
     products, kernels, copies = step(host, problem(100, 8, 32, None, dtype))
     assert (products, copies) == (3, 0)
-    assert kernels == ["bias_relu_mask_wide", "mask_colsum_wide", "colsum_final", "bias_add_wide", "bias_add_wide"]
+    assert kernels == ["bias_relu_mask_wide", "mask_colsum_wide", "bias_add_wide", "bias_add_wide"]
 
 
-def test_bfloat16_is_widened_where_cublas_has_none(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_step_of_a_small_layer_is_two_kernels(host: Host, groups: int | None, dtype: str) -> None:
+    for n, d, m in ((1, 64, 64), (16, 128, 128), (20, 33, 10)):
+        assert step(host, problem(n, d, m, groups, dtype)) == (0, ["small_forward", "small_backward"], 0)
+
+
+@pytest.mark.parametrize("name", list("xw"))
+def test_a_small_layer_in_other_strides_is_left_to_cublas(host: Host, name: str) -> None:
+    """Which takes them as they are; copying them would be another launch."""
+    be, p = host.backend, problem(6, 5, 7, None, "float32")
+    on = {key: be.asarray(a) for key, a in p.items()}
+    on[name] = host.cp.ndarray._of(np.asfortranarray(p[name]))
+    host.cp.counts.clear()
+    be.affine_forward(on["x"], on["w"], on["b"], None)
+    be.affine_backward(on["dout"], on["x"], on["w"], None, (True, True, False), (None, None, None))
+    assert host.cp.counts["products"] == 3
+    assert host.cp.counts["copies"] == 0
+
+
+def test_what_counts_as_a_small_layer() -> None:
+    """By the estimate: launches saved against device time on an H100."""
+
+    def small(*shape: int, groups: int = 1, itemsize: int = 4) -> tuple[bool, bool]:
+        layer = cupy_small.Layer(groups, *shape)
+        return bool(cupy_small.forward_blocks(layer, itemsize)), bool(cupy_small.backward_blocks(layer, itemsize, True))
+
+    for shape in ((1, 64, 64), (16, 128, 128), (128, 784, 256), (1, 1, 1), (64, 512, 10)):
+        assert small(*shape) == small(*shape, itemsize=2) == (True, True)
+    assert small(100, 3072, 100) == (False, True)  # one long sum for each of few results
+    for shape in ((512, 512, 512), (1024, 1024, 1024), (8, 4096, 4096), (65536, 64, 64), (65536, 1, 1), (1, 65536, 1), (1, 1, 65536)):
+        assert small(*shape) == (False, False)
+    assert small(16, 128, 128, groups=1000) == (False, False)
+    assert small(1, 64, 64, itemsize=8) == (False, False)
+    assert small(0, 3, 3) == small(3, 0, 3) == small(3, 3, 0) == small(3, 3, 3, groups=0) == (False, False)
+
+
+def test_the_estimate_grows_with_every_extent() -> None:
+    def estimate(groups: int, tiles: int, depth: int) -> float:
+        return cupy_small.estimated_us(groups, (cupy_small._Product(tiles, depth),))
+
+    assert estimate(1, 1, 1) < estimate(1, 1, 65) < estimate(1, 1, 1000)  # a tile's own slabs
+    assert estimate(1, 132, 64) < estimate(1, 133, 64)  # a multiprocessor's tiles
+    assert estimate(1, 264, 64) == estimate(2, 132, 64)
+
+
+def test_bfloat16_is_widened_where_cublas_has_none(host: Host, monkeypatch: pytest.MonkeyPatch, no_small_layers: None) -> None:
     """Before sm_80."""
     monkeypatch.setattr(Device, "compute_capability", "75")
     p = problem(10, 8, 16, None, "bfloat16")
@@ -292,7 +348,7 @@ def test_bfloat16_is_widened_where_cublas_has_none(host: Host, monkeypatch: pyte
     within(y.get(), *exact(p, None)["z"], "bfloat16")
 
 
-def test_grids_and_sums_depend_on_the_shape_alone(host: Host) -> None:
+def test_grids_and_sums_depend_on_the_shape_alone(host: Host, no_small_layers: None) -> None:
     """db has the same bits under any schedule, whether dz or only db is wanted, and whatever kind of keep said what to keep."""
     be, p = host.backend, problem(1300, 3, 24, None, "float32")
     keep = p["x"] @ p["w"]
@@ -311,10 +367,89 @@ def test_extents_that_cublas_cannot_count_are_refused(host: Host) -> None:
         host.backend._product(x, w, out)
 
 
+# ---------------------------------------------------------------- counters of the last block
+
+
+def test_streams_and_devices_have_counters_of_their_own(host: Host) -> None:
+    be, cp = host.backend, host.cp
+    first = be.counters.current(cp)
+    assert (first.get() == 0).all()
+    assert be.counters.current(cp) is first
+    with cp.cuda.Stream() as stream:
+        other = be.counters.current(cp)
+        assert other is not first
+        assert be.counters.current(cp) is other
+    with Device(1):
+        assert all(be.counters.current(cp) is not known for known in (first, other))
+        assert be.counters.current(cp).device.id == 1
+    assert be.counters.current(cp) is first
+    with stream:
+        assert be.counters.current(cp) is other
+
+
+def test_the_default_stream_of_each_thread_is_a_stream_of_its_own(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have the same handle."""
+    monkeypatch.setattr(host.cp.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=2))
+    found = [host.backend.counters.current(host.cp)]
+    thread = threading.Thread(target=lambda: found.append(host.backend.counters.current(host.cp)))
+    thread.start()
+    thread.join()
+    assert found[0] is not found[1]
+    assert host.backend.counters.current(host.cp) is found[0]
+
+
+def test_counters_handed_in_serve_this_thread_while_they_are(host: Host) -> None:
+    be, cp = host.backend, host.cp
+    own, given, inner = be.counters.current(cp), be.counters.fresh(cp), be.counters.fresh(cp)
+    seen = []
+    with be.counters.using(given):
+        assert be.counters.current(cp) is given
+        with be.counters.using(inner):
+            assert be.counters.current(cp) is inner
+        thread = threading.Thread(target=lambda: seen.append(be.counters.current(cp)))
+        thread.start()
+        thread.join()
+        given.fill(7)  # as if a launch had not set them back: it would be noticed
+        assert not np.isfinite(be.bias_backward(be.asarray(np.ones((4000, 8), "f4")), None).get()).all()
+        assert be.counters.current(cp) is given
+    assert seen[0] is own
+    assert be.counters.current(cp) is own
+
+
+def test_streams_without_end_leave_no_counters_without_end(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ptr in range(1000, 1300):
+        monkeypatch.setattr(host.cp.cuda, "get_current_stream", lambda ptr=ptr: SimpleNamespace(ptr=ptr))
+        host.backend.counters.current(host.cp)
+    assert len(host.backend.counters._of_streams) <= cupy_counters._STREAMS_KEPT
+
+
+def test_every_launch_leaves_its_counters_zero_and_has_enough_of_them(host: Host) -> None:
+    be = host.backend
+    for schedule in (0, 1, 7):
+        host.set(schedule=schedule)
+        for shape in ((1300, 24), (4, 600, 130), (100, 33)):
+            be.bias_backward(be.asarray(np.ones(shape, "f4")), None)
+            assert (be.counters.current(host.cp).get() == 0).all()
+    for tiles in range(1, 2000):
+        rows = 10**6
+        if -(-rows // cupy_backend._rows_per_block(rows, 8, tiles)) > 1:
+            assert tiles <= cupy_counters.COUNTERS
+
+
+def test_sums_have_the_same_bits_however_blocks_take_turns(host: Host, no_small_layers: None) -> None:
+    be, p = host.backend, problem(700, 3, 72, 2, "float32")
+    dout, mask = be.asarray(p["dout"]), be.asarray(gpu_cases.mask_of(p["x"] @ p["w"]))
+    found = set()
+    for schedule in (0, 1, 2, 3, 4, 5, 99, 1000):
+        host.set(schedule=schedule)
+        found.add(be._select_and_sum(dout, mask, True, None)[1].get().tobytes())
+    assert len(found) == 1
+
+
 # ---------------------------------------------------------------- devices, arrays, threads
 
 
-def test_work_goes_to_the_device_of_the_arrays(host: Host) -> None:
+def test_work_goes_to_the_device_of_the_arrays(host: Host, way: None) -> None:
     be, p = host.backend, problem(5, 3, 8, None, "float32")
     with Device(1):
         x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
@@ -385,7 +520,7 @@ def test_numpy_arrays_go_to_the_device_and_back(host: Host) -> None:
         with rectilinear.use_backend("cupy-standin"):
             p = problem(7, 6, 9, None, "float32")
             out, cache = rectilinear.affine_relu_forward(p["x"].reshape(7, 2, 3), p["w"], p["b"])
-            assert host.cp.counts["products"] == 1
+            assert "small_forward" in host.launched
             assert isinstance(cache[1], KeepMask)
             assert isinstance(cache[1].bits, np.ndarray)
             dx, dw, db = rectilinear.affine_relu_backward(p["dout"], cache)

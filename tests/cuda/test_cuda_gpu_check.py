@@ -64,10 +64,11 @@ def test_all_steps(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("kernel", "steps"),
     [
         ("relu_wide", {"parity", "large", "specials"}),
-        ("colsum_final", {"parity"}),
-        ("bias_relu_mask_wide", {"parity", "layers", "determinism", "memory"}),
+        ("colsum_wide", {"parity"}),
+        ("bias_relu_mask_wide", {"parity"}),
         ("mask_backward_wide", {"parity", "large"}),
         ("softmax_loss", {"parity"}),
+        ("small_forward", {"parity", "layers", "determinism", "memory"}),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(
@@ -88,8 +89,8 @@ def test_one_other_bit_is_found(make: Any, tmp_path: Path, monkeypatch: pytest.M
 
     def nudged(self: host_build.HostKernel, grid: Any, block: Any, args: Any) -> None:
         launch(self, grid, block, args)
-        if self.name == "colsum_final" and args[1].dtype == np.float32:
-            args[1]._host.view(np.int32).reshape(-1)[0] += 1
+        if self.name == "colsum" and args[5].dtype == np.float32:
+            args[5]._host.view(np.int32).reshape(-1)[0] += 1
 
     monkeypatch.setattr(host_build.HostKernel, "__call__", nudged)
     status, report = run(make, tmp_path, "--only", "parity")
@@ -107,7 +108,7 @@ def test_a_step_that_breaks_off_stops_no_other_and_counts(make: Any, tmp_path: P
     assert report["steps"]["memory"]["state"] == "right"
 
 
-@pytest.mark.usefixtures("one_dtype")
+@pytest.mark.usefixtures("one_dtype", "no_small_layers")
 def test_tf32_would_be_noticed(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cp = make().runtime.cp
     right = cp.matmul
