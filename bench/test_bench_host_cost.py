@@ -16,7 +16,8 @@ import host_cost
 pytestmark = pytest.mark.cuda
 
 
+@pytest.mark.parametrize("layer", host_cost.SHAPES)
 @pytest.mark.parametrize("name", ["np.maximum", *host_cost.CALLS])
-def test_host_cost(benchmark, name):
+def test_host_cost(benchmark, name, layer):
     with host_cost.idle_backend():
-        benchmark(host_cost.maximum() if name == "np.maximum" else host_cost.calls()[name])
+        benchmark(host_cost.maximum() if name == "np.maximum" else host_cost.calls(layer)[name])

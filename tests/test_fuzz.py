@@ -140,9 +140,10 @@ def test_a_name_that_the_host_has_not_is_refused(capsys: pytest.CaptureFixture[s
     assert "this host has no AVX-1024; it has " in capsys.readouterr().out
 
 
-def test_planted_bugs_can_be_planted() -> None:
+@pytest.mark.parametrize("of", ["fuzz", "cuda"])
+def test_planted_bugs_can_be_planted(of: str) -> None:
     """The code that they change is there, once."""
-    for mutant in planted.read(Path(mutants.__file__).with_name("mutants.toml")):
+    for mutant in planted.read(Path(mutants.__file__).parents[1] / of / "mutants.toml"):
         for edit in mutant.edits:
             assert edit.new in edit.made_in(planted.ROOT / "rectilinear"), mutant.name
 

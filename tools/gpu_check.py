@@ -221,7 +221,8 @@ def _layer_error(host: list[np.ndarray], got: list[np.ndarray], dtype: str) -> f
         want = a @ c + extra
         want = np.where(keep, want, 0) if result is y else want
         bound = 2 * (a.shape[1] + 2) * eps * (np.abs(a) @ np.abs(c) + np.abs(extra)) + half * np.abs(want) + 1e-30
-        worst = max(worst, float((np.abs(result.astype(np.float64) - want) / bound).max()))
+        error = (np.abs(result.astype(np.float64) - want) / bound).max()
+        worst = max(worst, float("inf") if np.isnan(error) else float(error))  # max would pass over NaN
     return worst
 
 

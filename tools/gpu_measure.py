@@ -159,13 +159,12 @@ def _bandwidth(check: Any, shape: tuple[int, int], dtype: str) -> dict[str, Any]
         "bias reduction": (lambda: be.bias_backward(z, None), size),
         "select + bias reduction": (lambda: be.affine_backward(z, *none, keep, (True,) * 3, (None,) * 3), 2 * size + mask),
     }
-    if biased:
-        arrays = {id(a): a for a in biased[1:] if hasattr(a, "nbytes")}
-        # z is read and y written, which may be one array.
-        cases["bias + ReLU + mask"] = (
-            lambda: be._bias(*biased),
-            sum(a.nbytes for a in arrays.values()) + (size if biased[1] is biased[3] else 0),
-        )
+    arrays = {id(a): a for a in biased[1:] if hasattr(a, "nbytes")}
+    # z is read and y written, which may be one array.
+    cases["bias + ReLU + mask"] = (
+        lambda: be._bias(*biased),
+        sum(a.nbytes for a in arrays.values()) + (size if biased[1] is biased[3] else 0),
+    )
     found: dict[str, Any] = {}
     for name, (call, moved) in cases.items():
         try:
@@ -179,20 +178,20 @@ def _bandwidth(check: Any, shape: tuple[int, int], dtype: str) -> dict[str, Any]
     return {"GB/s": found, "of a copy": shares}
 
 
-def _given_to_bias(be: Any, z: Any, y: Any) -> tuple[Any, ...] | None:
-    """What the backend itself gives its kernel after the product of a layer with few features; None where one kernel does it all."""
+def _given_to_bias(be: Any, z: Any, y: Any) -> tuple[Any, ...]:
+    """What the backend itself gives its kernel after the product of a layer with few features: x by columns, so that there is a product."""
     (n, m), features = z.shape, 8
-    x, w, b = (be._empty(shape, z.dtype) for shape in ((n, features), (features, m), (m,)))
+    x, w, b = (be._empty(shape, z.dtype) for shape in ((features, n), (features, m), (m,)))
     for a in (x, w, b):
         a.fill(0)
     seen: list[tuple[Any, ...]] = []
     own = be._bias
     be._bias = lambda *given: (seen.append(given), own(*given))[1]
     try:
-        be.affine_relu_forward(x, w, b, y)
+        be.affine_relu_forward(x.T, w, b, y)
     finally:
         del be._bias
-    return seen[0] if seen else None
+    return seen[0]
 
 
 def device_us(check: Any, call: Callable[[], Any]) -> float:

@@ -1,10 +1,10 @@
-"""The cupy backend: cuBLAS products (plans of `cupy_lt`, or `cupy_gemm`), and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (plans of `cupy_lt`, or `cupy_gemm`), the project's CUDA kernels around them, and small layers whole.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
 the rules they keep, is said in ``kernels/cuda/layers.cu``.
 
-Launches of one affine + ReLU step: three products, one kernel forward, two backward (one where N is small).
+Launches of one affine + ReLU step: three products and two kernels; of a small layer (`cupy_small`) two kernels in all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rectilinear.backends import cupy_small
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.backends.cupy_gemm import Gemm, Operation, Products
 from rectilinear.backends.cupy_gemm import aligned as _aligned
@@ -25,15 +26,19 @@ from rectilinear.keepmask import KeepMask, unchecked
 # As in layers.cu.
 _BLOCK = 256  # threads
 _TILE_ROWS = 4  # rows of a tile that one thread takes
-_CHUNK = 32  # rows that one thread adds up into one sum
+_FLAT = 4  # pieces of a flat array that one thread takes
 _WIDE_BYTES = 16
 
 _LARGEST_X, _LARGEST_Y = 2**31 - 1, 65535  # of a grid
 
-# Blocks of a column sum. Enough to fill a large GPU (an H100 holds about a thousand of 256 threads), few enough that the second
-# stage, which reads one partial sum of each, stays short. Neither depends on the device: the order of a sum is the shape's alone.
-_SUM_BLOCKS, _LEAST_SUM_BLOCKS = 1024, 256
+# Blocks of a column sum. Of the kernels that select three blocks fit on a multiprocessor, 396 on an H100's 132: a column tile
+# has at most that many, all at once, so that its last block has few partial sums to add up; several tiles have four rounds of them
+# together, so that a round that is not full costs little. A shape decides, not the device: the order of a sum is the shape's alone.
+_BLOCKS_AT_ONCE = 3 * 132
+_SUM_BLOCKS = 4 * _BLOCKS_AT_ONCE
 _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
+
+_COUNTERS = _SUM_BLOCKS // 2  # that a launch may need: one for each tile with more than one block
 
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
@@ -65,16 +70,30 @@ class Launch(NamedTuple):
     extents: tuple[np.int64, ...]
 
 
-class ColumnSum(NamedTuple):
-    """A sum over rows: the shape of the result, and of the partial sums that the second launch adds up, where there is one.
+class Forward(NamedTuple):
+    """Shapes of an output and of the bits of its mask, and the launch that does all of it where the layer is a small one."""
 
-    Without a first launch there is nothing to add.
+    shape: tuple[int, ...]
+    mask_shape: tuple[int, ...]
+    small: Launch | None
+
+
+class Backward(NamedTuple):
+    """Shapes of dx, dw and db, None of what is not wanted, and the launch that does all of it where the layer is a small one."""
+
+    shapes: tuple[tuple[int, ...] | None, ...]
+    small: Launch | None
+
+
+class ColumnSum(NamedTuple):
+    """A sum over rows: the shape of the result, and of the partial sums that the last block adds up, where there are several.
+
+    Without a launch there is nothing to add.
     """
 
     shape: tuple[int, ...]
-    first: Launch | None = None
-    parts: tuple[int, ...] = ()
-    final: Launch | None = None
+    launch: Launch | None = None
+    parts: tuple[int, ...] | None = None
 
 
 class CupyBackend:
@@ -96,11 +115,13 @@ class CupyBackend:
     def __init__(self, connect: Callable[[], Runtime], examine: Callable[[CupyBackend], Probe]) -> None:
         self._connect = connect
         self._examine = examine
+        self._forward = self._kept(forward)
+        self._backward = self._kept(backward)
         self._bias_launch = self._kept(bias_launch)
         self._column_sum = self._kept(column_sum)
         self._flat_launch = self._kept(flat_launch)
         self._mask_backward_launch = self._kept(mask_backward_launch)
-        self._softmax_launches = self._kept(softmax_launches)
+        self._softmax = self._kept(softmax)
         self.scratches = Scratches()
 
     def probe(self) -> Probe:
@@ -120,6 +141,10 @@ class CupyBackend:
         return self.runtime.cp.empty  # type: ignore[no-any-return]
 
     @cached_property
+    def _current_stream(self) -> Callable[[], Any]:
+        return self.runtime.cp.cuda.get_current_stream  # type: ignore[no-any-return]
+
+    @cached_property
     def _current_device(self) -> Callable[[], int]:
         return self.runtime.cp.cuda.runtime.getDevice  # type: ignore[no-any-return]
 
@@ -132,8 +157,10 @@ class CupyBackend:
         if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_forward(x, w, b, out)
-        shape, _ = _forward_shapes(x.shape, w.shape)
         dtype = x.dtype
+        shape, _, small = self._forward(dtype, x.shape, w.shape)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_forward(small, x, w, b, shape, None, out)
         y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
         z = y
         if dtype.itemsize > 2:
@@ -148,15 +175,17 @@ class CupyBackend:
         if x.data.device_id != self._current_device():
             with x.device:
                 return self.affine_relu_forward(x, w, b, out)
-        shape, mask_shape = _forward_shapes(x.shape, w.shape)
         dtype = x.dtype
+        shape, mask_shape, small = self._forward(dtype, x.shape, w.shape)
+        mask = self._empty(mask_shape, _BYTE)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_forward(small, x, w, b, shape, mask, out), unchecked(mask, shape)
         y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
         z = y
         if dtype.itemsize > 2:
             self._product("NN", x, w, z)
         else:
             z, b = self._half_affine(x, w, b, y)
-        mask = self._empty(mask_shape, _BYTE)
         self._bias("bias_relu_mask", z, b, y, mask)
         return y if out is None else _deliver(y, out), unchecked(mask, shape)
 
@@ -172,14 +201,18 @@ class CupyBackend:
         if dout.data.device_id != self._current_device():
             with dout.device:
                 return self.affine_backward(dout, x, w, keep, wanted, out)
+        row_bytes = keep._bits.shape[-1] if keep is not None and isinstance(keep, KeepMask) else 0
+        shapes, small = self._backward(dout.dtype, x.shape, w.shape, wanted, row_bytes)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_backward(small, shapes, dout, x, w, keep, out)
         want_dx, want_dw, want_db = wanted
         db = None
         if want_db:
             dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
         else:
             dz = dout if keep is None else self._relu_backward(dout, keep, None)
-        dx = self._gradient("NT", dz, w, x.shape, out[0]) if want_dx else None
-        dw = self._gradient("TN", x, dz, w.shape, out[1]) if want_dw else None
+        dx = self._gradient("NT", dz, w, shapes[0], out[0]) if want_dx else None
+        dw = self._gradient("TN", x, dz, shapes[1], out[1]) if want_dw else None
         return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
@@ -187,6 +220,57 @@ class CupyBackend:
             with dout.device:
                 return self.bias_backward(dout, out)
         return self._select_and_sum(dout, None, False, out)[1]
+
+    # Small layers: x and w are contiguous, since cuBLAS takes other strides as they are, and here they would be copied.
+
+    def _small_forward(
+        self, launch: Any, x: Array, w: Array, b: Array | None, shape: tuple[int, ...], mask: Array | None, out: Array | None
+    ) -> Array:
+        """y; with a mask to fill, after ReLU."""
+        start, extents = launch
+        dtype = x.dtype
+        y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
+        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+            x, w = self._contiguous(x), self._contiguous(w)
+        bias = _NULL if b is None else self._contiguous(b)
+        start((x, w, bias, y, _NULL if mask is None else mask, *extents))
+        return y if out is None else _deliver(y, out)
+
+    def _small_backward(
+        self,
+        launch: Any,
+        shapes: tuple[Any, Any, Any],
+        dout: Array,
+        x: Array,
+        w: Array,
+        keep: Keep | None,
+        out: tuple[Array | None, Array | None, Array | None],
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """dw, and dx and db where they have a shape."""
+        start, extents = launch
+        dtype, empty, result = dout.dtype, self._empty, self._result
+        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+            x, w = self._contiguous(x), self._contiguous(w)
+        mask: Any = _NULL
+        preact: Any = _NULL
+        if keep is not None:
+            if isinstance(keep, KeepMask):
+                mask = self._contiguous(keep._bits)
+            else:
+                preact = self._contiguous(keep)
+        (dx_shape, dw_shape, db_shape), (to_dx, to_dw, to_db) = shapes, out
+        dx = None if dx_shape is None else empty(dx_shape, dtype) if to_dx is None else result(dx_shape, dtype, to_dx)
+        dw = empty(dw_shape, dtype) if to_dw is None else result(dw_shape, dtype, to_dw)
+        db = None if db_shape is None else empty(db_shape, dtype) if to_db is None else result(db_shape, dtype, to_db)
+        at_dx, at_db = _NULL if dx is None else dx, _NULL if db is None else db
+        start((self._contiguous(dout), mask, preact, x, w, at_dx, dw, at_db, *extents))
+        return (
+            dx if to_dx is None else _deliver(dx, to_dx),
+            dw if to_dw is None else _deliver(dw, to_dw),
+            db if to_db is None else _deliver(db, to_db),
+        )
+
+    # Other layers: products, and kernels around them.
 
     def _half_affine(self, x: Array, w: Array, b: Array | None, y: Array) -> tuple[Array, Array | None]:
         """Of 16-bit x and w: z = x w, in y itself where it can be rounded, and the bias that is still to be added."""
@@ -260,18 +344,21 @@ class CupyBackend:
             if want_dz:
                 dz = self._empty(shape, dtype)
                 addresses |= dz.data.ptr
-        db_shape, first, parts_shape, final = self._column_sum(dtype, name, shape, addresses % _WIDE_BYTES == 0, row_bytes)
+        db_shape, launch, parts_shape = self._column_sum(dtype, name, shape, addresses % _WIDE_BYTES == 0, row_bytes)
         db = self._empty(db_shape, dtype) if out is None else self._result(db_shape, dtype, out)
-        if first is None:
+        if launch is None:
             db.fill(0)
         else:
-            parts = db if final is None else self._empty(parts_shape, _sum_dtype(dtype))
-            start, extents = first
-            start((dout, selector, _NULL if dz is None or dz is dout else dz, parts, *extents))
-            if final is not None:
-                start, extents = final
-                start((parts, db, *extents))
+            parts = counters = _NULL  # one block writes what it has straight to db
+            if parts_shape is not None:
+                parts, counters = self._empty(parts_shape, _sum_dtype(dtype)), self._counters(dout)
+            start, extents = launch
+            start((dout, selector, _NULL if dz is None or dz is dout else dz, parts, counters, db, *extents))
         return dz, db if out is None else _deliver(db, out)
+
+    def _counters(self, x: Array) -> Array:
+        """For a launch on the current stream, which is one of x's device."""
+        return self.scratches.current(self.runtime.cp, x.data.device_id, self._current_stream().ptr).counters(_COUNTERS)
 
     # ReLU
 
@@ -322,12 +409,10 @@ class CupyBackend:
             loss.fill(np.nan)
             return loss, _deliver(dx, out)
         labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
-        first, parts_shape, final = self._softmax_launches(dtype, shape)
-        parts = self._empty(parts_shape, _sum_dtype(dtype))
-        start, extents = first
-        start((self._contiguous(x), labels, dx, parts, *extents))
-        start, extents = final
-        start((parts, loss, *extents))
+        launch, parts_shape = self._softmax(dtype, shape)
+        parts, counters = self._empty(parts_shape, _sum_dtype(dtype)), self._counters(x)
+        start, extents = launch
+        start((self._contiguous(x), labels, dx, parts, counters, loss, *extents))
         return loss, _deliver(dx, out)
 
     # arrays
@@ -402,11 +487,29 @@ def _sum_dtype(dtype: Any) -> Any:
 # ---------------------------------------------------------------- geometry
 
 
-@lru_cache(_LAUNCHES)
-def _forward_shapes(x: tuple[int, ...], w: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of the output and of the bits of its mask."""
-    rows, cols = x[:-1], w[-1]
-    return (*rows, cols), (*rows, _cdiv(cols, 8))
+def forward(itemsize: int, x: tuple[int, ...], w: tuple[int, ...]) -> Forward:
+    shape, row_bytes = (*x[:-1], w[-1]), _cdiv(w[-1], 8)
+    layer = _layer(x, w)
+    blocks = cupy_small.forward_blocks(layer, itemsize)
+    small = _small("small_forward", blocks, layer, row_bytes) if blocks else None
+    return Forward(shape, (*shape[:-1], row_bytes), small)
+
+
+def backward(itemsize: int, x: tuple[int, ...], w: tuple[int, ...], wanted: Wanted, row_bytes: int) -> Backward:
+    layer = _layer(x, w)
+    want_dx, want_dw, _ = wanted
+    blocks = cupy_small.backward_blocks(layer, itemsize, want_dx) if want_dw else 0
+    small = _small("small_backward", blocks, layer, row_bytes) if blocks else None
+    shapes = x, w, (*w[:-2], w[-1])
+    return Backward(tuple(shape if want else None for shape, want in zip(shapes, wanted, strict=True)), small)
+
+
+def _small(name: str, blocks: int, layer: cupy_small.Layer, row_bytes: int) -> Launch:
+    return _named(name, 1, _grid(blocks, layer.groups), (_BLOCK,), (*layer, row_bytes))
+
+
+def _layer(x: tuple[int, ...], w: tuple[int, ...]) -> cupy_small.Layer:
+    return cupy_small.Layer(*_extents(x), w[-1])
 
 
 def bias_launch(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool) -> Launch:
@@ -427,22 +530,15 @@ def column_sum(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool, 
     width = _width(itemsize, cols, aligned)
     block = _block(cols, width, 1)
     col_tiles = _cdiv(cols, block[0] * width)
-    span = _rows_per_block(rows, block[1], col_tiles)
+    span = _rows_per_block(rows, block[1], groups * col_tiles)
     blocks = _cdiv(rows, span)
-    first = _named(name, width, _grid(col_tiles * blocks, groups), block, (groups, rows, cols, row_bytes, span))
-    direct = blocks == 1 and itemsize > 2  # one partial sum is the sum, but for its dtype
-    return ColumnSum(sums, first, (groups, blocks, cols), None if direct else _final_sum(groups, blocks, cols))
-
-
-def _final_sum(groups: int, blocks: int, cols: int) -> Launch:
-    # Eight columns a block are a 32-byte sector of a row of float32 partial sums, and leave 32 threads for the rows.
-    x = min(8, _power_of_2(cols))
-    return _named("colsum_final", 1, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (groups, blocks, cols))
+    launch = _named(name, width, _grid(col_tiles * blocks, groups), block, (groups, rows, cols, row_bytes, span))
+    return ColumnSum(sums, launch, (groups, blocks, cols) if blocks > 1 else None)
 
 
 def flat_launch(itemsize: int, name: str, size: int, aligned: bool) -> Launch:
     width = _width(itemsize, 0, aligned)
-    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK), _LARGEST_X),), (_BLOCK,), (size,))
+    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK * _FLAT), _LARGEST_X),), (_BLOCK,), (size,))
 
 
 def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> Launch:
@@ -454,12 +550,11 @@ def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, r
     return _named("mask_backward", width, _grid(tiles, 1), block, (rows, cols, row_bytes))
 
 
-def softmax_launches(itemsize: int, shape: tuple[int, int]) -> tuple[Launch, tuple[int, ...], Launch]:
-    """Launch of the rows, shape of the partial losses, and the launch that adds them up."""
+def softmax(itemsize: int, shape: tuple[int, int]) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and the shape of the partial losses that its last block adds up."""
     warps = _BLOCK // _WARP
     blocks = min(_cdiv(shape[0], warps), _SOFTMAX_BLOCKS)
-    parts = blocks * warps
-    return _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape), (parts,), _final_sum(1, parts, 1)
+    return _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape), (blocks * warps,)
 
 
 def _named(name: str, width: int, grid: tuple[int, ...], block: tuple[int, ...], extents: tuple[int, ...]) -> Launch:
@@ -484,12 +579,10 @@ def _block(cols: int, width: int, least: int) -> tuple[int, int]:
     return x, _BLOCK // x
 
 
-def _rows_per_block(rows: int, threads: int, col_tiles: int) -> int:
-    """Rows that one block of a column sum adds up; all of them where a single chunk a thread does it, which saves the second stage."""
-    if rows <= threads * _CHUNK:
-        return rows
-    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), max(_LEAST_SUM_BLOCKS, _SUM_BLOCKS // col_tiles))
-    return _cdiv(rows, blocks)
+def _rows_per_block(rows: int, threads: int, tiles: int) -> int:
+    """Rows that one block of a column sum adds up; all of them where so many tiles, of all groups, fill a GPU."""
+    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), _BLOCKS_AT_ONCE, _SUM_BLOCKS // tiles)
+    return _cdiv(rows, max(1, blocks))
 
 
 def _grid(blocks: int, groups: int) -> tuple[int, int, int]:

@@ -132,19 +132,24 @@ def _incomplete_reason(error: Exception) -> str:
 
 
 def _wrong_numbers(backend: CupyBackend) -> str | None:
-    """Run a layer of small integers, which float32 holds exactly, through cuBLAS and the kernels; what differs, None if nothing does."""
+    """Run a layer of small integers, which float32 holds exactly, both ways; what differs, None if nothing does.
+
+    As it is, the layer is a small one, which a kernel does whole; where x and w lie by columns, cuBLAS and other kernels do it.
+    """
     x, w, b = np.array([[1, 2], [-3, 1], [0, 0]], "f4"), np.array([[1, -1, 2], [2, 1, -2]], "f4"), np.array([0, 1, -1], "f4")
     z = x @ w + b
     keep, dout = z >= 0, np.arange(1, 10, dtype="f4").reshape(3, 3)
     dz = np.where(keep, dout, 0)
-    gpu_x, gpu_w, gpu_b, gpu_dout = (backend.asarray(array) for array in (x, w, b, dout))
-    y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
-    gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
-    got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
-    wanted = (np.where(keep, z, 0), keep, dz @ w.T, x.T @ dz, dz.sum(axis=0))
-    got[1] = got[1].to_bool()
-    names = ("out", "the keep-mask", "dx", "dw", "db")
-    wrong = [name for name, a, e in zip(names, got, wanted, strict=True) if not np.array_equal(a, e)]
+    wanted = {"out": np.where(keep, z, 0), "the keep-mask": keep, "dx": dz @ w.T, "dw": x.T @ dz, "db": dz.sum(axis=0)}
+    wrong: dict[str, None] = {}
+    gpu_b, gpu_dout, *by_rows = (backend.asarray(array) for array in (b, dout, x, w))
+    by_columns = [backend.asarray(np.ascontiguousarray(array.T)).T for array in (x, w)]
+    for gpu_x, gpu_w in (by_rows, by_columns):
+        y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
+        gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
+        got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
+        got[1] = got[1].to_bool()
+        wrong |= {name: None for (name, want), a in zip(wanted.items(), got, strict=True) if not np.array_equal(a, want)}
     return ", ".join(wrong) or None
 
 

@@ -22,15 +22,19 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 # No contraction to FMA and no strict aliasing: nvcc contracts, but no kernel here multiplies and adds outside of softmax.
 _FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+# Shared variables of inline functions would else be one and the same in the libraries of all dtypes.
+_FLAGS.append("-fno-gnu-unique")
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# What CUDA takes for granted: comparing blockIdx with what is signed, volatile, functions that a dtype does not use.
-_QUIET = ["-Wno-sign-compare", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+# What CUDA takes for granted: comparing blockIdx with what is signed, functions that a dtype does not use, constants as enums.
+_QUIET = ["-Wno-sign-compare", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-deprecated-enum-enum-conversion"]
 
 
-def kernel_names(source: str) -> list[str]:
-    """Names of the kernels in a CUDA file, those made by SELECT_COLSUM included."""
+def kernel_names(source: str, dtype: str = "float32") -> list[str]:
+    """Names of the kernels in a CUDA file, those made by macros included, and without those that a dtype has not."""
+    if dtype == "float64":
+        source = re.sub(r"^#ifndef DTYPE_float64$.*?^#endif  // DTYPE_float64$", "", source, flags=re.MULTILINE | re.DOTALL)
     plain = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', source, re.MULTILINE)
-    return plain + re.findall(r"^SELECT_COLSUM\((\w+),", source, re.MULTILINE)
+    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM)\((\w+),", source, re.MULTILINE)
 
 
 def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path:
@@ -38,7 +42,7 @@ def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("no g++ here; install one: these tests run the CUDA kernels on the CPU")
-    exports = "".join(f"EXPORT({name})\n" for name in kernel_names(source))
+    exports = "".join(f"EXPORT({name})\n" for name in kernel_names(source, dtype))
     unit = folder / f"{dtype}.cc"
     unit.write_text(f'#include "cuda_host.h"\n#line 1 "layers.cu"\n{source}\n{exports}')
     library = folder / f"{dtype}{'_sanitized' if sanitize else ''}.so"

@@ -18,10 +18,10 @@ from genuine import genuine
 import rectilinear
 from rectilinear.backends import registry
 from rectilinear.backends.contract import Probe
-from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_backend import _COUNTERS, CupyBackend, Runtime
 
-SHAPE = (16, 64, 64)
-"""N, D, M of the layer that is timed; the cost depends on none of them."""
+SHAPES = {"small": (16, 64, 64), "large": (2048, 512, 512)}
+"""N, D, M of the layers that are timed: one that a kernel of ours does whole, and one that takes products and shares its sums."""
 TURNS, SECONDS = 300, 0.0005
 
 
@@ -39,13 +39,18 @@ class Idle:
     def __init__(self) -> None:
         import cupy
 
-        n, d, m = SHAPE
-        made = {shape: genuine(aligned(shape, np.float32)) for shape in ((n, d), (d, m), (n, m), (m,))}
-        made[n, m // 8] = genuine(aligned((n, m // 8), np.uint8))
-        self.empty = made.get  # by shape, whatever the dtype is: nothing takes less time
+        made: dict[tuple[int, ...], Any] = {}
+        for n, d, m in SHAPES.values():
+            made |= {shape: genuine(aligned(shape, np.float32)) for shape in ((n, d), (d, m), (n, m), (m,))}
+            made[n, m // 8] = genuine(aligned((n, m // 8), np.uint8))
+        made[(_COUNTERS,)] = SimpleNamespace(size=_COUNTERS, fill=lambda value: None)
+        self.empty = made.get  # by shape, whatever the dtype is: nothing takes less time; None for partial sums
         self.ndarray = cupy.ndarray
         self.ascontiguousarray = cupy.ascontiguousarray
-        self.cuda = SimpleNamespace(Device=cupy.cuda.Device, runtime=SimpleNamespace(getDevice=int))  # device 0, in no time
+        stream = SimpleNamespace(ptr=0)
+        self.cuda = SimpleNamespace(  # device 0 and the null stream, in no time
+            Device=cupy.cuda.Device, runtime=SimpleNamespace(getDevice=int), get_current_stream=lambda: stream
+        )
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         pass
@@ -76,9 +81,9 @@ def idle_backend(products: bool = False) -> Iterator[CupyBackend]:
 CALLS = ("affine_relu_forward", "affine_relu_forward, out=", "affine_relu_backward", "affine_relu_backward, out=")
 
 
-def calls() -> dict[str, Callable[[], Any]]:
+def calls(layer: str) -> dict[str, Callable[[], Any]]:
     """The calls that are measured, under `idle_backend`, by name."""
-    n, d, m = SHAPE
+    n, d, m = SHAPES[layer]
     shapes = {"x": (n, d), "w": (d, m), "b": (m,), "dout": (n, m), "y": (n, m), "dx": (n, d), "dw": (d, m), "db": (m,)}
     on = {name: genuine(aligned(shape, np.float32)) for name, shape in shapes.items()}
     x, w, b, dout = (on[name] for name in ("x", "w", "b", "dout"))
@@ -100,10 +105,10 @@ def maximum() -> Callable[[], Any]:
     return lambda: np.maximum(a, b)
 
 
-def multiples(products: bool = False) -> tuple[float, dict[str, float]]:
+def multiples(layer: str, products: bool = False) -> tuple[float, dict[str, float]]:
     """Seconds of the unit, and how many of it each call takes: the least of turns that all of them take part in."""
     with idle_backend(products):
-        timers = {"": timeit.Timer(maximum())} | {name: timeit.Timer(call) for name, call in calls().items()}
+        timers = {"": timeit.Timer(maximum())} | {name: timeit.Timer(call) for name, call in calls(layer).items()}
         number = {name: max(1, round(SECONDS / (timer.timeit(100) / 100))) for name, timer in timers.items()}
         least = dict.fromkeys(timers, float("inf"))
         for _ in range(TURNS):
@@ -114,8 +119,8 @@ def multiples(products: bool = False) -> tuple[float, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    for products in (False, True):
-        unit, found = multiples(products)
-        print(f"{'with' if products else 'without'} our Python of the products; np.maximum takes {unit * 1e6:.2f} us")
+    for layer, products in (("small", False), ("large", False), ("large", True)):
+        unit, found = multiples(layer, products)
+        print(f"a {layer} layer{', with our Python of the products' if products else ''}; np.maximum takes {unit * 1e6:.2f} us")
         for name, times in found.items():
             print(f"{name:28} {times:6.1f} times that, {times * unit * 1e6:6.2f} us")

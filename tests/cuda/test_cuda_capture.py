@@ -68,7 +68,7 @@ SHAPES = ((9, 4), (4, 8), (8,), (9, 8))
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_every_call_gives_what_the_function_gives(cp: Any, copies: bool) -> None:
+def test_every_call_gives_what_the_function_gives(cp: Any, copies: bool, way: None) -> None:
     function = Calls(layer)
     captured = rectilinear.capture(function, copies=copies)
     for n in range(6):
@@ -161,7 +161,7 @@ def test_a_full_gpu(cp: Any, monkeypatch: pytest.MonkeyPatch, refused: int) -> N
         occupied = occupied or occupy(cp, (3000 + refused,))
 
 
-def test_a_workspace_is_the_graphs_own(cp: Any) -> None:
+def test_a_workspace_is_the_graphs_own(cp: Any, no_small_layers: None) -> None:
     captured = rectilinear.capture(lambda x, w: rectilinear.affine_forward(x, w, None)[0])
     x, w = cp.asarray(values(0, 4, 500)), cp.asarray(values(1, 500, 4))  # a long sum, which is split
     for _ in range(3):
@@ -187,6 +187,29 @@ def test_counters_are_zero_before_a_replay_and_are_not_set_by_it(cp: Any) -> Non
     assert seen == [[0] * 8] * 4
     (graph,) = captured._seen.values()
     assert len(graph._graph._nodes) == 2
+
+
+def test_a_graph_and_a_stream_do_not_count_together(cp: Any) -> None:
+    """They may run at the same time: as if each had been caught while it counts, the other still adds up right."""
+    big = cp.asarray(values(1, 3000, 8))
+
+    def sums(x: Any, y: Any) -> tuple[Any, ...]:
+        loss, dx = rectilinear.softmax_loss(x, y)
+        return loss, dx, rectilinear.affine_backward(x, (x, w, b), needs=(False, False, True))[2]
+
+    w, b = cp.asarray(values(2, 8, 8)), cp.asarray(values(3, 8))
+    labels = cp.asarray(np.arange(3000) % 8)
+    captured = rectilinear.capture(sums, copies=True)
+    wanted = [array.get() for array in sums(big, labels)]
+    for _ in range(3):
+        captured(big, labels)
+    (graph,) = captured._seen.values()
+    of_graph, of_stream = graph.scratch, registry.serving("cupy").scratches.current(cp, 0, 0)
+    for caught, call in ((of_stream, captured), (of_graph, sums)):
+        caught._counters.fill(1)
+        assert same([array.get() for array in call(big, labels)], wanted)
+        assert (caught._counters.get() == 1).all()
+        caught._counters.fill(0)
 
 
 def test_counters_that_are_outgrown_stay_zero(cp: Any) -> None:
@@ -218,7 +241,7 @@ def layouts(a: np.ndarray) -> list[np.ndarray]:
     return [a, np.asfortranarray(a), a[::-1, ::-1].copy()[::-1, ::-1], spaced, unaligned, shifted, np.broadcast_to(a[:1], a.shape)]
 
 
-def test_arguments_of_any_layout(cp: Any) -> None:
+def test_arguments_of_any_layout(cp: Any, way: None) -> None:
     captured = rectilinear.capture(Calls(lambda x, w: (rectilinear.affine_forward(x, w, None)[0], rectilinear.relu_forward(x)[0])))
     w = cp.asarray(values(9, 8, 4))
     for n in range(4):
@@ -233,7 +256,7 @@ def test_arguments_of_any_layout(cp: Any) -> None:
             assert np.allclose(captured(cp.asarray(x), w)[0].get(), x @ w.get(), atol=1e-5)
 
 
-def test_copies_of_arguments_are_no_better_aligned(cp: Any) -> None:
+def test_copies_of_arguments_are_no_better_aligned(cp: Any, no_small_layers: None) -> None:
     """What is not aligned is multiplied as a copy, whose plan is the one that the first call has made."""
     captured = rectilinear.capture(lambda x, w: rectilinear.affine_forward(x, w, None)[0])
     w = values(9, 12, 3)
@@ -665,7 +688,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("function", "error", "words"), REFUSED, ids=[function.__name__ for function, *_ in REFUSED])
 def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(
-    cp: Any, monkeypatch: pytest.MonkeyPatch, function: Any, error: Any, words: str
+    cp: Any, monkeypatch: pytest.MonkeyPatch, function: Any, error: Any, words: str, no_small_layers: None
 ) -> None:
     with_it = True
 
@@ -694,7 +717,7 @@ def test_what_cannot_be_recorded_is_an_error_that_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_nvmath_it_says_what_brings_products(cp: Any, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_without_nvmath_it_says_what_brings_products(cp: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, no_small_layers: None) -> None:
     backend = registry.serving("cupy")
     monkeypatch.setattr(backend, "products", Gemm(cp, backend.scratches))
     captured = rectilinear.capture(layer)
@@ -740,7 +763,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("rates", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
-def test_a_training_step_to_the_same_bits(cp: Any, dtype: str, rates: dict[str, float]) -> None:
+def test_a_training_step_to_the_same_bits(cp: Any, dtype: str, rates: dict[str, float], way: None) -> None:
     eager, captured = Step(cp, dtype, False, **rates), Step(cp, dtype, True, **rates)
     for n in range(8):
         assert same(captured.train(n), eager.train(n)), n

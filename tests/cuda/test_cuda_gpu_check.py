@@ -222,10 +222,11 @@ def test_the_page_counts_what_a_run_comes_to() -> None:
     ("kernel", "steps"),
     [
         ("relu_wide", {"parity", "large", "specials"}),
-        ("colsum_final", {"parity"}),
-        ("bias_relu_mask_wide", {"parity", "layers", "determinism", "memory"}),
+        ("colsum_wide", {"parity"}),
+        ("bias_relu_mask_wide", {"parity"}),
         ("mask_backward_wide", {"parity", "large"}),
         ("softmax_loss", {"parity"}),
+        ("small_forward", {"parity", "layers", "determinism", "memory"}),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(
@@ -246,8 +247,8 @@ def test_one_other_bit_is_found(make: Any, tmp_path: Path, monkeypatch: pytest.M
 
     def nudged(self: host_build.HostKernel, grid: Any, block: Any, args: Any) -> None:
         launch(self, grid, block, args)
-        if self.name == "colsum_final" and args[1].dtype == np.float32:
-            args[1]._host.view(np.int32).reshape(-1)[0] += 1
+        if self.name == "colsum" and args[5].dtype == np.float32:
+            args[5]._host.view(np.int32).reshape(-1)[0] += 1
 
     monkeypatch.setattr(host_build.HostKernel, "__call__", nudged)
     status, report = run(make, tmp_path, "--only", "parity")
@@ -265,7 +266,7 @@ def test_a_step_that_breaks_off_counts(make: Any, tmp_path: Path, monkeypatch: p
     assert "broke off" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("one_dtype")
+@pytest.mark.usefixtures("one_dtype", "no_small_layers")
 def test_tf32_would_be_noticed(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy_lt, "COMPUTE_32F", cupy_lt.COMPUTE_32F_FAST_TF32)
     status, report = run(make, tmp_path, "--only", "tensor_cores")

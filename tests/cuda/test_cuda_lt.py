@@ -200,7 +200,7 @@ def test_no_address_has_an_algorithm_of_its_own(host: Host) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("groups", [None, 2])
-def test_results_of_16_bits_are_float32_sums_rounded_once(host: Host, dtype: str, groups: int | None) -> None:
+def test_results_of_16_bits_are_float32_sums_rounded_once(host: Host, dtype: str, groups: int | None, way: None) -> None:
     """With the bias: 1 + u/2, which alone rounds to 1, and then u/4: together above the middle, they round up."""
     T = gpu_cases.numpy_dtype(dtype)
     ulp = float(np.finfo(np.float16).eps) if dtype == "float16" else 2.0**-7
@@ -235,7 +235,7 @@ def test_each_group_has_its_own_bias(host: Host, dtype: str) -> None:
     assert (got == bias[:, None, :]).all()
 
 
-def test_no_float32_buffer_of_the_size_of_a_result(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_float32_buffer_of_the_size_of_a_result(host: Host, monkeypatch: pytest.MonkeyPatch, way: None) -> None:
     be, made = host.backend, []
     fresh = host.cp.empty
     monkeypatch.setattr(host.cp, "empty", lambda shape, dtype=float: made.append((np.prod(shape), np.dtype(dtype))) or fresh(shape, dtype))
@@ -246,7 +246,7 @@ def test_no_float32_buffer_of_the_size_of_a_result(host: Host, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_nan_and_zeros_are_kept_in_16_bits(host: Host, dtype: str) -> None:
+def test_nan_and_zeros_are_kept_in_16_bits(host: Host, dtype: str, way: None) -> None:
     """One rule, keep = not (z < 0), on z as it is rounded."""
     T = gpu_cases.numpy_dtype(dtype)
     z = np.array([[np.nan, 0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, -1e-30]], T)
@@ -493,7 +493,7 @@ def test_no_algorithm_is_said_with_what_to_do(host: Host, monkeypatch: pytest.Mo
         multiply(host, "NN", *operands("NN", 4, 6, 8, "float32"))
 
 
-def test_products_are_chosen_at_the_first_one(host: Host) -> None:
+def test_products_are_chosen_at_the_first_one(host: Host, no_small_layers: None) -> None:
     """Not when CuPy is imported: choosing asks a device."""
     asked: list[int] = []
     runtime = Runtime(host.cp, host.modules.__getitem__, lambda cp, scratches: (asked.append(1), Gemm(cp, scratches))[1])
