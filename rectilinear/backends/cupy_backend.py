@@ -52,8 +52,8 @@ _LAUNCHES = 1024  # kept of each family of kernels: a few for each layer shape o
 class Runtime(NamedTuple):
     """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name, `products` what multiplies.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.runtime.getDevice, and what `cupy_gemm` and `cupy_lt`
-    name. Used of a kernel file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.get_current_stream, cuda.runtime.getDevice, and what
+    `cupy_gemm`, `cupy_lt` and `cupy_scratch` name. Used of a kernel file: get_function.
     """
 
     cp: Any
