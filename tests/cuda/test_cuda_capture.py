@@ -190,25 +190,24 @@ def test_counters_are_zero_before_a_replay_and_are_not_set_by_it(cp: Any) -> Non
 
 
 def test_a_graph_and_a_stream_do_not_count_together(cp: Any) -> None:
-    """They may run at the same time: as if each had been caught while it counts, the other still adds up right."""
-    big = cp.asarray(values(1, 3000, 8))
+    """They may run at the same time: while one is caught in the midst of counting, the other adds up right, and leaves it alone."""
+    x, w, b, labels = (cp.asarray(a) for a in (values(0, 3000, 8), values(1, 8, 8), values(2, 8), np.arange(3000) % 8))
 
-    def sums(x: Any, y: Any) -> tuple[Any, ...]:
-        loss, dx = rectilinear.softmax_loss(x, y)
-        return loss, dx, rectilinear.affine_backward(x, (x, w, b), needs=(False, False, True))[2]
+    def sums(x: Any, labels: Any) -> tuple[Any, ...]:
+        db = rectilinear.affine_backward(x, (x, w, b), needs=(False, False, True))[2]
+        return db, *rectilinear.softmax_loss(x, labels)
 
-    w, b = cp.asarray(values(2, 8, 8)), cp.asarray(values(3, 8))
-    labels = cp.asarray(np.arange(3000) % 8)
-    captured = rectilinear.capture(sums, copies=True)
-    wanted = [array.get() for array in sums(big, labels)]
+    captured = rectilinear.capture(sums)
     for _ in range(3):
-        captured(big, labels)
+        captured(x, labels)
     (graph,) = captured._seen.values()
-    of_graph, of_stream = graph.scratch, registry.serving("cupy").scratches.current(cp, 0, 0)
-    for caught, call in ((of_stream, captured), (of_graph, sums)):
-        caught._counters.fill(1)
-        assert same([array.get() for array in call(big, labels)], wanted)
-        assert (caught._counters.get() == 1).all()
+    of_stream = registry.serving("cupy").scratches.current(cp, 0, 0)
+    for n, (caught, call) in enumerate(((of_stream, captured), (graph.scratch, sums)), start=3):
+        x[...] = cp.asarray(values(n, 3000, 8))  # where nothing is added up, the sums of before are left
+        wanted = [array.get() for array in sums(x, labels)]
+        caught._counters.fill(7)
+        assert same([array.get() for array in call(x, labels)], wanted)
+        assert (caught._counters.get() == 7).all()
         caught._counters.fill(0)
 
 
