@@ -1,6 +1,7 @@
 """Builds the CUDA kernel file for the CPU with g++, and loads it in the shape of `cupy.RawModule`.
 
-The loader checks what CuPy never does: number, dtype, contiguity and device of the arguments, against the kernel's C++ signature.
+The loader checks what CuPy never does: number, dtype, contiguity, alignment and device of the arguments, against the kernel's
+C++ signature.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ class HostKernel:
             raise TypeError(f"{what} is {getattr(arg, 'dtype', type(arg))}, the kernel takes an array of {wanted}")
         if not arg.flags.c_contiguous:
             raise TypeError(f"{what} is not C-contiguous")
+        if arg.size and arg.data.ptr % arg.itemsize:  # which stops a GPU, and no CPU
+            raise TypeError(f"{what} does not lie on a multiple of its item size")
         if arg.device != self.module.cp.cuda.Device():
             raise RuntimeError(f"{what} is on {arg.device}, the launch goes to {self.module.cp.cuda.Device()}")
         return np.array([arg.data.ptr], np.uint64)

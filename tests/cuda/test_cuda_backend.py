@@ -101,6 +101,22 @@ def test_only_what_is_wanted(host: Host, wanted: tuple[bool, bool, bool], kept: 
         assert not want or np.array_equal(a.get(), b.get())
 
 
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("kept", ["mask", "preact", None])
+def test_only_what_is_wanted_of_a_small_layer(host: Host, wanted: tuple[bool, bool, bool], kept: str | None) -> None:
+    """Whose kernel makes dw, with or without the others; without dw there are products."""
+    be, p = host.backend, problem(20, 6, 24, None, "float32")
+    x, w, dout, z = (be.asarray(a) for a in (p["x"], p["w"], p["dout"], p["x"] @ p["w"]))
+    keep = {"mask": be.asarray(gpu_cases.mask_of(p["x"] @ p["w"])), "preact": z, None: None}[kept]
+    got = be.affine_backward(dout, x, w, keep, wanted, (None, None, None))
+    assert (host.launched == ["small_backward"]) == wanted[1]
+    truth = exact(p, None if kept is None else p["x"] @ p["w"] >= 0)
+    for name, want, gradient in zip(("dx", "dw", "db"), wanted, got, strict=True):
+        assert (gradient is not None) == want
+        if want:
+            within(gradient.get(), *truth[name], "float32")
+
+
 def layouts(a: np.ndarray) -> list[np.ndarray]:
     """The same values in other strides: Fortran order, negative, every other, unaligned, broadcast where that changes nothing."""
     spaced = np.zeros([2 * extent for extent in a.shape], a.dtype)

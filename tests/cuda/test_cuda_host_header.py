@@ -157,6 +157,7 @@ def test_subnormals_are_flushed_on_demand(module: host_build.HostModule) -> None
         (lambda a: (a, np.int64(1), np.float32(2)), "argument 1 is .*int64.*, the kernel takes i4"),
         (lambda a: (a.astype(np.float64), np.int32(1), np.float32(2)), "argument 0 is float64, the kernel takes an array of float32"),
         (lambda a: (a.get(), np.int32(1), np.float32(2)), "argument 0 is float32, the kernel takes an array of float32"),
+        (lambda a: (type(a)._of(np.zeros(9, "u1")[1:].view("f4")), np.int32(1), np.float32(2)), "argument 0 does not lie on a multiple"),
         (lambda a: (a[::2], np.int32(1), np.float32(2)), "argument 0 is not C-contiguous"),
     ],
 )
