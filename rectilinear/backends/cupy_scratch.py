@@ -67,6 +67,11 @@ class Scratch:
         """At least n zeros, which whoever counts in them leaves zeros: uint32."""
         counters = self._counters
         if counters is None or counters.size < n:
+            if _here.recording is None and self._cp.cuda.get_current_stream().is_capturing():
+                raise RuntimeError(
+                    "counters for a sum over rows would be set to zero by the graph alone, since a stream captures; call the function "
+                    "once on this stream before the capture begins"
+                )
             self._replaced(counters)
             counters = self._cp.empty((n,), np.uint32)
             counters.fill(0)

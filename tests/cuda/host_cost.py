@@ -47,7 +47,7 @@ class Idle:
         self.empty = made.get  # by shape, whatever the dtype is: nothing takes less time; None for partial sums
         self.ndarray = cupy.ndarray
         self.ascontiguousarray = cupy.ascontiguousarray
-        stream = SimpleNamespace(ptr=0)
+        stream = SimpleNamespace(ptr=0, is_capturing=lambda: False)
         self.cuda = SimpleNamespace(  # device 0 and the null stream, in no time
             Device=cupy.cuda.Device, runtime=SimpleNamespace(getDevice=int), get_current_stream=lambda: stream
         )

@@ -462,6 +462,24 @@ def test_a_recording_has_counters_of_its_own_in_this_thread_alone(host: Host) ->
     assert counters(host) is own
 
 
+def test_no_counters_are_made_while_another_than_our_capture_records(host: Host) -> None:
+    """They would be zeros only once its graph has been launched, and the stream goes on to use them."""
+    ones = host.backend.asarray(np.ones((4000, 8), "f4"))
+    with host.cp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="call the function once on this stream before the capture begins"):
+                host.backend._counters(ones)
+        finally:
+            stream.end_capture()
+        assert (host.backend.bias_backward(ones, None).get() == 4000).all()
+        stream.begin_capture()
+        try:
+            host.backend._counters(ones)
+        finally:
+            stream.end_capture()
+
+
 def test_streams_without_end_leave_no_counters_without_end(host: Host) -> None:
     for _ in range(300):
         with host.cp.cuda.Stream():
