@@ -103,14 +103,14 @@ test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headle
 test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@echo "== compiling the CUDA kernels, and running them on the CPU"
-	@.venv-cuda/bin/python -m pytest -q -m cuda --junitxml=out/test-cuda.xml tests/cuda
+	@.venv-cuda/bin/python -m pytest -q -m cuda --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
 
 cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@.venv-cuda/bin/python -m tests.cuda.mutants
 
-gpu-check:  ## on a machine with a GPU, CuPy and NumPy: prove the cupy backend there; writes one JSON
-	@$(PYTHON) tools/gpu_check.py
+gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there in six minutes; in two: make gpu-check GPU_CHECK=--first
+	@$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench

@@ -3,6 +3,7 @@
     python examples/two_layer_net.py                              train and test for seeds 0 to 4
     RECTILINEAR_BACKEND=numpy python examples/two_layer_net.py    the same on a backend of your choice
     python examples/two_layer_net.py --xp array_api_strict        the same on the arrays of another library
+    python examples/two_layer_net.py --capture                    the same with each training step recorded as a CUDA graph, on a GPU
     python examples/two_layer_net.py --choose                     how WIDTH and EPOCHS were chosen
 
 The data are the 1,797 digits of 8 x 8 pixels that come with scikit-learn. Each seed sets aside a quarter of them for
@@ -88,19 +89,28 @@ def two_layer_net(width: int, rng: np.random.Generator, **where: object) -> Sequ
     return Sequential(AffineReLU(PIXELS, width, rng=rng, **where), Affine(width, CLASSES, rng=rng, **where))
 
 
-def train(net: Sequential, data: Data, epochs: int, rng: np.random.Generator, after_epoch: Callable[[int], None]) -> list[float]:
+def train(
+    net: Sequential, data: Data, epochs: int, rng: np.random.Generator, after_epoch: Callable[[int], None], capture: bool = False
+) -> list[float]:
     """Stochastic gradient descent on the softmax loss. Returns the loss of every batch."""
     criterion, optimizer = SoftmaxCrossEntropy(), SGD(net, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
+
+    def step(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        loss = criterion.forward(net.forward(x), y)
+        net.backward(criterion.backward())
+        optimizer.step()
+        return loss
+
+    if capture:
+        step = rectilinear.capture(step, copies=True)  # every loss is to be kept
     losses = []
     for epoch in range(1, epochs + 1):
         order = rng.permutation(len(data.x))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            losses.append(float(criterion.forward(net.forward(data.x[batch]), data.y[batch])))
-            net.backward(criterion.backward())
-            optimizer.step()
+            losses.append(step(rectilinear.asarray(data.x[batch]), rectilinear.asarray(data.y[batch])))
         after_epoch(epoch)
-    return losses
+    return [float(rectilinear.to_numpy(loss)) for loss in losses]  # at the end, since each waits for a GPU
 
 
 def predict(net: Sequential, x: np.ndarray) -> np.ndarray:
@@ -110,13 +120,13 @@ def predict(net: Sequential, x: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- what one seed does
 
 
-def run(build: Build, seed: int, width: int, epochs: int, tick: Callable[[int], None] = lambda epoch: None) -> Run:
+def run(build: Build, seed: int, width: int, epochs: int, tick: Callable[[int], None] = lambda epoch: None, capture: bool = False) -> Run:
     """Train on the whole training part, test on the test part."""
     training, test = digits(seed)
     rng = np.random.default_rng(seed)
     start = time.perf_counter()
     net = build(width, rng)
-    losses = train(net, training, epochs, rng, tick)
+    losses = train(net, training, epochs, rng, tick, capture)
     seconds = time.perf_counter() - start
     predicted = predict(net, test.x)
     last_epoch = losses[-(len(losses) // epochs) :]
@@ -143,13 +153,13 @@ def validate(build: Build, seed: int, width: int, tick: Callable[[int], None] = 
 # ---------------------------------------------------------------- all seeds, and what is printed
 
 
-def run_all(build: Build, seeds: Sequence[int], epochs: int, console: Console) -> list[Run]:
+def run_all(build: Build, seeds: Sequence[int], epochs: int, console: Console, capture: bool = False) -> list[Run]:
     table = Table("seed", "seconds", "final loss", "test accuracy")
     runs = []
     with _progress(console) as progress:
         for seed in seeds:
             task = progress.add_task(f"seed {seed}", total=epochs)
-            done = run(build, seed, WIDTH, epochs, lambda epoch, task=task: progress.update(task, completed=epoch))
+            done = run(build, seed, WIDTH, epochs, lambda epoch, task=task: progress.update(task, completed=epoch), capture)
             runs.append(done)
             table.add_row(str(seed), f"{done.seconds:.2f}", f"{done.final_loss:.5f}", f"{done.accuracy:.2%}")
     scores = [done.accuracy for done in runs]
@@ -191,6 +201,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"))
     parser.add_argument("--xp", metavar="MODULE", help="array API library to keep the parameters in")
+    parser.add_argument("--capture", action="store_true", help="record each training step as a CUDA graph (with RECTILINEAR_BACKEND=cupy)")
     parser.add_argument("--json", metavar="FILE", help="write the runs there too")
     parser.add_argument("--choose", action="store_true", help="show how width and epochs were chosen")
     options = parser.parse_args()
@@ -203,7 +214,7 @@ def main() -> None:
     if options.choose:
         choose(build, options.seeds, console)
         return
-    runs = run_all(build, options.seeds, options.epochs, console)
+    runs = run_all(build, options.seeds, options.epochs, console, options.capture)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([asdict(done) for done in runs], file)

@@ -14,6 +14,7 @@ from rectilinear.backends.registry import get_backend, list_backends, set_backen
 from rectilinear.buffers import held_memory, release_memory
 from rectilinear.compilation import warmup
 from rectilinear.errors import BackendError, DTypeError, ShapeError
+from rectilinear.graphs import capture
 from rectilinear.keepmask import KeepMask
 from rectilinear.layers import (
     affine_backward,
@@ -38,6 +39,7 @@ __all__ = [
     "affine_relu_backward",
     "affine_relu_forward",
     "asarray",
+    "capture",
     "get_backend",
     "get_num_threads",
     "held_memory",

@@ -1,7 +1,8 @@
 """From the arguments of one call to the backend that serves it: library, device, dtype, ``out``, all looked at once.
 
-`resolve` gives a `Call`, which turns arguments into operands as `backends.contract` promises them and results into what the caller
-is to see. What the extents have to be is the business of `layers`.
+What nearly all calls are is seen by `plain` in less time; this is the look that takes everything, and knows what is wrong. `resolve`
+gives a `Call`, which turns arguments into operands as `backends.contract` promises them and results into what the caller is to see.
+What the extents have to be is the business of `layers`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rectilinear.backends.contract import Array, Backend
 from rectilinear.backends.generic import known
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
+from rectilinear.plain import elements_apart, fits_at_once, gradients_fit_at_once
 
 _HALVES = frozenset({"float16", "bfloat16"})
 _FLOATS = _HALVES | {"float32", "float64"}
@@ -26,9 +28,6 @@ _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "ui
 _NUMBERS = _FLOATS | _INTEGERS | {"bool"}
 _OPTIONAL = frozenset({"b", "relu cache"})
 _MASKS = frozenset({"cache", "relu cache"})  # where a KeepMask may stand for an array
-_NATIVE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})  # not their byte-swapped kin: those are unequal
-
-_ndarray = np.ndarray  # one look-up less at every call
 
 # Overlap of two interleaved views is a Diophantine problem; past this much work it is taken as given.
 _OVERLAP_WORK = 10_000
@@ -49,7 +48,7 @@ class Call:
     compute : dtype
         What the backend is given: T, or float32 for a 16-bit T.
     plain : bool
-        The arguments are operands as they are: base NumPy arrays of dtype T.
+        The arguments are operands as they are, by the fast look of `plain`.
     names, arrays : sequences
         The array arguments; None for one that was left out.
     """
@@ -158,33 +157,6 @@ class Call:
 # ---------------------------------------------------------------- who serves, and in which dtype
 
 
-def plain_backend(
-    first: Array, others: tuple[Array, ...] = (), b: Array | None = None, keep: Array | KeepMask | None = None
-) -> Backend | None:
-    """The backend, if the arguments are operands as they are: base NumPy arrays of one native dtype, as nearly always.
-
-    For anything else, errors too, None: `resolve` then asks everyone, and says what is wrong, if anything is.
-    """
-    if type(first) is not _ndarray:
-        return None
-    dtype = first.dtype
-    if dtype not in _NATIVE:
-        return None
-    for other in others:
-        if type(other) is not _ndarray or other.dtype is not dtype:
-            return None
-    if b is not None and (type(b) is not _ndarray or b.dtype is not dtype):
-        return None
-    if keep is not None:
-        if type(keep) is _ndarray:
-            if keep.dtype is not dtype:
-                return None
-        elif type(keep) is not KeepMask or type(keep._bits) is not _ndarray:
-            return None
-    backend = registry.active()
-    return backend if backend.library == "numpy" else None
-
-
 def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None], at_once: Backend | None = None) -> Call:
     """The `Call` for these arguments; None stands for one that was left out, and a `KeepMask` has no say.
 
@@ -199,7 +171,8 @@ def resolve(function: str, names: Sequence[str], arrays: Sequence[Array | None],
     """
     if at_once is not None:
         dtype = arrays[0].dtype  # type: ignore[union-attr]  # the first one is never left out
-        return Call(function, names, arrays, at_once, np, dtype, dtype, True)
+        xp = np if at_once.library == "numpy" else compat.array_namespace(arrays[0])
+        return Call(function, names, arrays, at_once, xp, dtype, dtype, True)
     given = [(name, array) for name, array in zip(names, arrays, strict=True) if array is not None or name not in _OPTIONAL]
     for name, array in given:
         if isinstance(array, KeepMask) and name not in _MASKS:
@@ -341,71 +314,6 @@ def _a(noun: str) -> str:
 # ---------------------------------------------------------------- out
 
 
-def fits_at_once(out: Array, shape: Any, dtype: Any, arguments: Sequence[Array | None]) -> bool:
-    """Whether `out` can take a result of this shape and dtype, as nearly always; if not, `check_outs` says why not, if anything is.
-
-    Arguments are base NumPy arrays, or None. Arrays that own their memory share none of it unless they are one object: to see that
-    all of them are of that kind takes a third of the time that comparing bounds does.
-    """
-    owns = _takes(out, shape, dtype)
-    if owns is None:
-        return False
-    if owns:
-        for other in arguments:
-            if other is not None and (other is out or not other.flags.owndata):
-                break
-        else:
-            return True
-    return _lie_apart((out,), arguments)
-
-
-def gradients_fit_at_once(outs: Sequence[Array | None], dout: Array, x: Array, w: Array, b: Array | None, keep: Array | None) -> bool:
-    """`fits_at_once` for dx, dw and db, or those of them that have an out."""
-    dx, dw, db = outs
-    dtype = x.dtype
-    dx_owns = dx is None or _takes(dx, x.shape, dtype)
-    dw_owns = dw is None or _takes(dw, w.shape, dtype)
-    db_owns = db is None or _takes(db, b.shape, dtype)  # type: ignore[union-attr]  # without b no db is asked for
-    if dx_owns is None or dw_owns is None or db_owns is None:
-        return False
-    if dx_owns and dw_owns and db_owns and (dx is None or (dx is not dw and dx is not db)) and (dw is None or dw is not db):
-        for other in (dout, x, w, b, keep):
-            if other is not None and (other is dx or other is dw or other is db or not other.flags.owndata):
-                break
-        else:
-            return True
-    return _lie_apart(outs, (dout, x, w, b, keep))
-
-
-def _takes(out: Array, shape: Any, dtype: Any) -> bool | None:
-    """None if a result of this shape and dtype cannot go there, or not at once; else whether `out` owns its memory."""
-    if type(out) is not _ndarray or out.dtype is not dtype or out.shape != shape:
-        return None
-    flags = out.flags
-    return flags.owndata if flags.carray or (flags.writeable and elements_apart(out)) else None
-
-
-def _lie_apart(outs: Sequence[Array | None], arguments: Sequence[Array | None]) -> bool:
-    """Whether no out can share memory with another one or with an argument: base NumPy arrays, some of them views."""
-    taken = [(array, _owner(array)) for array in arguments if array is not None]
-    for out in outs:
-        if out is not None:
-            owner = _owner(out)
-            for other, other_owner in taken:
-                if (owner is other_owner or owner is None or other_owner is None) and np.may_share_memory(out, other):
-                    return False
-            taken.append((out, owner))
-    return True
-
-
-def _owner(array: np.ndarray) -> np.ndarray | None:
-    """The array whose memory this one lies in, maybe itself; None where no array owns it (a file's, a buffer's, another library's)."""
-    if array.flags.owndata:
-        return array
-    base = array.base
-    return base if type(base) is np.ndarray and base.flags.owndata else None
-
-
 def check_outs(
     call: Call, names: Sequence[str], outs: Sequence[Array | None], shapes: Sequence[Any], in_place: Array | None = None
 ) -> None:
@@ -450,23 +358,6 @@ def _check_out(
     for other_name, other in given:
         if not (out is other and other is in_place) and _overlap(out, other):
             raise ValueError(f"{function}: {name} shares memory with {other_name}, which is still needed; pass another array")
-
-
-def elements_apart(array: np.ndarray) -> bool:
-    """Whether no two elements share a byte, as far as this can tell: each axis steps over all that those of shorter strides span.
-
-    The exact question is hard. Layouts that pass are all those of slices and permuted axes; refused without need are only some whose
-    strides interleave, such as elements 0, 2, 4 and 3, 5, 7 as one array. Memory is not read, so that `memory_of` will do.
-    """
-    if not array.size:
-        return True
-    span = array.itemsize
-    axes = [(abs(stride), extent) for stride, extent in zip(array.strides, array.shape, strict=True) if extent != 1]
-    for stride, extent in sorted(axes):
-        if stride < span:
-            return False
-        span += stride * (extent - 1)
-    return True
 
 
 def _overlap(a: Array, b: Array | KeepMask) -> bool:

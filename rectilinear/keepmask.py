@@ -57,7 +57,7 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
     -----
     ``np.asarray(mask)`` and comparisons see int8 values, +1 where kept and -1 where not (as bool: kept or not), so that code
     which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept. Nothing else can be computed with a mask: it
-    is not z.
+    is not z. Where the bits are on a GPU, comparisons answer there, in CuPy, and ``np.asarray`` refuses, as for CuPy's arrays.
 
     Examples
     --------
@@ -101,11 +101,14 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
         bits = self._bits
         if isinstance(bits, np.ndarray):
             return np.unpackbits(bits, axis=-1, count=self._shape[-1], bitorder="little").view(np.bool_)
-        # CuPy's unpackbits has neither axis nor count.
-        xp = compat.array_namespace(bits)
-        one = xp.ones_like(bits[..., None])
-        spread = (bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=compat.device(bits))) & one
-        return xp.reshape(spread, (*bits.shape[:-1], -1))[..., : self._shape[-1]] == 1
+        xp, width = compat.array_namespace(bits), 8 * bits.shape[-1]
+        if compat.is_cupy_array(bits):
+            with bits.device:  # where it makes the result
+                spread = xp.unpackbits(bits, bitorder="little").view(np.bool_)  # it has neither axis nor count
+        else:
+            one = xp.ones_like(bits[..., None])
+            spread = ((bits[..., None] >> xp.arange(8, dtype=xp.uint8, device=compat.device(bits))) & one) == 1
+        return xp.reshape(spread, (*bits.shape[:-1], width))[..., : self._shape[-1]]
 
     def _signs(self) -> Any:
         """+1 and -1, in the library that holds the bits."""
@@ -132,6 +135,8 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
                 "pass relu_backward(dout, mask) for the gradient, mask > 0 for what was kept, or np.asarray(mask) for +1 and -1"
             )
         operands = [x._signs() if isinstance(x, KeepMask) else x for x in inputs]
+        if not isinstance(self._bits, np.ndarray):
+            operands = [_number(x) for x in operands]
         return ufunc(*operands, **kwargs) if kwargs else compare(*operands)
 
     def __repr__(self) -> str:
@@ -145,12 +150,22 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
         self.__init__(*state)  # type: ignore[misc]
 
 
+_new = object.__new__  # one look-up less at every call
+
+
 def unchecked(bits: Any, shape: tuple[int, ...]) -> KeepMask:
     """A mask of bits that a backend of ours has just made for this shape, and that nobody else holds."""
-    mask: KeepMask = object.__new__(KeepMask)
+    mask: KeepMask = _new(KeepMask)
     mask._bits = bits
     mask._shape = shape
     return mask
+
+
+def _number(x: Any) -> Any:
+    """A scalar as a Python float, which CuPy takes on either side of an operator; +1 and -1 compare with it as with x."""
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        x = x[()]
+    return float(x) if isinstance(x, int | float | np.generic) and not isinstance(x, np.complexfloating) else x
 
 
 def _checked_shape(shape: Any) -> tuple[int, ...]:

@@ -22,15 +22,13 @@ from typing import Any
 import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Wanted
+from rectilinear.backends.cupy_scratch import refuse_while_recording
 from rectilinear.backends.generic import beside, known
 from rectilinear.dispatch import (
     Call,
     check_outs,
     common_namespace,
     dtype_name,
-    fits_at_once,
-    gradients_fit_at_once,
-    plain_backend,
     product,
     readable,
     resolve,
@@ -40,6 +38,7 @@ from rectilinear.dispatch import (
 )
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
+from rectilinear.plain import fits_at_once, gradients_fit_at_once, labels_on_its_device, plain_backend
 
 __all__ = [
     "affine_backward",
@@ -301,13 +300,14 @@ def affine_relu_backward(
         raise TypeError(
             f"affine_relu_backward: cache is {_met(cache)}; it takes ((x, w, b), relu_cache), as affine_relu_forward returned it"
         )
-    x, w, b = _affine_cache("affine_relu_backward", cache[0])
-    if cache[1] is None or isinstance(cache[1], _SEQUENCE):
-        met = _met(cache[1])
+    affine, keep = cache
+    x, w, b = affine if type(affine) is tuple and len(affine) == 3 else _affine_cache("affine_relu_backward", affine)
+    if keep is None or isinstance(keep, _SEQUENCE):
+        met = _met(keep)
         raise TypeError(
             f"affine_relu_backward: the ReLU half of cache is {met}; it takes z or a KeepMask, as affine_relu_forward returned it"
         )
-    return _affine_backward("affine_relu_backward", dout, x, w, b, cache[1], needs, out)
+    return _affine_backward("affine_relu_backward", dout, x, w, b, keep, needs, out)
 
 
 # ---------------------------------------------------------------- softmax
@@ -359,12 +359,14 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
 
 
 def _plain_labels(x: Array, y: Any) -> bool:
-    """Whether these are scores and labels that fit, as nearly always: base NumPy arrays."""
-    if type(y) is not np.ndarray or x.ndim != 2 or y.shape != x.shape[:1]:
+    """Whether these are scores and labels that fit, as nearly always: base arrays of one library."""
+    if type(y) is not type(x) or x.ndim != 2 or y.shape != x.shape[:1]:
         return False
     unsigned = _UNSIGNED.get(y.dtype)
     if unsigned is None or x.size == 0:
         return False
+    if type(y) is not np.ndarray:  # not to be read without waiting
+        return labels_on_its_device(x, y)
     labels = y.view(unsigned)  # without its sign a label below 0 is a large one
     return bool(labels.item(labels.argmax()) < x.shape[1])  # argmax saves setting up a reduction, 0.6 us
 
@@ -378,6 +380,7 @@ def _labels(call: Call, x: Array, y: Any) -> Array:
         _check_labels(x, y, np.array([not 0 <= label < classes for label in y], bool), wanted)
         y = np.asarray(y, np.int64)
         if call.xp is not np:
+            refuse_while_recording("softmax_loss: y comes from the host", "make it an array, and an argument of the captured function")
             y = call.xp.asarray(y, **beside(x))
     common_namespace("softmax_loss", tuple(zip(_SOFTMAX, (x, y), strict=True)))
     y = np.asarray(y) if call.xp is np else y
@@ -402,7 +405,7 @@ def _check_labels(x: Array, labels: Any, wrong: np.ndarray, wanted: str) -> None
 
 
 def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
-    """Shape of the output if these are NumPy arrays of the plain form, samples flat, whose extents fit."""
+    """Shape of the output if these are arrays of the plain form, samples flat, whose extents fit."""
     try:
         (n, d), (rows, m) = x.shape, w.shape
     except ValueError:  # another number of axes

@@ -2,11 +2,15 @@
 
 A test that asks for `lib` runs once for every variant. Those of large libraries carry the marker ``libraries``. A backend
 that should work on this machine and does not is a failure, not a skip: nothing passes by being absent.
+
+``TESTS_ON_CUPY=1`` puts them on a GPU instead: `lib` is real CuPy arrays, and NumPy arrays under the chosen cupy backend. All other tests
+are left out, and so is what makes no sense there, which carries the marker ``no_cupy`` with a reason; the end of the run counts both.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 
 import rectilinear
 from rectilinear.backends import registry
+from rectilinear.errors import BackendError
 
 from .loopback import LoopbackBackend
 
@@ -89,6 +94,22 @@ def _dask(x: Any) -> Any:
     return dask.array.from_array(np.array(x), chunks=-1)
 
 
+ON_CUPY = "TESTS_ON_CUPY"
+"""The variable: 1, or 0 (as if not set)."""
+
+
+def on_cupy() -> bool:
+    given = os.environ.get(ON_CUPY, "0")
+    if given not in ("0", "1"):
+        raise pytest.UsageError(f"{ON_CUPY} is {given!r}; it may be 0 or 1")
+    return given == "1"
+
+
+def _cupy(x: Any) -> Any:
+    with rectilinear.use_backend("cupy"):
+        return rectilinear.asarray(np.array(x))
+
+
 NUMPY_LIBS = [
     Lib("numpy", _copy),
     Lib("numpy-readonly", _readonly, readonly_inputs=True),
@@ -103,6 +124,12 @@ LIBS = [
     Lib("jax", _jax, writable=False),
     Lib("dask", _dask),
 ]
+if on_cupy():
+    NUMPY_LIBS = [
+        Lib("cupy-chosen", _copy, backend="cupy"),
+        Lib("cupy-chosen-readonly", _readonly, backend="cupy", readonly_inputs=True),
+    ]
+    LIBS = [*NUMPY_LIBS, Lib("cupy", _cupy)]
 LARGE = {"torch", "jax", "dask"}
 
 
@@ -137,6 +164,45 @@ def _no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rectilinear.set_backend(None)
     yield
     rectilinear.set_backend(None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if on_cupy():
+        try:
+            registry.serving("cupy")
+        except BackendError as error:
+            raise pytest.UsageError(f"{ON_CUPY}=1 asks for the tests on a GPU, which is not to be had here: {error}") from None
+
+
+LEFT_OUT: Counter[str] = Counter()
+"""Reason -> tests that are left out under the switch."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the switch, only what takes CuPy arrays, or the cupy backend, and makes sense there."""
+    if not on_cupy():
+        return
+    kept, out = [], []
+    for item in items:
+        reason = _why_not_on_cupy(item)
+        LEFT_OUT.update([reason] if reason else [])
+        (out if reason else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=out)
+
+
+def _why_not_on_cupy(item: Any) -> str | None:
+    marker = item.get_closest_marker("no_cupy")
+    if marker:
+        return str(marker.args[0])
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    takes_it = any(isinstance(value, Lib) or value == "cupy" for value in given if isinstance(value, Lib | str))
+    return None if takes_it else "takes neither CuPy's arrays nor the cupy backend"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for reason, count in LEFT_OUT.most_common():
+        terminalreporter.write_line(f"left out on CuPy: {count}: {reason}")
 
 
 WITHOUT_CPU = "TESTS_WITHOUT_CPU"

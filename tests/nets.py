@@ -9,12 +9,16 @@ import pytest
 
 from rectilinear.nn import Affine, AffineReLU, ReLU, Sequential
 
+from .conftest import on_cupy
+
 OTHER_LIBRARIES = [
     "array_api_strict",
     pytest.param("torch", marks=pytest.mark.libraries),
     pytest.param("jax.numpy", marks=pytest.mark.libraries),
     pytest.param("dask.array", marks=pytest.mark.libraries),
 ]
+if on_cupy():
+    OTHER_LIBRARIES = ["cupy"]
 
 
 def namespace(name: str | None):

@@ -13,6 +13,10 @@ import pytest
 
 import rectilinear as r
 
+from .conftest import on_cupy
+
+ON_IT = ["cupy"] if on_cupy() else []
+
 X, W, B, DOUT = np.ones((5, 6)), np.ones((6, 4)), np.ones(4), np.ones((5, 4))
 MASK = r.KeepMask(np.zeros((5, 1), np.uint8), (5, 8))
 STACKED = np.ones((3, 6, 4))
@@ -123,7 +127,7 @@ def test_word_for_word(call: Any, error: type[Exception], words: str) -> None:
     assert str(caught.value) == words
 
 
-@pytest.mark.parametrize("backend", ["numpy", "loopback"])
+@pytest.mark.parametrize("backend", ["numpy", "loopback", *ON_IT])
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_explain_themselves(name: str, backend: str) -> None:
     call, error, words = BAD_CALLS[name]
@@ -257,6 +261,7 @@ def run_with_remedies(call: Any, names: dict[str, Any]) -> Any:
 LIBRARIES = [
     "numpy",
     "array_api_strict",
+    *ON_IT,
     *(pytest.param(name, marks=pytest.mark.libraries) for name in ("torch", "jax.numpy", "dask.array")),
 ]
 

@@ -63,6 +63,13 @@ def test_accuracy(example, build):
     assert min(scores) >= 0.96
 
 
+def test_capture_changes_nothing(example, build):
+    """Of NumPy arrays nothing is recorded; on a GPU's see tests/cuda/test_cuda_capture.py."""
+    plain, captured = (example.run(build, 0, 32, 2, capture=capture) for capture in (False, True))
+    assert captured.losses == plain.losses
+    assert captured.predicted == plain.predicted
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_script_under_every_backend(backend, example, build, tmp_path):
     done = script("--epochs", "3", "--seeds", "1", "2", "--json", tmp_path / "runs.json", backend=backend)

@@ -139,7 +139,7 @@ def test_a_name_that_the_host_has_not_is_refused(capsys: pytest.CaptureFixture[s
     assert "this host has no AVX-1024; it has " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["tests", "tests/fuzz"])
+@pytest.mark.parametrize("folder", ["tests", "tests/fuzz", "tests/cuda"])
 def test_planted_bugs_can_be_planted(folder: str) -> None:
     """The code that they change is there, once."""
     for mutant in planted.read(planted.ROOT / folder / "mutants.toml"):

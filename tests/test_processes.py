@@ -19,6 +19,7 @@ import rectilinear as r
 from .conftest import NUMPY_LIBS, Lib
 
 TIMEOUT = 60
+FORKS = pytest.mark.no_cupy("a CUDA context does not survive a fork, and each process would make its own")
 
 
 @pytest.fixture(params=sorted({lib.backend for lib in NUMPY_LIBS} - {"loopback"}))
@@ -99,6 +100,7 @@ else:
 """
 
 
+@FORKS
 @pytest.mark.parametrize("from_thread", [False, True])
 def test_a_process_forked_after_use_computes(backend: str, from_thread: bool) -> None:
     code = FORK.format(backend=backend, timeout=TIMEOUT / 2, from_thread=from_thread)
@@ -106,6 +108,7 @@ def test_a_process_forked_after_use_computes(backend: str, from_thread: bool) ->
     assert done.stdout.strip() == "right", done.stdout + done.stderr
 
 
+@FORKS
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_process_pools(backend: str, method: str) -> None:
     want = child_step(backend)
@@ -147,6 +150,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.no_cupy("10^5 calls of a GPU take minutes, and pinned memory grows: tools/gpu_check.py looks at its pool")
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
 def test_memory_is_flat(backend: str) -> None:
     r.set_backend(backend)

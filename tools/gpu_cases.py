@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.backends import cupy_backend
+from rectilinear.backends import cupy_backend, cupy_small
 from rectilinear.keepmask import KeepMask
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -33,12 +33,15 @@ SHAPES = (
     (1, 1100, 8),
     (1, 2100, 3),
 )
-FLAT_SIZES = (1, 7, 256, 1000, 2049)
+FLAT_SIZES = (1, 7, 256, 1000, 2049, 9001)
+# (groups, n, d, m) of small layers: single elements, edges of tiles of 32, one to three slabs of 64 of each summed extent.
+SMALL_SHAPES = ((1, 1, 1, 1), (1, 3, 5, 10), (2, 7, 33, 9), (1, 33, 64, 40), (1, 65, 130, 36), (1, 130, 20, 150), (3, 2, 40, 65))
 KINDS = (
     "bias_add",
     "bias_add_none",
     "bias_relu_mask",
     "bias_relu_mask_none",
+    "bias_relu_mask_rounded",
     "colsum",
     "colsum_one_block",
     "mask_colsum",
@@ -50,6 +53,13 @@ KINDS = (
     "relu_backward_offset",
     "mask_backward",
     "softmax_loss",
+    "small_forward",
+    "small_forward_affine",
+    "small_forward_none",
+    "small_backward",
+    "small_backward_mask",
+    "small_backward_preact",
+    "small_backward_dw",
 )
 
 
@@ -68,6 +78,9 @@ class Case:
 
 def cases(dtype: str, kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
     for kind in kinds:
+        if kind.startswith("small"):
+            yield from (Case(kind, dtype, shape) for shape in SMALL_SHAPES if dtype != "float64")
+            continue
         for shape in ((size,) for size in FLAT_SIZES) if kind.startswith("relu") else SHAPES:
             yield Case(kind, dtype, shape)
 
@@ -110,10 +123,12 @@ def with_specials(values: np.ndarray, dtype: np.dtype, every: int) -> np.ndarray
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """Host arrays by name: z (pre-activations, in the sums' dtype), b, dout, keep, x, y."""
+    """Host arrays by name: z (pre-activations, in the sums' dtype unless rounded), b, dout, keep, x, w, y."""
     dtype, seed = numpy_dtype(case.dtype), len(case.name) * 31 + sum(case.shape)
+    if case.kind.startswith("small"):
+        return _small_inputs(case, dtype, seed)
     if case.kind.startswith("bias"):
-        z = with_specials(uniform(case.shape, seed), dtype, 5).astype(sum_dtype(dtype))
+        z = with_specials(uniform(case.shape, seed), dtype, 5).astype(dtype if "rounded" in case.kind else sum_dtype(dtype))
         b = uniform((case.shape[0], case.shape[2]), seed + 1).astype(dtype)
         b[..., ::7] = -0.0  # meets every special of z unchanged
         return {"z": z, "b": b}
@@ -130,6 +145,18 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     if case.kind in ("mask_colsum", "preact_colsum"):
         dout[negative(keep)] = np.nan
     return {"dout": dout, "keep": keep}
+
+
+def _small_inputs(case: Case, dtype: np.dtype, seed: int) -> dict[str, np.ndarray]:
+    groups, n, d, m = case.shape
+    x, w = uniform((groups, n, d), seed).astype(dtype), uniform((groups, d, m), seed + 1).astype(dtype)
+    if "forward" in case.kind:
+        x[0, n // 2, d // 2] = np.nan if n > 1 else x[0, n // 2, d // 2]  # a row of NaN: kept, and its neighbours are not touched
+        return {"x": x, "w": w, "b": uniform((groups, m), seed + 2).astype(dtype)}
+    keep, dout = with_specials(uniform((groups, n, m), seed + 3), dtype, 3), uniform((groups, n, m), seed + 4).astype(dtype)
+    if "mask" in case.kind or "preact" in case.kind:
+        dout[negative(keep)] = np.nan
+    return {"x": x, "w": w, "dout": dout, "keep": keep}
 
 
 def negative(a: np.ndarray) -> np.ndarray:
@@ -151,13 +178,16 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
         on = {name: backend.asarray(np.append(array[:1], array))[1:] for name, array in given.items()}
     keep = backend.asarray(mask_of(given["keep"])) if "keep" in given and "mask" in case.kind else on.get("keep")
     out: dict[str, Any] = {}
-    if case.kind.startswith("bias"):
+    if case.kind.startswith("small"):
+        out = _run_small(backend, case, on, keep)
+    elif case.kind.startswith("bias"):
         y = backend._empty(case.shape, numpy_dtype(case.dtype))
         mask = backend._empty((*case.shape[:-1], -(-case.shape[-1] // 8)), np.uint8) if "mask" in case.kind else None
-        backend._bias(case.kind.removesuffix("_none"), on["z"], None if "none" in case.kind else on["b"], y, mask)
+        without = "none" in case.kind or "rounded" in case.kind
+        backend._bias("bias_relu_mask" if "mask" in case.kind else "bias_add", on["z"], None if without else on["b"], y, mask)
         out = {"y": y, "mask": mask}
     elif case.kind == "colsum_one_block":
-        with _one_block():
+        with _one_block(backend):
             out["db"] = backend.bias_backward(on["dout"], None)
     elif case.kind == "colsum":
         out["db"] = backend.bias_backward(on["dout"], None)
@@ -174,15 +204,34 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
     return {name: backend.to_numpy(array) for name, array in out.items() if array is not None}
 
 
+def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[str, Any]:
+    """Through the public primitives, which have to choose the small kernels."""
+    layer, size = cupy_small.Layer(*case.shape), numpy_dtype(case.dtype).itemsize
+    chosen = cupy_small.forward_blocks(layer, size) if "forward" in case.kind else cupy_small.backward_blocks(layer, size, True)
+    if not chosen:
+        raise ValueError(f"{case.name} is not a small layer any more: choose another shape")
+    if case.kind == "small_forward_affine":
+        return {"y": backend.affine_forward(on["x"], on["w"], on["b"], None)}
+    if "forward" in case.kind:
+        y, mask = backend.affine_relu_forward(on["x"], on["w"], None if "none" in case.kind else on["b"], None)
+        return {"y": y, "mask": mask._bits}
+    keep = keep if "mask" in case.kind or "preact" in case.kind else None
+    wanted = (False, True, False) if "dw" in case.kind else (True, True, True)
+    got = backend.affine_backward(on["dout"], on["x"], on["w"], keep, wanted, (None, None, None))
+    return dict(zip(("dx", "dw", "db"), got, strict=True))
+
+
 @contextmanager
-def _one_block() -> Iterator[None]:
+def _one_block(backend: Any) -> Iterator[None]:
     """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
     chosen = cupy_backend._rows_per_block
-    cupy_backend._rows_per_block = lambda rows, threads, col_tiles: rows
+    cupy_backend._rows_per_block = lambda rows, threads, tiles: rows
+    backend._column_sum.cache_clear()  # which remembers what was chosen
     try:
         yield
     finally:
         cupy_backend._rows_per_block = chosen
+        backend._column_sum.cache_clear()
 
 
 # ---------------------------------------------------------------- what must come out
@@ -191,9 +240,11 @@ def _one_block() -> Iterator[None]:
 def expected(case: Case, given: dict[str, np.ndarray], flush: bool) -> dict[str, np.ndarray]:
     """The outputs whose bits NumPy knows. `flush`: the machine takes float32 subnormals for 0 in sums."""
     dtype = numpy_dtype(case.dtype)
+    if case.kind.startswith("small"):
+        return {}
     if case.kind.startswith("bias"):
         v = given["z"]
-        if "none" not in case.kind:
+        if "none" not in case.kind and "rounded" not in case.kind:
             with np.errstate(invalid="ignore", over="ignore"):
                 v = _flushed(_flushed(v, flush) + _flushed(given["b"].astype(v.dtype)[:, None, :], flush), flush)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -217,6 +268,8 @@ def errors(case: Case, given: dict[str, np.ndarray], got: dict[str, np.ndarray],
         for name, want in expected(case, given, flush).items()
         if got[name].shape != want.shape or got[name].dtype != want.dtype or (bits(got[name]) != bits(want)).any()
     ]
+    if case.kind.startswith("small"):
+        return _small_errors(case, given, got)
     for name, want, bound in _bounded(case, given):
         error = np.abs(got[name].astype(np.float64) - want)
         if got[name].shape != want.shape or not (error <= bound).all():
@@ -244,6 +297,45 @@ def _bounded(case: Case, given: dict[str, np.ndarray]) -> Iterator[tuple[str, np
         want = (p - (np.arange(c) == y[:, None])) / n
         yield "dx", want, (20 * eps + half_ulp) * np.maximum(p, np.abs(want * n)) / n + np.finfo(np.float32).tiny + _least(case.dtype)
         yield "loss", losses.mean(), ((c + n + 60) * eps) * (1 + np.abs(x).max()) + half_ulp * losses.mean()
+
+
+def _small_errors(case: Case, given: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> list[str]:
+    """A quarter of the summed extent, whole slabs of it, is the longest chain of additions; the four sums and the bias come on top."""
+    x, w = (given[name].astype(np.float64) for name in ("x", "w"))
+    if "forward" in case.kind:
+        b = given["b"].astype(np.float64)[:, None, :] * ("none" not in case.kind)
+        z, size = x @ w + b, np.abs(x) @ np.abs(w) + np.abs(b)
+        bound = _small_bound(case, x.shape[-1], size, z)
+        found = _off(case, "y", got["y"], z, bound) if "affine" in case.kind else []
+        if "mask" in got:
+            unpacked = np.unpackbits(got["mask"], axis=-1, bitorder="little")
+            keep = unpacked[..., : z.shape[-1]] != 0
+            if unpacked[..., z.shape[-1] :].any() or not ((keep == ~negative(z)) | (np.abs(z) <= bound)).all():
+                found.append(f"{case.name}: mask is wrong")
+            found += _off(case, "y", got["y"], np.where(keep, z, 0), bound)
+        return found
+    dz = given["dout"].astype(np.float64)
+    if "mask" in case.kind or "preact" in case.kind:
+        dz = np.where(negative(given["keep"]), 0, dz)
+    turned = x.swapaxes(1, 2), w.swapaxes(1, 2)
+    wants = {
+        "dx": (dz @ turned[1], np.abs(dz) @ np.abs(turned[1]), dz.shape[-1]),
+        "dw": (turned[0] @ dz, np.abs(turned[0]) @ np.abs(dz), dz.shape[-2]),
+        "db": (dz.sum(axis=-2), np.abs(dz).sum(axis=-2), dz.shape[-2]),
+    }
+    named = [(name, got[name], *wants[name]) for name in wants if name in got]
+    return [line for name, a, want, size, depth in named for line in _off(case, name, a, want, _small_bound(case, depth, size, want))]
+
+
+def _small_bound(case: Case, depth: int, size: np.ndarray, want: np.ndarray) -> np.ndarray:
+    half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(case.dtype, 0)
+    chain = -(-depth // 64) * 16 + 4
+    return chain * np.finfo(np.float32).eps * size + half_ulp * np.abs(want) + depth * np.finfo(np.float32).tiny + _least(case.dtype)
+
+
+def _off(case: Case, name: str, got: np.ndarray, want: np.ndarray, bound: np.ndarray) -> list[str]:
+    right = (np.abs(got.astype(np.float64) - want) <= bound) | (np.isnan(got.astype(np.float64)) & np.isnan(want))
+    return [] if got.shape == want.shape and right.all() else [f"{case.name}: {name} is beyond its bound in {(~right).sum()} elements"]
 
 
 def _least(dtype: str) -> float:

@@ -1,26 +1,31 @@
-"""Everything about the cupy backend that only a GPU can tell, in one run of a few minutes: ``python tools/gpu_check.py``.
+"""Everything about the cupy backend that only a GPU can tell, in one run of at most six minutes: ``python tools/gpu_check.py``.
 
-Needs CuPy and NumPy, nothing else (bfloat16 is left out without ml_dtypes), and a checkout of the source. Each step is reported by
-itself and none stops the others. Writes one JSON file and prints a summary; ends non-zero if a number is wrong or a step breaks off.
-``--readme FILE`` prints the line for the README instead: on which GPU, and when, the backend last ran for real.
+Needs CuPy and NumPy and a checkout of the source; the other parts say what else they need where it is missing (bfloat16 ml_dtypes, the
+project's tests what ``pip install -e '.[smoke]'`` brings, the side-by-side whichever of PyTorch and JAX are installed). The parts,
+in this order, each in a process and a time of its own: what crashes or takes too long is cut, said so, and stops no other.
+``--first`` keeps to the first two, in two minutes. Writes one JSON file and a page beside it, and ends non-zero if a number is wrong or
+something breaks off. ``--readme FILE`` prints the line for the README instead: on which GPU, and when, the backend last ran for real.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,13 +53,12 @@ if "rectilinear" not in sys.modules:
     import_project()
 
 import gpu_cases  # noqa: E402
+import gpu_measure  # noqa: E402
+import gpu_page  # noqa: E402
+from gpu_measure import Leave  # noqa: E402
 
 from rectilinear.backends import cupy_loader  # noqa: E402
 from rectilinear.backends.cupy_backend import CupyBackend  # noqa: E402
-
-
-class Leave(Exception):  # noqa: N818 - not an error
-    """A step that cannot be done here; says why."""
 
 
 class Check:
@@ -217,7 +221,8 @@ def _layer_error(host: list[np.ndarray], got: list[np.ndarray], dtype: str) -> f
         want = a @ c + extra
         want = np.where(keep, want, 0) if result is y else want
         bound = 2 * (a.shape[1] + 2) * eps * (np.abs(a) @ np.abs(c) + np.abs(extra)) + half * np.abs(want) + 1e-30
-        worst = max(worst, float((np.abs(result.astype(np.float64) - want) / bound).max()))
+        error = (np.abs(result.astype(np.float64) - want) / bound).max()
+        worst = max(worst, float("inf") if np.isnan(error) else float(error))  # max would pass over NaN
     return worst
 
 
@@ -311,7 +316,7 @@ def tensor_cores(check: Check) -> dict[str, Any]:
         linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32)
         try:
             host, on = check.layer(k, k, k)
-            got = check.backend.to_numpy(check.backend.affine_forward(on[0], on[1], None, None)).astype(np.float64)
+            got = check.backend.to_numpy(cp.matmul(on[0], on[1])).astype(np.float64)  # by CuPy, which alone has such a switch
             x, w = (a.astype(np.float64) for a in host[:2])
             found["float32 as TF32"] = float(np.sqrt(np.mean(((got - x @ w) / np.sqrt(x**2 @ w**2)) ** 2)))
         finally:
@@ -360,82 +365,8 @@ def streams(check: Check) -> dict[str, Any]:
     return result
 
 
-def cublaslt(check: Check) -> dict[str, Any]:
-    """9. What cuBLASLt's ReLU epilogue does at NaN and 0 (docs/gpu.md: why it is left out), if nvmath is here."""
-    try:
-        from nvmath.linalg.advanced import MatmulEpilog, matmul
-    except ImportError:
-        raise Leave("nvmath is not installed") from None
-    x = check.backend.asarray(np.array([[np.nan, 0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 2.0]] * 8, "f4"))
-    y, aux = matmul(x.T, check.backend.asarray(np.eye(8, dtype="f4")), epilog=MatmulEpilog.RELU_AUX)
-    return {"relu of nan, 0, -0, 1, -1, inf, -inf": [str(v) for v in y.get()[:7, 0]], "mask": aux["relu_aux"].get()[:1, 0].tolist()}
-
-
-def times(check: Check) -> dict[str, Any]:
-    """10. Microseconds by CUDA events (median of 20): kernels against a device copy, and whole steps; host time of one call."""
-    be, result = check.backend, {}
-    repeats = 2 if check.small else 20
-    for n, m in [(64, 32)] if check.small else [(256, 256), (4096, 1024), (16384, 4096), (65536, 1024)]:
-        host, on = check.layer(n, 8, m)
-        z, b, dout = on[3], on[2], on[3]
-        y, copy = be._empty((n, m), z.dtype), be._empty((n, m), z.dtype)
-        mask = be._empty((n, -(-m // 8)), np.uint8)
-        keep = be.asarray(gpu_cases.mask_of(host[3]))
-        size = n * m * 4
-        cases: dict[str, tuple[Callable[[], Any], float]] = {
-            "copy": (lambda c=copy, z=z: c.__setitem__(Ellipsis, z), 2 * size),
-            "bias_relu_mask": (lambda z=z, b=b, y=y, mask=mask: be._bias("bias_relu_mask", z, b, y, mask), 2 * size + size / 32),
-            "mask_colsum": (lambda d=dout, k=keep: be._select_and_sum(d, k, True, None), 2 * size + size / 32),
-            "colsum": (lambda d=dout: be.bias_backward(d, None), size),
-            "relu": (lambda z=z, y=y: be.relu_forward(z, y), 2 * size),
-        }
-        for name, (call, moved) in cases.items():
-            us = _microseconds(check, call, repeats)
-            result[f"{name} ({n}, {m})"] = {"us": round(us, 2), "GB/s": round(moved / us / 1e3, 1) if us else None}
-    for n, d in [(32, 16)] if check.small else [(256, 256), (256, 1024), (4096, 1024), (16384, 1024), (4096, 4096)]:
-        for dtype in ("float32",) if check.small else tuple(name for name in check.dtypes if name != "float64"):
-            _, on = check.layer(n, d, d, dtype)
-            us = _microseconds(check, lambda on=on: check.step(on), repeats)
-            result[f"step {dtype} ({n}, {d}, {d})"] = {"us": round(us, 2), "TFLOP/s": round(6 * n * d * d / us / 1e6, 2) if us else None}
-            if not check.small:
-                plain = _microseconds(check, lambda on=on: plain_step(check.cp, *on), repeats)
-                result[f"step {dtype} ({n}, {d}, {d})"] |= {"us in plain CuPy": round(plain, 2), "ratio": round(plain / us, 2)}
-    _, on = check.layer(8, 8, 8)
-    out = be._empty((8, 8), np.float32)
-    for name, call in (("matmul", lambda: check.cp.matmul(on[0], on[1], out=out)), ("kernel", lambda: be.relu_forward(out, out))):
-        start = time.perf_counter()
-        for _ in range(repeats * 10):
-            call()
-        result[f"host time of one {name}"] = {"us": round((time.perf_counter() - start) / repeats / 10 * 1e6, 2)}
-        be.synchronize()
-    return result
-
-
-def plain_step(xp: Any, x: Any, w: Any, b: Any, dout: Any) -> tuple[Any, Any, Any, Any]:
-    """The same step in an array library's own words: what one would write without this backend."""
-    z = xp.matmul(x, w) + b
-    y = xp.maximum(z, 0)
-    dz = dout * (z >= 0)
-    return y, xp.matmul(dz, w.T), xp.matmul(x.T, dz), dz.sum(axis=0)
-
-
-def _microseconds(check: Check, call: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call on the device; copies between host and device are not among the calls."""
-    cuda = check.cp.cuda
-    taken = []
-    for i in range(repeats + 3):
-        start, end = cuda.Event(), cuda.Event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            taken.append(cuda.get_elapsed_time(start, end) * 1e3)
-    return statistics.median(taken)
-
-
 def memory(check: Check) -> dict[str, Any]:
-    """11. The pool does not grow over a thousand steps; running out of memory leaves the backend usable."""
+    """10. The pool does not grow over a thousand steps; running out of memory leaves the backend usable."""
     cp = check.cp
     pool = cp.get_default_memory_pool()
     _, on = check.layer(64, 32, 48)
@@ -456,7 +387,7 @@ def memory(check: Check) -> dict[str, Any]:
 
 
 def sanitizer(check: Check) -> dict[str, Any]:
-    """12. compute-sanitizer on the cases of step 4, if it is installed."""
+    """compute-sanitizer on the cases of step 4: `--only sanitizer`, since it takes many minutes."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise Leave("compute-sanitizer is not installed")
@@ -470,7 +401,7 @@ def sanitizer(check: Check) -> dict[str, Any]:
 
 
 def several_devices(check: Check) -> dict[str, Any]:
-    """13. With more than one device: arrays decide where the work is done, with the same bits."""
+    """11. With more than one device: arrays decide where the work is done, with the same bits."""
     cp = check.cp
     if cp.cuda.runtime.getDeviceCount() < 2:
         raise Leave("one device")
@@ -494,48 +425,162 @@ STEPS: tuple[Callable[[Check], dict[str, Any]], ...] = (
     determinism,
     tensor_cores,
     streams,
-    cublaslt,
-    times,
     memory,
-    sanitizer,
     several_devices,
 )
+
+
+# ---------------------------------------------------------------- the parts
+
+
+class Rows:
+    """What a part has found, row by row, each with how it went; kept in `file` after every row, so that what is cut keeps what it has."""
+
+    def __init__(self, check: Check, file: Path | None = None) -> None:
+        self.check, self.file, self.rows = check, file, {}  # type: ignore[var-annotated]
+        self._kept = 0.0
+
+    def add(self, name: str, find: Callable[[], dict[str, Any]]) -> None:
+        self.check.wrong = []
+        self.rows[name] = entry = {"state": "cut", "why": "not done when the part's time was up", "wrong": [], "seconds": 0.0, "found": {}}
+        self.keep()
+        start, state, why = time.monotonic(), "right", None
+        try:
+            entry["found"] = find()
+        except Leave as reason:
+            state, why = "left out", str(reason)
+        except Exception as error:  # no row stops the others
+            state, why = "broke off", f"{type(error).__name__}: {error}"[:500]
+        if self.check.wrong:
+            state = "WRONG"
+        entry |= {"state": state, "why": why, "wrong": self.check.wrong[:50], "seconds": round(time.monotonic() - start, 2)}
+        self.keep()
+        print(f"  {name:<34} {state:<9} {entry['seconds']:7.1f} s  {'; '.join(entry['wrong'][:3]) or why or ''}", flush=True)
+
+    def so_far(self, found: dict[str, Any]) -> None:
+        """Of the row that is being found, at most twice a second."""
+        if time.monotonic() - self._kept > 0.5:
+            next(reversed(self.rows.values()))["found"] = found
+            self.keep()
+
+    def keep(self) -> None:
+        if self.file:
+            beside = self.file.with_suffix(".part")
+            beside.write_text(json.dumps(self.rows))
+            beside.replace(self.file)
+        self._kept = time.monotonic()
+
+
+def correctness(check: Check, rows: Rows) -> None:
+    """Numbers, bits, memory and streams; all of these steps must be right."""
+    for step in STEPS:
+        rows.add(step.__name__, lambda step=step: step(check))  # type: ignore[misc]
+
+
+class Part(NamedTuple):
+    seconds: float
+    """What it is given, and what earlier parts have left; derived from an H100's run, some three times what it took there."""
+    work: Callable[[Check, Rows], None]
+    must_end: bool = False
+    """Whether it proves something, so that a run in which it was cut has not passed."""
+
+
+PARTS = {
+    "correctness": Part(75, correctness, must_end=True),
+    "host_cost": Part(25, gpu_measure.host_cost),
+    "tests": Part(90, gpu_measure.project_tests, must_end=True),
+    "bandwidth": Part(30, gpu_measure.bandwidth),
+    "steps": Part(140, gpu_measure.steps),
+}
+FIRST = ("correctness", "host_cost")
+WHOLE, FIRST_WHOLE = 360.0, 120.0
+"""Seconds of a whole run, and of one with --first."""
 
 
 # ---------------------------------------------------------------- running and reporting
 
 
-def run(check: Check, only: str | None = None) -> dict[str, Any]:
-    """The report: for each step how it went, what it found, and what was wrong."""
-    steps: dict[str, Any] = {}
-    for step in STEPS:
-        if only is None or step.__name__ == only:
-            steps[step.__name__] = entry = _one(check, step)
-            print(f"{step.__name__:<16} {entry['state']:<8} {entry['seconds']:7.1f} s  {_shown(entry)}", flush=True)
+class Setup(NamedTuple):
+    """How the script runs: on a GPU, or, for its own test, on a stand-in."""
+
+    make: Callable[[], CupyBackend] = cupy_loader.make
+    small: bool = False
+    command: tuple[str, ...] = (sys.executable, str(Path(__file__).resolve()))
+    """What runs one part in a process of its own, followed by --part and --rows."""
+    parts: Mapping[str, Part] = MappingProxyType(PARTS)
+
+
+def run_part(name: str, limit: float, setup: Setup) -> dict[str, Any]:
+    """The entry of a part in the report: how it went, why, and its rows."""
+    print(f"{name} (at most {limit:.0f} s)", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file, log = Path(folder, "rows.json"), Path(folder, "log")
+        with log.open("wb") as errors:
+            command = [*setup.command, "--part", name, "--rows", str(file)]
+            process = subprocess.Popen(command, stderr=errors, start_new_session=True)
+            try:
+                status = process.wait(limit)
+                state, why = ("ended", None) if status == 0 else ("broke off", f"its process ended with status {status}: {_last_line(log)}")
+            except subprocess.TimeoutExpired:
+                state, why = "cut", f"not done after {limit:.0f} s"
+            finally:
+                _end_group(process)
+        rows = json.loads(file.read_text()) if file.exists() else {}
+    if state != "ended":
+        print(f"  {state}: {why}", flush=True)
+    return {"state": state, "why": why, "seconds": round(time.monotonic() - start, 1), "limit": round(limit), "rows": rows}
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """The part and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1][:300]
+
+
+def passed(parts: dict[str, Any], setup: Setup) -> bool:
+    """Whether every number is right, nothing broke off, and what proves something came to its end."""
+    rows = [row["state"] for part in parts.values() for row in part["rows"].values()]
+    ended = all(part["state"] == "ended" or (part["state"] == "cut" and not setup.parts[name].must_end) for name, part in parts.items())
+    return ended and not {"WRONG", "broke off"} & set(rows)
+
+
+def run(names: Sequence[str], whole: float, setup: Setup) -> dict[str, Any]:
+    """The parts of the report, one after another. Time that one leaves is the next one's, and the last one's own is kept for it."""
+    start = time.monotonic()
+    parts = {}
+    for i, name in enumerate(names):
+        later = sum(setup.parts[each].seconds for each in names[i + 1 :])
+        parts[name] = run_part(name, max(1.0, whole - (time.monotonic() - start) - later), setup)
+    return parts
+
+
+def report(parts: dict[str, Any], setup: Setup, device: str | None) -> dict[str, Any]:
+    about = parts.get("correctness", {}).get("rows", {}).get("environment", {}).get("found", {})
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": steps.get("environment", {}).get("found", {}).get("gpu"),
-        "passed": all(entry["state"] in ("right", "left out") for entry in steps.values()),
-        "steps": steps,
+        "commit": _commit(),
+        "gpu": about.get("gpu") or device,
+        "passed": passed(parts, setup),
+        "seconds": round(sum(part["seconds"] for part in parts.values()), 1),
+        "parts": parts,
     }
 
 
-def _one(check: Check, step: Callable[[Check], dict[str, Any]]) -> dict[str, Any]:
-    check.wrong = []
-    start, found, state, why = time.monotonic(), {}, "right", None
+def _commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None where git does not say."""
+    git = ["git", "-C", str(ROOT)]
     try:
-        found = step(check)
-    except Leave as reason:
-        state, why = "left out", str(reason)
-    except Exception as error:  # no step stops the others
-        state, why = "broke off", f"{type(error).__name__}: {error}"[:500]
-    if check.wrong:
-        state = "WRONG"
-    return {"state": state, "why": why, "wrong": check.wrong[:50], "seconds": round(time.monotonic() - start, 2), "found": found}
-
-
-def _shown(entry: dict[str, Any]) -> str:
-    return "; ".join(entry["wrong"][:3]) or entry["why"] or ""
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
 
 
 def readme_line(file: Path) -> str:
@@ -543,32 +588,54 @@ def readme_line(file: Path) -> str:
     if not file.exists():
         return "The cupy backend last ran on a real GPU: never yet."
     report = json.loads(file.read_text())
+    found = gpu_page.correctness_rows(report).get("parity", {}).get("found", {})
     how = "every check right" if report["passed"] else "with wrong numbers, see docs/gpu-check.json"
-    return f"The cupy backend last ran on a real GPU on {report['date']}: {report['gpu']}, {how}."
+    cases = f" ({found['cases']} kernel cases, {found['bit for bit']} of them with the bits of a CPU)" if "bit for bit" in found else ""
+    return f"The cupy backend last ran on a real GPU on {report['date']}: {report['gpu']}, {how}{cases}."
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes (default: docs/gpu-check.json)")
-    parser.add_argument("--only", choices=[step.__name__ for step in STEPS], help="one step alone")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes, and the page beside it (default: docs/gpu-check.json)")
+    parser.add_argument("--first", action="store_true", help="correctness and host cost alone, in two minutes")
+    parser.add_argument("--part", choices=PARTS, help="one part alone")
+    parser.add_argument("--only", choices=[step.__name__ for step in (*STEPS, sanitizer)], help="one step of the correctness alone")
+    parser.add_argument("--rows", type=Path, metavar="JSON", help=argparse.SUPPRESS)  # this is a part's process, and this where its rows go
     parser.add_argument("--readme", type=Path, metavar="JSON", help="print the README's line from a report and end")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None, make: Callable[[], CupyBackend] = cupy_loader.make, small: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None, setup: Setup = Setup()) -> int:  # noqa: B008 - a constant
     options = parse(arguments)
     if options.readme:
         print(readme_line(options.readme))
         return 0
-    backend = make()
+    if options.rows:
+        check = Check(setup.make(), setup.small)
+        setup.parts[options.part].work(check, Rows(check, options.rows))
+        return 0
+    backend = setup.make()
     found = backend.probe()
     if not found.usable and "wrong numbers" not in (found.reason or ""):
         print(f"nothing to check here: {found.reason}", file=sys.stderr)
         return 2
-    report = run(Check(backend, small), options.only)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{'all right' if report['passed'] else 'NOT RIGHT'} on {report['gpu']}; report in {options.out}")
-    return 0 if report["passed"] else 1
+    if options.only:
+        rows = Rows(Check(backend, setup.small))
+        step = next(step for step in (*STEPS, sanitizer) if step.__name__ == options.only)
+        rows.add(options.only, lambda: step(rows.check))
+        parts = {"correctness": {"state": "ended", "why": None, "seconds": 0.0, "rows": rows.rows}}
+    else:
+        names = (options.part,) if options.part else FIRST if options.first else tuple(PARTS)
+        parts = run(names, FIRST_WHOLE if options.first else WHOLE, setup)
+    made = report(parts, setup, found.device)
+    options.out.write_text(json.dumps(made, indent=1) + "\n")
+    where = str(options.out)
+    if options.out != Path(os.devnull):
+        page = options.out.with_suffix(".html")
+        page.write_text(gpu_page.html(made), encoding="utf-8")
+        where += f" and {page}"
+    print(f"{'all right' if made['passed'] else 'NOT RIGHT'} on {made['gpu']}; report in {where}")
+    return 0 if made["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -1,54 +1,99 @@
-"""The cupy backend: cuBLAS products (``cupy.matmul``, `cupy_gemm`), and the project's CUDA kernels around them.
+"""The cupy backend: cuBLAS products (plans of `cupy_lt`, or `cupy_gemm`), the project's CUDA kernels around them, and small layers whole.
 
 Here are launch geometry, argument order and buffers, and no import of CuPy: the array module and the kernels are handed in
 (`cupy_loader` hands in the real ones, the tests stand-ins that run the same kernel source on the CPU). What the kernels do, and
 the rules they keep, is said in ``kernels/cuda/layers.cu``.
 
-Launches of one affine + ReLU step: three products, one kernel forward, two backward (one where N is small).
+Launches of one affine + ReLU step: three products and two kernels; of a small layer (`cupy_small`) two kernels in all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rectilinear.backends import cupy_small
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
-from rectilinear.backends.cupy_gemm import LARGEST, strided_gemm
+from rectilinear.backends.cupy_gemm import Gemm, Operation, Products
+from rectilinear.backends.cupy_gemm import aligned as _aligned
+from rectilinear.backends.cupy_scratch import Scratches
 from rectilinear.keepmask import KeepMask, unchecked
 
 # As in layers.cu.
 _BLOCK = 256  # threads
 _TILE_ROWS = 4  # rows of a tile that one thread takes
-_CHUNK = 32  # rows that one thread adds up into one sum
+_FLAT = 4  # pieces of a flat array that one thread takes
 _WIDE_BYTES = 16
 
 _LARGEST_X, _LARGEST_Y = 2**31 - 1, 65535  # of a grid
 
-# Blocks of a column sum. Enough to fill a large GPU (an H100 holds about a thousand of 256 threads), few enough that the second
-# stage, which reads one partial sum of each, stays short. Neither depends on the device: the order of a sum is the shape's alone.
-_SUM_BLOCKS, _LEAST_SUM_BLOCKS = 1024, 256
+# Blocks of a column sum. Of the kernels that select three blocks fit on a multiprocessor, 396 on an H100's 132: a column tile
+# has at most that many, all at once, so that its last block has few partial sums to add up; several tiles have four rounds of them
+# together, so that a round that is not full costs little. A shape decides, not the device: the order of a sum is the shape's alone.
+_BLOCKS_AT_ONCE = 3 * 132
+_SUM_BLOCKS = 4 * _BLOCKS_AT_ONCE
 _ROWS_PER_SUM = 8  # a thread that adds fewer rows is not worth its block
+
+_COUNTERS = _SUM_BLOCKS // 2  # that a launch may need: one for each tile with more than one block
 
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
 
-_BFLOAT16_SINCE = 80  # compute capability times ten
-
 _NULL = np.uintp(0)
+_BYTE, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+_LAUNCHES = 1024  # kept of each family of kernels: a few for each layer shape of a program
 
 
 class Runtime(NamedTuple):
-    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name.
+    """What the backend works with: `cp` is CuPy, `kernels` gives the compiled kernel file for a dtype's name, `products` what multiplies.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, matmul, cuda.Device, and what `cupy_gemm` names. Used of a kernel
-    file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.get_current_stream, cuda.runtime.getDevice, and what
+    `cupy_gemm`, `cupy_lt` and `cupy_scratch` name. Used of a kernel file: get_function.
     """
 
     cp: Any
     kernels: Callable[[str], Any]
+    products: Callable[[Any, Scratches], Products] = Gemm
+
+
+class Launch(NamedTuple):
+    """What a kernel is launched with besides its pointers."""
+
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    extents: tuple[np.int64, ...]
+
+
+class Forward(NamedTuple):
+    """Shapes of an output and of the bits of its mask, and the launch that does all of it where the layer is a small one."""
+
+    shape: tuple[int, ...]
+    mask_shape: tuple[int, ...]
+    small: Launch | None
+
+
+class Backward(NamedTuple):
+    """Shapes of dx, dw and db, None of what is not wanted, and the launch that does all of it where the layer is a small one."""
+
+    shapes: tuple[tuple[int, ...] | None, ...]
+    small: Launch | None
+
+
+class ColumnSum(NamedTuple):
+    """A sum over rows: the shape of the result, and of the partial sums that the last block adds up, where there are several.
+
+    Without a launch there is nothing to add.
+    """
+
+    shape: tuple[int, ...]
+    launch: Launch | None = None
+    parts: tuple[int, ...] | None = None
 
 
 class CupyBackend:
@@ -70,35 +115,79 @@ class CupyBackend:
     def __init__(self, connect: Callable[[], Runtime], examine: Callable[[CupyBackend], Probe]) -> None:
         self._connect = connect
         self._examine = examine
-        self._runtime: Runtime | None = None
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._forward = self._kept(forward)
+        self._backward = self._kept(backward)
+        self._bias_launch = self._kept(bias_launch)
+        self._column_sum = self._kept(column_sum)
+        self._flat_launch = self._kept(flat_launch)
+        self._mask_backward_launch = self._kept(mask_backward_launch)
+        self._softmax = self._kept(softmax)
+        self.scratches = Scratches()
 
     def probe(self) -> Probe:
         return self._examine(self)
 
-    @property
+    @cached_property
     def runtime(self) -> Runtime:
-        if self._runtime is None:
-            self._runtime = self._connect()
-        return self._runtime
+        return self._connect()
+
+    @cached_property
+    def products(self) -> Products:
+        """Chosen at the first product, since only a call tells whether cuBLASLt works here; asks the current device."""
+        return self.runtime.products(self.runtime.cp, self.scratches)
+
+    @cached_property
+    def _empty(self) -> Callable[[tuple[int, ...], Any], Array]:
+        return self.runtime.cp.empty  # type: ignore[no-any-return]
+
+    @cached_property
+    def _current_stream(self) -> Callable[[], Any]:
+        return self.runtime.cp.cuda.get_current_stream  # type: ignore[no-any-return]
+
+    @cached_property
+    def _current_device(self) -> Callable[[], int]:
+        return self.runtime.cp.cuda.runtime.getDevice  # type: ignore[no-any-return]
 
     # affine
 
+    # Launches go to the current device and its current stream, and the arrays decide which device that is. A context manager costs as
+    # much as the rest of a call, so it is entered only where another device is current.
+
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
-        with self._on_device_of(x):
-            y, z = self._forward_buffers(x, w, out)
-            self._product(x, w, z)
-            if b is not None or z is not y:
-                self._bias("bias_add", z, b, y)
-            return _deliver(y, out)
+        if x.data.device_id != self._current_device():
+            with x.device:
+                return self.affine_forward(x, w, b, out)
+        dtype = x.dtype
+        shape, _, small = self._forward(dtype, x.shape, w.shape)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_forward(small, x, w, b, shape, None, out)
+        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        z = y
+        if dtype.itemsize > 2:
+            self._product("NN", x, w, z)
+        else:
+            z, b = self._half_affine(x, w, b, y)
+        if b is not None or z is not y:
+            self._bias("bias_add", z, b, y)
+        return y if out is None else _deliver(y, out)
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
-        with self._on_device_of(x):
-            y, z = self._forward_buffers(x, w, out)
-            self._product(x, w, z)
-            mask = self._empty((*y.shape[:-1], -(-y.shape[-1] // 8)), np.uint8)
-            self._bias("bias_relu_mask", z, b, y, mask)
-            return _deliver(y, out), unchecked(mask, y.shape)
+        if x.data.device_id != self._current_device():
+            with x.device:
+                return self.affine_relu_forward(x, w, b, out)
+        dtype = x.dtype
+        shape, mask_shape, small = self._forward(dtype, x.shape, w.shape)
+        mask = self._empty(mask_shape, _BYTE)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_forward(small, x, w, b, shape, mask, out), unchecked(mask, shape)
+        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        z = y
+        if dtype.itemsize > 2:
+            self._product("NN", x, w, z)
+        else:
+            z, b = self._half_affine(x, w, b, y)
+        self._bias("bias_relu_mask", z, b, y, mask)
+        return y if out is None else _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
         self,
@@ -109,118 +198,186 @@ class CupyBackend:
         wanted: Wanted,
         out: tuple[Array | None, Array | None, Array | None],
     ) -> tuple[Array | None, Array | None, Array | None]:
+        if dout.data.device_id != self._current_device():
+            with dout.device:
+                return self.affine_backward(dout, x, w, keep, wanted, out)
+        row_bytes = keep._bits.shape[-1] if keep is not None and isinstance(keep, KeepMask) else 0
+        shapes, small = self._backward(dout.dtype, x.shape, w.shape, wanted, row_bytes)
+        if small is not None and x._c_contiguous and w._c_contiguous:
+            return self._small_backward(small, shapes, dout, x, w, keep, out)
         want_dx, want_dw, want_db = wanted
-        with self._on_device_of(dout):
-            db = None
-            if want_db:
-                dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
-            else:
-                dz = dout if keep is None else self._relu_backward(dout, keep, None)
-            dx = self._gradient(dz, w.swapaxes(-1, -2), out[0]) if want_dx else None
-            dw = self._gradient(x.swapaxes(-1, -2), dz, out[1]) if want_dw else None
-            return dx, dw, db
+        db = None
+        if want_db:
+            dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
+        else:
+            dz = dout if keep is None else self._relu_backward(dout, keep, None)
+        dx = self._gradient("NT", dz, w, shapes[0], out[0]) if want_dx else None
+        dw = self._gradient("TN", x, dz, shapes[1], out[1]) if want_dw else None
+        return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
-        with self._on_device_of(dout):
-            return self._select_and_sum(dout, None, False, out)[1]
+        if dout.data.device_id != self._current_device():
+            with dout.device:
+                return self.bias_backward(dout, out)
+        return self._select_and_sum(dout, None, False, out)[1]
 
-    def _forward_buffers(self, x: Array, w: Array, out: Array | None) -> tuple[Array, Array]:
-        """y, and z: what the product is written to, which is y itself unless y is narrower than the sums."""
-        y = self._result((*x.shape[:-1], w.shape[-1]), x.dtype, out)
-        return y, y if _sum_dtype(x.dtype) == x.dtype else self._empty(y.shape, _sum_dtype(x.dtype))
+    # Small layers: x and w are contiguous, since cuBLAS takes other strides as they are, and here they would be copied.
 
-    def _gradient(self, a: Array, b: Array, out: Array | None) -> Array:
-        result, wide = self._forward_buffers(a, b, out)
-        self._product(a, b, wide)
-        if wide is not result:
-            self._bias("bias_add", wide, None, result)
-        return _deliver(result, out)
+    def _small_forward(
+        self, launch: Any, x: Array, w: Array, b: Array | None, shape: tuple[int, ...], mask: Array | None, out: Array | None
+    ) -> Array:
+        """y; with a mask to fill, after ReLU."""
+        start, extents = launch
+        dtype = x.dtype
+        y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
+        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+            x, w = self._contiguous(x), self._contiguous(w)
+        bias = _NULL if b is None else self._contiguous(b)
+        start((x, w, bias, y, _NULL if mask is None else mask, *extents))
+        return y if out is None else _deliver(y, out)
 
-    def _product(self, a: Array, b: Array, out: Array) -> None:
-        """out = a b, by cuBLAS."""
+    def _small_backward(
+        self,
+        launch: Any,
+        shapes: tuple[Any, Any, Any],
+        dout: Array,
+        x: Array,
+        w: Array,
+        keep: Keep | None,
+        out: tuple[Array | None, Array | None, Array | None],
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """dw, and dx and db where they have a shape."""
+        start, extents = launch
+        dtype, empty, result = dout.dtype, self._empty, self._result
+        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+            x, w = self._contiguous(x), self._contiguous(w)
+        mask: Any = _NULL
+        preact: Any = _NULL
+        if keep is not None:
+            if isinstance(keep, KeepMask):
+                mask = self._contiguous(keep._bits)
+            else:
+                preact = self._contiguous(keep)
+        (dx_shape, dw_shape, db_shape), (to_dx, to_dw, to_db) = shapes, out
+        dx = None if dx_shape is None else empty(dx_shape, dtype) if to_dx is None else result(dx_shape, dtype, to_dx)
+        dw = empty(dw_shape, dtype) if to_dw is None else result(dw_shape, dtype, to_dw)
+        db = None if db_shape is None else empty(db_shape, dtype) if to_db is None else result(db_shape, dtype, to_db)
+        at_dx, at_db = _NULL if dx is None else dx, _NULL if db is None else db
+        start((self._contiguous(dout), mask, preact, x, w, at_dx, dw, at_db, *extents))
+        return (
+            dx if to_dx is None else _deliver(dx, to_dx),
+            dw if to_dw is None else _deliver(dw, to_dw),
+            db if to_db is None else _deliver(db, to_db),
+        )
+
+    # Other layers: products, and kernels around them.
+
+    def _half_affine(self, x: Array, w: Array, b: Array | None, y: Array) -> tuple[Array, Array | None]:
+        """Of 16-bit x and w: z = x w, in y itself where it can be rounded, and the bias that is still to be added."""
+        if self._rounds(x, x.shape[-1]):
+            self._product("NN", x, w, y, b)
+            return y, None
+        z = self._empty(y.shape, _FLOAT32)
+        self._product("NN", x, w, z)
+        return z, b
+
+    def _gradient(self, operation: Operation, a: Array, b: Array, shape: tuple[int, ...], out: Array | None) -> Array:
+        dtype = a.dtype
+        result = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
+        narrow = dtype.itemsize == 2 and not self._rounds(a, a.shape[-2 if operation == "TN" else -1])
+        sums = self._empty(shape, _FLOAT32) if narrow else result
+        self._product(operation, a, b, sums)
+        if sums is not result:
+            self._bias("bias_add", sums, None, result)
+        return result if out is None else _deliver(result, out)
+
+    def _rounds(self, x: Array, summed: int) -> bool:
+        """Whether products of x are written in its 16 bits, rounded once. An empty sum is no product: its bias is added by a kernel."""
+        return summed > 0 and self.products.rounds(x)
+
+    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
+        """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
+        return out if out._c_contiguous and out.data.ptr % _WIDE_BYTES == 0 else self._empty(shape, dtype)
+
+    def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
+        """out = a b, as `operation` says, + bias where such products are rounded."""
         if out.size == 0:
             return
-        if a.shape[-1] == 0:
+        if a.shape[-2 if operation == "TN" else -1] == 0:
             out.fill(0)
-            return
-        if max(*out.shape, a.shape[-1]) > LARGEST:
-            raise ValueError(f"cuBLAS takes extents up to {LARGEST}, not a product of {a.shape} and {b.shape}; split the samples")
-        cp = self.runtime.cp
-        a, b = _aligned(a, cp), _aligned(b, cp)
-        if a.dtype.name == "bfloat16" and int(cp.cuda.Device().compute_capability) < _BFLOAT16_SINCE:
-            a, b = a.astype(out.dtype), b.astype(out.dtype)
-        if a.dtype == out.dtype and out.ndim == 2:
-            cp.matmul(a, b, out=out)
         else:
-            strided_gemm(cp, a, b, out)
+            self.products.product(operation, a, b, out, bias)
 
     def _bias(self, name: str, z: Array, b: Array | None, y: Array, mask: Array | None = None) -> None:
-        groups, rows, cols = _extents(y)
-        if y.size == 0:
+        """y = z + b, by "bias_add"; then ReLU and mask, by "bias_relu_mask". z has the sums' dtype, or without b y's, and may be y."""
+        shape, dtype = y.shape, y.dtype
+        if 0 in shape:
             return
-        b = b if b is None else self._contiguous(b)
-        width = _width(y.dtype, cols, z, y, *(() if b is None else (b,)))
-        least = max(1, 8 // width) if mask is not None else 1  # threads along x whose bits fill a byte of the mask
-        block = _block(cols, width, least)
-        tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
-        masked = () if mask is None else (mask,)
-        row_bytes = () if mask is None else (mask.shape[-1],)
-        pointers = (z, _NULL if b is None else b, y, *masked)
-        self._launch(name, width, y.dtype, _grid(tiles, groups), block, pointers, (groups, rows, cols, *row_bytes))
+        addresses = y.data.ptr if z is y else z.data.ptr | y.data.ptr
+        if b is not None:
+            address = b.data.ptr
+            if not b._c_contiguous or address % dtype.itemsize:
+                b = self._contiguous(b)
+                address = b.data.ptr
+            addresses |= address
+        elif mask is not None and z.itemsize == dtype.itemsize:
+            name = "relu_mask"
+        start, extents = self._bias_launch(dtype, name, shape, addresses % _WIDE_BYTES == 0)
+        bias = _NULL if b is None else b
+        start(((z, bias, y) if mask is None else (z, bias, y, mask)) + extents)
 
     def _select_and_sum(self, dout: Array, keep: Keep | None, want_dz: bool, out: Array | None) -> tuple[Array | None, Array]:
         """dz (dout itself without keep, None if not wanted) and the sum of it over rows."""
         dout = self._contiguous(dout)
-        groups, rows, cols = _extents(dout)
-        db = self._result((*dout.shape[:-2], cols), dout.dtype, out)
-        dz = dout if keep is None else self._empty(dout.shape, dout.dtype) if want_dz else None
-        if dout.size == 0:
-            db.fill(0)
-            return dz, _deliver(db, out)
-        name, selector, row_bytes = self._selector(keep)
-        arrays = [array for array in (dout, dz) if array is not None]
-        width = _width(dout.dtype, cols, *arrays, *(() if name != "preact_colsum" else (selector,)))
-        block = _block(cols, width, 1)
-        col_tiles = _cdiv(cols, block[0] * width)
-        span = _rows_per_block(rows, block[1], col_tiles)
-        blocks = _cdiv(rows, span)
-        sums = _sum_dtype(dout.dtype)
-        direct = blocks == 1 and sums == dout.dtype  # one partial sum is the sum
-        parts = db if direct else self._empty((groups, blocks, cols), sums)
-        pointers = (dout, selector, _NULL if keep is None or dz is None else dz, parts)
-        self._launch(name, width, dout.dtype, _grid(col_tiles * blocks, groups), block, pointers, (groups, rows, cols, row_bytes, span))
-        if not direct:
-            self._final_sum(parts, db, groups, blocks, cols)
-        return dz, _deliver(db, out)
-
-    def _selector(self, keep: Keep | None) -> tuple[str, Any, int]:
-        """Kernel, pointer and bytes per mask row for a kind of keep."""
+        shape, dtype, addresses = dout.shape, dout.dtype, dout.data.ptr
+        dz: Any = None
         if keep is None:
-            return "colsum", _NULL, 0
-        if isinstance(keep, KeepMask):
-            bits = self._contiguous(keep._bits)
-            return "mask_colsum", bits, bits.shape[-1]
-        return "preact_colsum", self._contiguous(keep), 0
+            name, selector, row_bytes, dz = "colsum", _NULL, 0, dout
+        else:
+            if isinstance(keep, KeepMask):
+                selector = self._contiguous(keep._bits)
+                name, row_bytes = "mask_colsum", selector.shape[-1]
+            else:
+                selector = self._contiguous(keep)
+                name, row_bytes = "preact_colsum", 0
+                addresses |= selector.data.ptr
+            if want_dz:
+                dz = self._empty(shape, dtype)
+                addresses |= dz.data.ptr
+        db_shape, launch, parts_shape = self._column_sum(dtype, name, shape, addresses % _WIDE_BYTES == 0, row_bytes)
+        db = self._empty(db_shape, dtype) if out is None else self._result(db_shape, dtype, out)
+        if launch is None:
+            db.fill(0)
+        else:
+            parts = counters = _NULL  # one block writes what it has straight to db
+            if parts_shape is not None:
+                parts, counters = self._empty(parts_shape, _sum_dtype(dtype)), self._counters(dout)
+            start, extents = launch
+            start((dout, selector, _NULL if dz is None or dz is dout else dz, parts, counters, db, *extents))
+        return dz, db if out is None else _deliver(db, out)
 
-    def _final_sum(self, parts: Array, sums: Array, groups: int, blocks: int, cols: int) -> None:
-        # Eight columns a block are a 32-byte sector of a row of float32 partial sums, and leave 32 threads for the rows.
-        x = min(8, _power_of_2(cols))
-        self._launch("colsum_final", 1, sums.dtype, _grid(_cdiv(cols, x), groups), (x, _BLOCK // x), (parts, sums), (groups, blocks, cols))
+    def _counters(self, x: Array) -> Array:
+        """For a launch on the current stream, which is one of x's device."""
+        return self.scratches.current(self.runtime.cp, x.data.device_id, self._current_stream().ptr).counters(_COUNTERS)
 
     # ReLU
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
-        with self._on_device_of(x):
-            y = self._result(x.shape, x.dtype, out)
-            self._flat("relu", (self._contiguous(x), y))
-            return _deliver(y, out)
+        if x.data.device_id != self._current_device():
+            with x.device:
+                return self.relu_forward(x, out)
+        y = self._empty(x.shape, x.dtype) if out is None else self._result(x.shape, x.dtype, out)
+        self._flat("relu", (self._contiguous(x), y))
+        return _deliver(y, out)
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        with self._on_device_of(dout):
-            return self._relu_backward(dout, keep, out)
+        if dout.data.device_id != self._current_device():
+            with dout.device:
+                return self.relu_backward(dout, keep, out)
+        return self._relu_backward(dout, keep, out)
 
     def _relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        dx = self._result(dout.shape, dout.dtype, out)
+        dx = self._empty(dout.shape, dout.dtype) if out is None else self._result(dout.shape, dout.dtype, out)
         dout = self._contiguous(dout)
         if isinstance(keep, KeepMask):
             self._mask_backward(dout, self._contiguous(keep._bits), dx)
@@ -231,37 +388,32 @@ class CupyBackend:
     def _flat(self, name: str, arrays: tuple[Array, ...]) -> None:
         y = arrays[-1]
         if y.size:
-            width = _width(y.dtype, 0, *arrays)
-            blocks = min(_cdiv(_cdiv(y.size, width), _BLOCK), _LARGEST_X)
-            self._launch(name, width, y.dtype, (blocks,), (_BLOCK,), arrays, (y.size,))
+            start, extents = self._flat_launch(y.dtype, name, y.size, _wide_aligned(*arrays))
+            start((*arrays, *extents))
 
     def _mask_backward(self, dout: Array, bits: Array, dx: Array) -> None:
-        cols = dx.shape[-1] if dx.ndim else 1
-        if dx.size == 0:
-            return
-        rows = dx.size // cols
-        width = _width(dx.dtype, cols, dout, dx)
-        block = _block(cols, width, 1)
-        tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
-        self._launch("mask_backward", width, dx.dtype, _grid(tiles, 1), block, (dout, bits, dx), (rows, cols, bits.shape[-1]))
+        if dx.size:
+            start, extents = self._mask_backward_launch(dx.dtype, dx.shape, _wide_aligned(dout, dx), bits.shape[-1])
+            start((dout, bits, dx, *extents))
 
     # softmax
 
     def softmax_loss(self, x: Array, y: Array, out: Array | None) -> tuple[Array, Array]:
-        with self._on_device_of(x):
-            n, c = x.shape
-            loss = self._empty((), x.dtype)
-            dx = self._result(x.shape, x.dtype, out)
-            if n == 0:
-                loss.fill(np.nan)
-                return loss, _deliver(dx, out)
-            labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
-            warps = _BLOCK // _WARP
-            blocks = min(_cdiv(n, warps), _SOFTMAX_BLOCKS)
-            parts = self._empty((blocks * warps,), _sum_dtype(x.dtype))
-            self._launch("softmax_loss", 1, x.dtype, (blocks,), (_WARP, warps), (self._contiguous(x), labels, dx, parts), (n, c))
-            self._final_sum(parts, loss, 1, blocks * warps, 1)
+        if x.data.device_id != self._current_device():
+            with x.device:
+                return self.softmax_loss(x, y, out)
+        shape, dtype = x.shape, x.dtype
+        loss = self._empty((), dtype)
+        dx = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
+        if shape[0] == 0:
+            loss.fill(np.nan)
             return loss, _deliver(dx, out)
+        labels = self._contiguous(y if y.dtype == np.int64 else y.astype(np.int64))
+        launch, parts_shape = self._softmax(dtype, shape)
+        parts, counters = self._empty(parts_shape, _sum_dtype(dtype)), self._counters(x)
+        start, extents = launch
+        start((self._contiguous(x), labels, dx, parts, counters, loss, *extents))
+        return loss, _deliver(dx, out)
 
     # arrays
 
@@ -281,39 +433,35 @@ class CupyBackend:
 
     # buffers and launches
 
-    def _on_device_of(self, x: Array) -> AbstractContextManager[Any]:
-        """Launches go to the current device and its current stream; the arrays decide which device that is."""
-        device: AbstractContextManager[Any] = x.device
-        return device
-
-    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self.runtime.cp.empty(shape, dtype)
-
-    def _result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
+    def _result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
         """Where the kernels write: `out` if they can, else an array of its own that `_deliver` copies from."""
-        if out is not None and out.flags.c_contiguous and out.data.ptr % out.itemsize == 0:
+        if out._c_contiguous and out.data.ptr % out.itemsize == 0:
             return out
         return self._empty(shape, dtype)
 
     def _contiguous(self, x: Array) -> Array:
+        # Flags would say so too, but they are an object made anew each time, ten times as slow.
+        if x._c_contiguous and x.data.ptr % x.itemsize == 0:
+            return x
         return self.runtime.cp.ascontiguousarray(_aligned(x, self.runtime.cp))
 
-    def _launch(
-        self,
-        name: str,
-        width: int,
-        dtype: Any,
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        pointers: tuple[Any, ...],
-        extents: tuple[int, ...],
-    ) -> None:
-        key = dtype.name, name if width == 1 else name + "_wide"
-        function = self._functions.get(key)
-        if function is None:
-            function = self._functions[key] = self.runtime.kernels(key[0]).get_function(key[1])
-        # CuPy passes what it is given: every extent must be a 64-bit integer here, as it is there.
-        function(grid, block, (*pointers, *map(np.int64, extents)))
+    def _kept(self, geometry: Callable[..., Any]) -> Callable[..., Any]:
+        """What `geometry` says of an item size and other things, asked by dtype and remembered; its launches ready to start.
+
+        A `Launch` becomes what takes all arguments of the kernel as a tuple and starts it, and the extents that are the last of them.
+        """
+
+        def ready(part: Any, dtype: Any) -> Any:
+            if isinstance(part, Launch):
+                function = self.runtime.kernels(dtype.name).get_function(part.name)
+                return partial(function, part.grid, part.block), part.extents
+            return part
+
+        def bound(dtype: Any, *of: Any) -> Any:
+            made = geometry(dtype.itemsize, *of)
+            return ready(made, dtype) if isinstance(made, Launch) else tuple(ready(part, dtype) for part in made)
+
+        return lru_cache(_LAUNCHES)(bound)
 
 
 def _deliver(result: Array, out: Array | None) -> Array:
@@ -323,28 +471,106 @@ def _deliver(result: Array, out: Array | None) -> Array:
     return out
 
 
-def _aligned(x: Array, cp: Any) -> Array:
-    """x, or a copy where its elements lie across their natural boundaries, which no GPU instruction can read."""
-    if x.data.ptr % x.itemsize == 0 and all(stride % x.itemsize == 0 for stride in x.strides):
-        return x
-    as_bytes = cp.ndarray((*x.shape, x.itemsize), np.uint8, x.data, (*x.strides, 1))
-    return as_bytes.copy().view(x.dtype).reshape(x.shape)
+def _wide_aligned(*arrays: Array) -> bool:
+    """Whether all begin where a thread may move 16 bytes at a time."""
+    addresses = 0
+    for array in arrays:
+        addresses |= array.data.ptr
+    return addresses % _WIDE_BYTES == 0
 
 
 def _sum_dtype(dtype: Any) -> Any:
     """A of layers.cu."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    return _FLOAT32 if dtype.itemsize == 2 else dtype
 
 
-def _extents(y: Array) -> tuple[int, int, int]:
-    groups, rows, cols = y.shape if y.ndim == 3 else (1, *y.shape)
+# ---------------------------------------------------------------- geometry
+
+
+def forward(itemsize: int, x: tuple[int, ...], w: tuple[int, ...]) -> Forward:
+    shape, row_bytes = (*x[:-1], w[-1]), _cdiv(w[-1], 8)
+    layer = _layer(x, w)
+    blocks = cupy_small.forward_blocks(layer, itemsize)
+    small = _small("small_forward", blocks, layer, row_bytes) if blocks else None
+    return Forward(shape, (*shape[:-1], row_bytes), small)
+
+
+def backward(itemsize: int, x: tuple[int, ...], w: tuple[int, ...], wanted: Wanted, row_bytes: int) -> Backward:
+    layer = _layer(x, w)
+    want_dx, want_dw, _ = wanted
+    blocks = cupy_small.backward_blocks(layer, itemsize, want_dx) if want_dw else 0
+    small = _small("small_backward", blocks, layer, row_bytes) if blocks else None
+    shapes = x, w, (*w[:-2], w[-1])
+    return Backward(tuple(shape if want else None for shape, want in zip(shapes, wanted, strict=True)), small)
+
+
+def _small(name: str, blocks: int, layer: cupy_small.Layer, row_bytes: int) -> Launch:
+    return _named(name, 1, _grid(blocks, layer.groups), (_BLOCK,), (*layer, row_bytes))
+
+
+def _layer(x: tuple[int, ...], w: tuple[int, ...]) -> cupy_small.Layer:
+    return cupy_small.Layer(*_extents(x), w[-1])
+
+
+def bias_launch(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool) -> Launch:
+    groups, rows, cols = _extents(shape)
+    width = _width(itemsize, cols, aligned)
+    masked = "mask" in name
+    block = _block(cols, width, max(1, 8 // width) if masked else 1)  # threads along x whose bits fill a byte of the mask
+    tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
+    row_bytes = (_cdiv(cols, 8),) if masked else ()
+    return _named(name, width, _grid(tiles, groups), block, (groups, rows, cols, *row_bytes))
+
+
+def column_sum(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> ColumnSum:
+    groups, rows, cols = _extents(shape)
+    sums = (*shape[:-2], cols)
+    if groups * rows * cols == 0:
+        return ColumnSum(sums)
+    width = _width(itemsize, cols, aligned)
+    block = _block(cols, width, 1)
+    col_tiles = _cdiv(cols, block[0] * width)
+    span = _rows_per_block(rows, block[1], groups * col_tiles)
+    blocks = _cdiv(rows, span)
+    launch = _named(name, width, _grid(col_tiles * blocks, groups), block, (groups, rows, cols, row_bytes, span))
+    return ColumnSum(sums, launch, (groups, blocks, cols) if blocks > 1 else None)
+
+
+def flat_launch(itemsize: int, name: str, size: int, aligned: bool) -> Launch:
+    width = _width(itemsize, 0, aligned)
+    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK * _FLAT), _LARGEST_X),), (_BLOCK,), (size,))
+
+
+def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> Launch:
+    cols = shape[-1] if shape else 1
+    rows = math.prod(shape) // cols
+    width = _width(itemsize, cols, aligned)
+    block = _block(cols, width, 1)
+    tiles = _cdiv(cols, block[0] * width) * _cdiv(rows, block[1] * _TILE_ROWS)
+    return _named("mask_backward", width, _grid(tiles, 1), block, (rows, cols, row_bytes))
+
+
+def softmax(itemsize: int, shape: tuple[int, int]) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and the shape of the partial losses that its last block adds up."""
+    warps = _BLOCK // _WARP
+    blocks = min(_cdiv(shape[0], warps), _SOFTMAX_BLOCKS)
+    return _named("softmax_loss", 1, (blocks,), (_WARP, warps), shape), (blocks * warps,)
+
+
+def _named(name: str, width: int, grid: tuple[int, ...], block: tuple[int, ...], extents: tuple[int, ...]) -> Launch:
+    # CuPy passes what it is given: every extent must be a 64-bit integer here, as it is there.
+    return Launch(name if width == 1 else name + "_wide", grid, block, tuple(map(np.int64, extents)))
+
+
+def _extents(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    groups, rows, cols = shape if len(shape) == 3 else (1, *shape)
     return groups, rows, cols
 
 
-def _width(dtype: Any, cols: int, *arrays: Array) -> int:
+def _width(itemsize: int, cols: int, aligned: bool) -> int:
     """Elements that a thread moves at a time: 16 bytes of them, where rows and pointers allow."""
-    width: int = _WIDE_BYTES // dtype.itemsize
-    return width if cols % width == 0 and all(array.data.ptr % _WIDE_BYTES == 0 for array in arrays) else 1
+    width = _WIDE_BYTES // itemsize
+    return width if aligned and cols % width == 0 else 1
 
 
 def _block(cols: int, width: int, least: int) -> tuple[int, int]:
@@ -353,12 +579,10 @@ def _block(cols: int, width: int, least: int) -> tuple[int, int]:
     return x, _BLOCK // x
 
 
-def _rows_per_block(rows: int, threads: int, col_tiles: int) -> int:
-    """Rows that one block of a column sum adds up; all of them where a single chunk a thread does it, which saves the second stage."""
-    if rows <= threads * _CHUNK:
-        return rows
-    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), max(_LEAST_SUM_BLOCKS, _SUM_BLOCKS // col_tiles))
-    return _cdiv(rows, blocks)
+def _rows_per_block(rows: int, threads: int, tiles: int) -> int:
+    """Rows that one block of a column sum adds up; all of them where so many tiles, of all groups, fill a GPU."""
+    blocks = min(_cdiv(rows, threads * _ROWS_PER_SUM), _BLOCKS_AT_ONCE, _SUM_BLOCKS // tiles)
+    return _cdiv(rows, max(1, blocks))
 
 
 def _grid(blocks: int, groups: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Finds out whether CuPy can work here, and hands it to the backend; the only file that imports CuPy.
+"""Finds out whether CuPy can work here, and hands it to the backend; the only file that imports CuPy or nvmath-python.
 
 An installed CuPy says nothing: it imports without a GPU, and with one it may still lack NVRTC, headers or cuBLAS. So the probe asks
 the driver first, which is quick, and then lets the backend itself compute a small layer.
@@ -15,6 +15,9 @@ import numpy as np
 
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_gemm import Gemm, Products
+from rectilinear.backends.cupy_lt import Plans
+from rectilinear.backends.cupy_scratch import Scratches
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "cuda" / "layers.cu"
 
@@ -37,7 +40,28 @@ def connect() -> Runtime:
     def kernels(dtype: str) -> Any:
         return cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=compile_options(dtype))
 
-    return Runtime(cupy, kernels)
+    return Runtime(cupy, kernels, products)
+
+
+def products(cp: Any, scratches: Scratches) -> Products:
+    """cuBLASLt's where nvmath-python has it work on the current device, else CuPy's, which say why."""
+    try:
+        return Plans(cp, scratches, _cublaslt(), _tf32())
+    except Exception as error:  # no module, no library, no memory: each has an error type of its own, some of them private
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "nvmath"
+        why = "without nvmath-python" if missing else f"since nvmath-python does not work here: {_first_line(error)}"
+        return Gemm(cp, scratches, _tf32(), why)
+
+
+def _cublaslt() -> Any:
+    from nvmath.bindings import cublasLt
+
+    return cublasLt
+
+
+def _tf32() -> bool:
+    """As CuPy reads it."""
+    return int(os.environ.get("CUPY_TF32", "0")) > 0
 
 
 def compile_options(dtype: str) -> tuple[str, ...]:
@@ -62,7 +86,7 @@ def examine(backend: CupyBackend) -> Probe:
             reason = wrong and f"the GPU computes wrong numbers ({wrong}); run tools/gpu_check.py of the source and report what it says"
     if reason is not None:
         return _unusable(reason, version)
-    return Probe(True, version=version, device=_device(cp), simd=_cublas(cp))
+    return Probe(True, version=version, device=_device(cp), simd=backend.products.about)
 
 
 def _unusable(reason: str, version: str | None = None) -> Probe:
@@ -108,30 +132,30 @@ def _incomplete_reason(error: Exception) -> str:
 
 
 def _wrong_numbers(backend: CupyBackend) -> str | None:
-    """Run a layer of small integers, which float32 holds exactly, through cuBLAS and the kernels; what differs, None if nothing does."""
+    """Run a layer of small integers, which float32 holds exactly, both ways; what differs, None if nothing does.
+
+    As it is, the layer is a small one, which a kernel does whole; where x and w lie by columns, cuBLAS and other kernels do it.
+    """
     x, w, b = np.array([[1, 2], [-3, 1], [0, 0]], "f4"), np.array([[1, -1, 2], [2, 1, -2]], "f4"), np.array([0, 1, -1], "f4")
     z = x @ w + b
     keep, dout = z >= 0, np.arange(1, 10, dtype="f4").reshape(3, 3)
     dz = np.where(keep, dout, 0)
-    gpu_x, gpu_w, gpu_b, gpu_dout = (backend.asarray(array) for array in (x, w, b, dout))
-    y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
-    gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
-    got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
-    wanted = (np.where(keep, z, 0), keep, dz @ w.T, x.T @ dz, dz.sum(axis=0))
-    got[1] = got[1].to_bool()
-    names = ("out", "the keep-mask", "dx", "dw", "db")
-    wrong = [name for name, a, e in zip(names, got, wanted, strict=True) if not np.array_equal(a, e)]
+    wanted = {"out": np.where(keep, z, 0), "the keep-mask": keep, "dx": dz @ w.T, "dw": x.T @ dz, "db": dz.sum(axis=0)}
+    wrong: dict[str, None] = {}
+    gpu_b, gpu_dout, *by_rows = (backend.asarray(array) for array in (b, dout, x, w))
+    by_columns = [backend.asarray(np.ascontiguousarray(array.T)).T for array in (x, w)]
+    for gpu_x, gpu_w in (by_rows, by_columns):
+        y, mask = backend.affine_relu_forward(gpu_x, gpu_w, gpu_b, None)
+        gradients = backend.affine_backward(gpu_dout, gpu_x, gpu_w, mask, (True, True, True), (None, None, None))
+        got = [backend.to_numpy(array) for array in (y, mask, *gradients)]
+        got[1] = got[1].to_bool()
+        wrong |= {name: None for (name, want), a in zip(wanted.items(), got, strict=True) if not np.array_equal(a, want)}
     return ", ".join(wrong) or None
 
 
 def _device(cp: Any) -> str:
     properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
     return f"{properties['name'].decode()} (sm_{properties['major']}{properties['minor']})"
-
-
-def _cublas(cp: Any) -> str:
-    version = cp.cuda.cublas.getVersion(cp.cuda.device.get_cublas_handle())
-    return f"cuBLAS {version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def _dotted(version: int) -> str:

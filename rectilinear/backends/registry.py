@@ -73,7 +73,7 @@ class BackendInfo:
 
 
 class _Loaded(NamedTuple):
-    backend: Backend | None
+    backend: Backend | None  # none where it cannot work
     probe: Probe
 
 
@@ -176,14 +176,14 @@ def _make(factory: Factory) -> _Loaded:
         probe = replace(probe, usable=False, reason=reason)
     if not probe.usable and not probe.reason:
         probe = replace(probe, reason="it gives no reason")
-    return _Loaded(backend, probe)
+    return _Loaded(backend if probe.usable else None, probe)
 
 
 def serving(library: str) -> Backend:
     """The backend for arrays of another library than NumPy: the built-in one made for it, else the generic one."""
     name = library if library in _BUILT_IN else GENERIC
-    loaded = _load(name)
-    if loaded is None or loaded.backend is None or not loaded.probe.usable:
+    loaded = _loaded.get(name) or _load(name)
+    if loaded is None or loaded.backend is None:
         raise BackendError(_refusal(name, "rectilinear"))
     return loaded.backend
 
@@ -214,7 +214,7 @@ def _auto(chosen_by: str) -> _Chosen:
     passed_over: list[str] = []
     for name in _AUTO_ORDER:
         loaded = _load(name)
-        if loaded is not None and loaded.backend is not None and loaded.probe.usable:
+        if loaded is not None and loaded.backend is not None:
             return _Chosen(name, loaded.backend, chosen_by, "; ".join(passed_over) or None)
         passed_over.append(f"auto passed over {name}: {loaded.probe.reason if loaded else 'unknown'}")
     raise BackendError(_refusal(AUTO, "rectilinear"))
@@ -228,7 +228,7 @@ def _pick(name: str, asker: str, chosen_by: str) -> _Chosen:
     if name == AUTO:
         return _auto(chosen_by)
     loaded = _load(name) if name != GENERIC else None
-    if loaded is None or loaded.backend is None or not loaded.probe.usable:
+    if loaded is None or loaded.backend is None:
         raise BackendError(_refusal(name, asker))
     return _Chosen(name, loaded.backend, chosen_by)
 
@@ -346,7 +346,7 @@ def list_backends() -> list[BackendInfo]:
 
 
 def _threads(loaded: _Loaded) -> int | None:
-    now = getattr(loaded.backend, "threads", None) if loaded.probe.usable else None
+    now = getattr(loaded.backend, "threads", None)
     return now() if callable(now) else loaded.probe.threads
 
 

@@ -17,6 +17,9 @@ from fnmatch import fnmatch
 from math import prod
 
 ITEMSIZE = {"float32": 4, "float64": 8}
+"""The dtypes of the grids."""
+HALF_ITEMSIZE = {"float16": 2, "bfloat16": 2}
+"""The dtypes that only subjects on a GPU are asked for, by tools/gpu_check.py. bfloat16 needs ml_dtypes."""
 NET = (784, 512, 256, 10)
 """Widths of the net of the training step: 784 features, 10 classes."""
 
@@ -87,6 +90,10 @@ class Case:
         return "x".join(map(str, self.shape))
 
     @property
+    def itemsize(self) -> int:
+        return (ITEMSIZE | HALF_ITEMSIZE)[self.dtype]
+
+    @property
     def elements(self) -> int:
         """The number of elements of the largest array, roughly what sets the memory needed."""
         n = self.shape
@@ -98,11 +105,11 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        return _traffic(self.kind, self.shape, ITEMSIZE[self.dtype])[0]
+        return _traffic(self.kind, self.shape, self.itemsize)[0]
 
     @property
     def bytes_written(self) -> int:
-        return _traffic(self.kind, self.shape, ITEMSIZE[self.dtype])[1]
+        return _traffic(self.kind, self.shape, self.itemsize)[1]
 
     def _operands(self) -> tuple[int, ...]:
         if self.kind == "train":

@@ -1,8 +1,8 @@
-"""Timing on a GPU: a batch of calls between two CUDA events, the host's share of a call, and the copies there and back, apart.
+"""Timing on a GPU: a batch of calls that is waited for once, the host's share of a call, and the copies there and back, apart.
 
-CuPy is handed in, not imported. A call on a GPU returns when its kernels are queued, so a clock on the host would time the queueing.
-Nothing within a batch waits for the device. What is left as a program would find it: the L2 cache is not emptied between calls,
-clocks are not locked, memory comes from CuPy's pool, which the warm-up has filled.
+The libraries are handed in, not imported. A call on a GPU returns when its kernels are queued, so a clock on the host would time the
+queueing. Nothing within a batch waits for the device. What is left as a program would find it: the L2 cache is not emptied between calls,
+clocks are not locked, memory comes from the library's pool, which the warm-up has filled.
 """
 
 from __future__ import annotations
@@ -21,50 +21,38 @@ COPIES = 3
 """Timed copies each way, after one that does not count: it makes the pinned memory through which CuPy copies."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """How a case's arrays get to a GPU (`put`) and back (`fetch`), and the clock of what is done there, on CuPy's current stream.
+class Timer:
+    """How a case's arrays get to a GPU (`put`) and back (`fetch`), and the clock of what is done there: `Events` or `Waits`."""
 
-    `cp` is CuPy: used of it are get_elapsed_time, Event, get_current_stream, Device and runtime.getDeviceProperties of ``cp.cuda``.
-    """
-
-    cp: Any
     put: Callable[[Any], Any]
     fetch: Callable[[Any], Any]
 
     @property
     def device(self) -> str:
         """The name of the current device."""
-        cuda = self.cp.cuda
-        return str(cuda.runtime.getDeviceProperties(cuda.Device().id)["name"].decode())
+        raise NotImplementedError
 
-    def wait(self) -> None:
-        """Until the current stream has done all its work."""
-        self.cp.cuda.get_current_stream().synchronize()
+    def wait(self, made: Any = None) -> None:
+        """Until the device has computed `made`, what the last call returned, and all before it."""
+        raise NotImplementedError
 
     def elapsed(self, call: Callable[[], Any], calls: int) -> float:
-        """Seconds on the device from before the first of these calls to the end of the last.
+        """Seconds from before the first of these calls to the end of the last, on the device.
 
-        One pair of events for the whole batch, so that the events themselves do not count. Where launching takes the host longer
-        than the kernels take, the gaps in which the device has nothing to do are in it: a loop of such calls is no faster.
+        Where launching takes the host longer than the kernels take, the gaps in which the device has nothing to do are in it: a loop of
+        such calls is no faster.
         """
-        cuda = self.cp.cuda
-        stream, start, end = cuda.get_current_stream(), cuda.Event(), cuda.Event()
-        start.record(stream)
-        for _ in repeat(None, calls):
-            call()
-        end.record(stream)
-        end.synchronize()
-        return float(cuda.get_elapsed_time(start, end)) * 1e-3
+        raise NotImplementedError
 
     def launch(self, call: Callable[[], Any]) -> float:
         """Seconds of the host's time per call: what it takes to check arguments and queue the kernels, on an idle device."""
         self.wait()
+        made = None
         begin = perf_counter()
         for _ in repeat(None, LAUNCHED):
-            call()
+            made = call()
         seconds = perf_counter() - begin
-        self.wait()
+        self.wait(made)
         return seconds / LAUNCHED
 
     def copies(self, inputs: Iterable[Any], results: Iterable[Any]) -> dict[str, Any]:
@@ -77,7 +65,68 @@ class Gpu:
             self.wait()
             begin = perf_counter()
             made = [copy(a) for a in arrays]
-            self.wait()
+            self.wait(made)
             seconds.append(perf_counter() - begin)
             del made  # before the next ones are made, so that they find this memory in the pool
         return {"bytes": sum(a.nbytes for a in arrays), "seconds": seconds[1:]}
+
+
+@dataclass(frozen=True)
+class Events(Timer):
+    """By CUDA events on CuPy's current stream: one pair for the whole batch, so that the events themselves do not count.
+
+    `cp` is CuPy: used of it are get_elapsed_time, Event, get_current_stream, Device and runtime.getDeviceProperties of ``cp.cuda``.
+    """
+
+    cp: Any
+    put: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+
+    @property
+    def device(self) -> str:
+        cuda = self.cp.cuda
+        return str(cuda.runtime.getDeviceProperties(cuda.Device().id)["name"].decode())
+
+    def wait(self, made: Any = None) -> None:
+        self.cp.cuda.get_current_stream().synchronize()
+
+    def elapsed(self, call: Callable[[], Any], calls: int) -> float:
+        cuda = self.cp.cuda
+        stream, start, end = cuda.get_current_stream(), cuda.Event(), cuda.Event()
+        start.record(stream)
+        for _ in repeat(None, calls):
+            call()
+        end.record(stream)
+        end.synchronize()
+        return float(cuda.get_elapsed_time(start, end)) * 1e-3
+
+
+@dataclass(frozen=True)
+class Waits(Timer):
+    """By the host's clock, from an idle device until what the last call returned is there.
+
+    For libraries that give no events for their streams (JAX), and the others that are compared with them. One wait takes some 10 us;
+    a batch is a fifth of a turn, milliseconds.
+    """
+
+    name: str
+    put: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+    until: Callable[[Any], Any]
+    """Waits for what it is given, and for all that was queued before it."""
+
+    @property
+    def device(self) -> str:
+        return self.name
+
+    def wait(self, made: Any = None) -> None:
+        self.until(made)
+
+    def elapsed(self, call: Callable[[], Any], calls: int) -> float:
+        made = None
+        self.wait()
+        begin = perf_counter()
+        for _ in repeat(None, calls):
+            made = call()
+        self.wait(made)
+        return perf_counter() - begin

@@ -12,7 +12,7 @@ from rectilinear import nn
 from rectilinear.backends import registry
 from rectilinear.backends.cupy_backend import CupyBackend
 from rectilinear.measure.cases import NET, Case
-from rectilinear.measure.gpu import Gpu
+from rectilinear.measure.gpu import Events
 from rectilinear.measure.reference import LEARNING_RATE
 from rectilinear.measure.subjects import Run
 
@@ -32,10 +32,28 @@ def build_out(case: Case, data: dict[str, Any]) -> Run:
 def _build(case: Case, data: dict[str, Any], allocated: bool) -> Run:
     arrays = {name: rl.asarray(a) for name, a in data.items()}
     make = {"train": _train, "softmax": _softmax, "db": _db, "relu_forward": _relu_forward, "relu_backward": _relu_backward}.get(case.kind)
-    call = make(arrays, allocated) if make else _affine(case, arrays, allocated)
+    return _ready(make(arrays, allocated) if make else _affine(case, arrays, allocated), list(arrays.values()))
+
+
+def build_captured(case: Case, data: dict[str, Any]) -> Run:
+    """A whole step, recorded by `rectilinear.capture` and replayed. All its arrays are arguments, so that the recording knows them."""
+
+    def step(x: Any, w: Any, b: Any, dout: Any) -> Any:
+        y, cache = rl.affine_relu_forward(x, w, b)
+        return (y, *rl.affine_relu_backward(dout, cache))
+
+    arrays = [rl.asarray(data[name]) for name in ("x", "w", "b", "dout")]
+    captured = vars(rl)["capture"](step)
+    for _ in range(2):  # the first call runs as it is, the second records
+        captured(*arrays)
+    return _ready(lambda: captured(*arrays), arrays)
+
+
+def _ready(call: Callable[[], Any], arrays: list[Any]) -> Run:
+    """A pass over these arrays, on the backend that is active."""
     backend = registry.active()
-    gpu = Gpu(backend.runtime.cp, rl.asarray, rl.to_numpy) if isinstance(backend, CupyBackend) else None
-    needs_no_waiting = gpu or all(isinstance(a, np.ndarray) for a in arrays.values())
+    gpu = Events(backend.runtime.cp, rl.asarray, rl.to_numpy) if isinstance(backend, CupyBackend) else None
+    needs_no_waiting = gpu or all(isinstance(a, np.ndarray) for a in arrays)
 
     def waiting() -> Any:
         value = call()

@@ -4,6 +4,9 @@ x and w are integers of 11 and 3 bits times a power of two, and b lies half a un
 and never 0 or near it, in whatever order a library sums. So every subject keeps the same elements in the ReLU, whichever
 way it treats z = 0, and backward can be checked as tightly as forward. 11 bits are more than bfloat16 holds, and dout is
 normally distributed: a subject that computes in less than its dtype does not pass.
+
+In 16 bits x has 7 bits, which bfloat16 holds, and b is at most 32 units of z: where x w is so near to -b that adding b could change its
+sign, it is an integer of units that 8 bits hold, so that a subject that rounds before it adds the bias keeps the same elements too.
 """
 
 from __future__ import annotations
@@ -15,27 +18,41 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.cases import HALF_ITEMSIZE, NET, Case
 
 Arrays = dict[str, Any]
 Results = tuple[np.ndarray, ...]
 
 LEARNING_RATE = 0.125
 _X_UNIT = 2.0**-9
+_HALF_X_UNIT = 2.0**-5
 _REPEAT = 1_000_003
 """Random numbers are drawn once and repeated beyond this many, to save time; a prime, so that no row repeats another."""
 _LARGEST = 32.0
 """How far the largest error may lie above the root mean square that is allowed."""
+_HALF_ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""What rounding to 16 bits may add to the error, as a share of the value: eps, twice what one rounding can do. Sums are float32's."""
 
 
 def _fill(draw: Callable[[int], np.ndarray], shape: tuple[int, ...], dtype: str) -> np.ndarray:
     size = prod(shape)
-    return np.resize(draw(min(size, _REPEAT)).astype(dtype), shape)
+    return np.resize(draw(min(size, _REPEAT)).astype(numpy_dtype(dtype)), shape)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a case; NumPy knows bfloat16 once ml_dtypes is loaded."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    return np.dtype(name)
 
 
 def _affine_data(rng: np.random.Generator, lead: tuple[int, ...], n: int, d: int, m: int, dtype: str) -> Arrays:
-    x = _fill(lambda k: rng.integers(-1024, 1025, k) * _X_UNIT, (*lead, n, d), dtype)
-    w, b, _ = _layer_data(rng, lead, d, m, dtype, _X_UNIT)
+    half = dtype in HALF_ITEMSIZE
+    most, unit = (64, _HALF_X_UNIT) if half else (1024, _X_UNIT)
+    x = _fill(lambda k: rng.integers(-most, most + 1, k) * unit, (*lead, n, d), dtype)
+    w, b, _ = _layer_data(rng, lead, d, m, dtype, unit)
     return {"x": x, "w": w, "b": b}
 
 
@@ -45,7 +62,8 @@ def _layer_data(
     """w and b for inputs that are multiples of x_unit, and the unit of which z is then a multiple."""
     w_unit = 2.0 ** -round(log2(3.0 * sqrt(d)))
     w = _fill(lambda k: rng.integers(-4, 5, k) * w_unit, (*lead, d, m), dtype)
-    b = _fill(lambda k: (rng.integers(-2048, 2048, k) + 0.5) * (x_unit * w_unit), (*lead, m), dtype)
+    most = 32 if dtype in HALF_ITEMSIZE else 2048
+    b = _fill(lambda k: (rng.integers(-most, most, k) + 0.5) * (x_unit * w_unit), (*lead, m), dtype)
     return w, b, x_unit * w_unit / 2
 
 
@@ -99,12 +117,12 @@ def expected(case: Case, data: Arrays) -> tuple[Results, tuple[int, ...]]:
     return tuple(exact[name] for name in names), tuple(terms[name] for name in names)
 
 
-_kept: dict[tuple[int, ...], Results] = {}
+_kept: dict[tuple[Any, ...], Results] = {}
 
 
 def _affine_relu(shape: tuple[int, ...], data: Arrays) -> Results:
     """z, out, dx, dw, db in float64. Kept for one shape and dtype: the passes over it follow one another and share them."""
-    key = (*shape, data["dout"].itemsize)
+    key = (*shape, str(data["dout"].dtype))
     if key not in _kept:
         _kept.clear()
         x, w, b, dout = (_f64(data[k]) for k in ("x", "w", "b", "dout"))
@@ -153,7 +171,7 @@ def wrong(case: Case, got: Results, want: Results, terms: tuple[int, ...]) -> st
     """Say what is wrong with the results of a subject; None if nothing is.
 
     The root mean square error may be ``sqrt(K + 16) eps`` times that of the exact values, K the number of terms summed, and no
-    element may be off by more than 32 times that.
+    element may be off by more than 32 times that. Sums of 16-bit numbers are float32's, and rounded once or twice.
     """
     if len(got) != len(want):
         return f"{len(got)} results, not {len(want)}"
@@ -165,7 +183,9 @@ def wrong(case: Case, got: Results, want: Results, terms: tuple[int, ...]) -> st
                 return f"result {i} differs in {int(np.count_nonzero(g != exact))} of {g.size} elements"
             continue
         error = np.abs(g.astype(np.float64) - exact)
-        allowed = sqrt(k + 16) * float(np.finfo(case.dtype).eps) * _rms(exact)
+        rounding = _HALF_ROUNDING.get(case.dtype, 0.0)
+        eps = float(np.finfo(np.float32 if rounding else case.dtype).eps)
+        allowed = (sqrt(k + 16) * eps + rounding) * _rms(exact)
         # Written so that NaN fails.
         if not (_rms(error) <= allowed and float(error.max(initial=0.0)) <= _LARGEST * allowed):
             largest = float(error.max())

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rectilinear.measure.cases import PASSES, Case
-from rectilinear.measure.gpu import Gpu
+from rectilinear.measure.cases import HALF_ITEMSIZE, ITEMSIZE, PASSES, Case
+from rectilinear.measure.gpu import Timer
 
 
 class Run(NamedTuple):
@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
     call: Callable[[], Any]
     results: Callable[[Any], tuple[np.ndarray, ...]]
-    gpu: Gpu | None = None
+    gpu: Timer | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ BASELINE = "cs231n"
 """The peer that is always there, since it needs NumPy alone; `--compare` measures in units of it."""
 
 _HERE = "rectilinear.measure"
+_GPU = f"{_HERE}.peers.torch_gpu"
+ON_GPU = (*ITEMSIZE, *HALF_ITEMSIZE)
+"""The dtypes of a subject on a GPU."""
 
 PEERS = (
     Subject(BASELINE, f"{_HERE}.peers.cs231n:build", about="CS231n's layers in plain NumPy"),
@@ -66,17 +69,60 @@ PEERS = (
     ),
     Subject("jax", f"{_HERE}.peers.jax_jit:build", about="JAX jit", environment={"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}),
     Subject("sklearn", f"{_HERE}.peers.sklearn_mlp:build", about="scikit-learn MLPClassifier.partial_fit", passes=("train",)),
-    Subject("cs231n-cupy", f"{_HERE}.peers.cs231n_cupy:build", about="CS231n's layers, CuPy in NumPy's place, on the GPU"),
+    Subject("cs231n-cupy", f"{_HERE}.peers.cs231n_cupy:build", about="CS231n's layers, CuPy in NumPy's place, on the GPU", dtypes=ON_GPU),
+    Subject("torch-cuda", f"{_GPU}:eager", dtypes=ON_GPU, about="PyTorch eager with autograd, on the GPU"),
+    Subject("torch-lean-cuda", f"{_GPU}:lean", dtypes=ON_GPU, about="PyTorch in inference mode, into preallocated arrays, on the GPU"),
+    Subject(
+        "torch-graph-cuda",
+        f"{_GPU}:graph",
+        passes=tuple(name for name in PASSES if name != "train"),
+        dtypes=ON_GPU,
+        about="the same, recorded as a CUDA graph and replayed",
+        note="its warm-up would train the net, so it takes no part there",
+    ),
+    Subject(
+        "torch-compile-cuda",
+        f"{_GPU}:compiled",
+        passes=("step", "stacked", "softmax", "train"),
+        dtypes=("float32", *HALF_ITEMSIZE),
+        about="torch.compile with autograd, on the GPU",
+        note="compiles for seconds per case, so it takes no part in float64, nor where nothing can be fused",
+    ),
+    Subject(
+        "jax-cuda",
+        f"{_HERE}.peers.jax_gpu:build",
+        dtypes=ON_GPU,
+        about="JAX jit, on the GPU",
+        # Its products of float32 are TF32 unless told otherwise, and it would take most of the GPU's memory for itself.
+        environment={
+            "JAX_ENABLE_X64": "1",
+            "JAX_PLATFORMS": "cuda",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        },
+    ),
     Subject("thinc", f"{_HERE}.peers.thinc_net:build", about="thinc, Relu and Softmax layers", passes=("train",), dtypes=("float32",)),
+)
+
+
+CAPTURED = Subject(
+    "cupy-captured",
+    f"{_HERE}.ours:build_captured",
+    backend="cupy",
+    passes=("step", "stacked"),
+    dtypes=ON_GPU,
+    about="rectilinear's cupy backend, recorded by rectilinear.capture and replayed",
+    note="whole steps are what one records",
+    environment={"RECTILINEAR_BACKEND": "cupy"},
 )
 
 
 def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
     """Two subjects for each usable backend, as called by default and with ``out=``; and the reasons why others are not usable."""
-    from rectilinear import list_backends
+    import rectilinear
 
     subjects, missing = [], {}
-    for info in list_backends():
+    for info in rectilinear.list_backends():
         if info.name in ("auto", "generic"):
             continue  # auto is one of the others; generic serves other libraries' arrays and is never chosen
         if not info.usable:
@@ -90,6 +136,12 @@ def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
                     backend=info.name,
                     about=f"rectilinear's {info.name} backend{about}",
                     environment={"RECTILINEAR_BACKEND": info.name},
+                    dtypes=ON_GPU if info.name == "cupy" else tuple(ITEMSIZE),
                 )
             )
+    if any(subject.backend == "cupy" for subject in subjects):
+        if hasattr(rectilinear, "capture"):
+            subjects.append(CAPTURED)
+        else:
+            missing[CAPTURED.name] = "this version of rectilinear has no capture()"
     return subjects, missing

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rectilinear.measure.cases import ITEMSIZE, Case
+from rectilinear.measure.cases import Case
 from rectilinear.measure.isa import own_xla_flags, wide_within
 from rectilinear.measure.machine import memory_available
 from rectilinear.measure.subjects import Subject
@@ -250,7 +250,7 @@ def take_turns(
 def _memory_needed(case: Case, subjects: int) -> str | None:
     """Why the case does not fit into memory with this many subjects, or None."""
     available = memory_available()
-    needed = case.elements * ITEMSIZE[case.dtype] * _ARRAYS_IN_MEMORY * subjects
+    needed = case.elements * case.itemsize * _ARRAYS_IN_MEMORY * subjects
     if available is None or needed <= _MEMORY_SHARE * available:
         return None
     return f"{subjects} subjects need some {needed / 2**30:.0f} GiB together; fewer would fit (--subjects)"

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from rectilinear.measure import isa
 from rectilinear.measure.cases import Case
-from rectilinear.measure.gpu import WARM_UP, Gpu
+from rectilinear.measure.gpu import WARM_UP, Timer
 from rectilinear.measure.machine import library_versions, thread_pools
 from rectilinear.measure.reference import check, inputs
 from rectilinear.measure.subjects import Run
@@ -39,7 +39,7 @@ _WARM_UP = 0.1
 """The share of a turn that is spent warming up."""
 
 
-def per_call(call: Callable[[], Any], seconds: float, expected: float, gpu: Gpu | None = None) -> float:
+def per_call(call: Callable[[], Any], seconds: float, expected: float, gpu: Timer | None = None) -> float:
     """Seconds per call, measured for about `seconds`, at least one call; `expected` is a first guess."""
     batch = gpu.elapsed if gpu else _batch
     if expected < LONG_CALL or gpu:
@@ -56,7 +56,7 @@ def _batch(call: Callable[[], Any], calls: int) -> float:
     return perf_counter() - start
 
 
-def _first_guess(call: Callable[[], Any], gpu: Gpu | None = None) -> float:
+def _first_guess(call: Callable[[], Any], gpu: Timer | None = None) -> float:
     """Run until compiled and warm: at least twice, until 20 ms have gone or the calls get no faster."""
     call()
     batch = gpu.elapsed if gpu else _batch

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rectilinear.backends.cupy_scratch import is_recording
 from rectilinear.errors import ShapeError
 from rectilinear.nn.parameters import Array, copied, fitted, parameters, put, retie, ties
 from rectilinear.nn.uses import TAPE, WALK
@@ -148,7 +149,16 @@ class Layer(Module):
                     f"{type(self).__name__}.backward: the gradient of {name} has shape {tuple(grad.shape)}, "
                     f"but the earlier one, which it is to be added to, has {tuple(earlier[name].shape)}"
                 )
-        self.grads = {name: earlier[name] + grad if name in earlier else grad for name, grad in grads.items()}
+        sums = {name: _sum(earlier[name], grad) if name in earlier else grad for name, grad in grads.items()}
+        in_place = sums.keys() == earlier.keys() and all(earlier[name] is value for name, value in sums.items())
+        self.grads = earlier if in_place else sums  # the very dictionary, so that `rectilinear.capture` sees when another is put there
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "grads": {}, "_cache": None}
+
+
+def _sum(earlier: Array, grad: Array) -> Array:
+    if is_recording() and earlier.dtype == grad.dtype:
+        earlier += grad  # in place, since a replay adds to what is here, not to what an attribute would hold then
+        return earlier
+    return earlier + grad

@@ -15,8 +15,10 @@ from array_api_compat import device as device_of
 from numpy.lib.array_utils import byte_bounds
 
 from rectilinear.arrays import asarray, to_numpy
-from rectilinear.dispatch import common_namespace, dtype_name, elements_apart, library_name, memory_of
+from rectilinear.backends.cupy_scratch import refuse_while_recording
+from rectilinear.dispatch import common_namespace, dtype_name, library_name, memory_of
 from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.plain import elements_apart
 
 if TYPE_CHECKING:
     from rectilinear.nn.module import Layer, Module
@@ -242,6 +244,7 @@ def bring(owner: str, name: str, x: Array, like: Array, *, cast: bool = True) ->
     wanted = dtype_name(like.dtype)
     xp, cast = array_namespace(like), cast and wanted in _FLOATS and is_real(x.dtype)
     if array_namespace(x) is not xp:
+        refuse_while_recording(f"{owner}: {name} comes from {library_name(x)}", "make it an argument, of CuPy, of the captured function")
         # Cast before it moves, since the other library may lack the dtype it has (no other library takes NumPy's bfloat16), and copied,
         # since PyTorch warns of read-only memory.
         host = copied(x)

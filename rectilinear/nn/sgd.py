@@ -12,6 +12,7 @@ from array_api_compat import array_namespace
 
 from rectilinear.backends import registry
 from rectilinear.backends.contract import SGDStep
+from rectilinear.backends.cupy_scratch import Scratch, recorded
 from rectilinear.dispatch import dtype_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
@@ -40,6 +41,10 @@ class Rates(NamedTuple):
     momentum: float
     weight_decay: float
 
+    @property
+    def descent(self) -> float:
+        return -self.lr
+
     def checked(self) -> Rates:
         """The same as Python floats, which change no array's dtype, whatever they came as."""
         try:
@@ -52,6 +57,40 @@ class Rates(NamedTuple):
 
     def _text(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+class RecordedRates:
+    """The rates of an optimizer as a recorded step has them: numbers on the GPU, filled before a replay where they have been changed.
+
+    A rate of 0 is 0 itself, and what it would have a part in is left out of the record: which has to be made anew when the rate is changed.
+    """
+
+    def __init__(self, optimizer: SGD, dtype: Any, scratch: Scratch) -> None:
+        self.optimizer, self.dtype = optimizer, dtype
+        rates = optimizer._rates
+        self._filled: Rates | None = None
+        self._pattern = _nonzero(rates)
+        self.descent: Any = scratch.scalar(dtype)
+        self.momentum: Any = scratch.scalar(dtype) if rates.momentum else 0.0
+        self.weight_decay: Any = scratch.scalar(dtype) if rates.weight_decay else 0.0
+
+    def fits(self) -> bool:
+        rates = self.optimizer._rates
+        return rates is self._filled or _nonzero(rates) == self._pattern
+
+    def refresh(self) -> None:
+        rates = self.optimizer._rates
+        if rates is self._filled:
+            return
+        self.descent.fill(rates.descent)
+        for scalar, value in ((self.momentum, rates.momentum), (self.weight_decay, rates.weight_decay)):
+            if value:
+                scalar.fill(value)
+        self._filled = rates
+
+
+def _nonzero(rates: Rates) -> tuple[bool, bool]:
+    return rates.momentum != 0, rates.weight_decay != 0
 
 
 class SGD:
@@ -193,11 +232,19 @@ class SGD:
             )
         if isinstance(w, np.ndarray) and not w.flags.writeable:
             raise ValueError(f"SGD.step: {parameter.key} is read-only; put a writable array into the layer's params, such as a copy of it")
-        rates = self._rates
-        if rates.weight_decay and not any(slot.name == "w" for slot in parameter.slots):
-            rates = rates._replace(weight_decay=0.0)
-        velocity = self._velocity_of(parameter) if rates.momentum else None
-        return moved(outside_autograd(w), self._gradient(parameter), velocity, rates)
+        decays = any(slot.name == "w" for slot in parameter.slots)
+        velocity = self._velocity_of(parameter) if self._rates.momentum else None
+        gradient = self._gradient(parameter)
+        scratch = recorded()
+        rates = self._rates if scratch is None else self._recorded_rates(gradient.dtype, scratch)
+        return moved(outside_autograd(w), gradient, velocity, rates, decays)
+
+    def _recorded_rates(self, dtype: Any, scratch: Scratch) -> RecordedRates:
+        for setting in scratch.settings:
+            if isinstance(setting, RecordedRates) and setting.optimizer is self and setting.dtype == dtype:
+                return setting
+        scratch.settings.append(RecordedRates(self, dtype, scratch))
+        return self._recorded_rates(dtype, scratch)
 
     def _gradient(self, parameter: Parameter) -> Array:
         """The sum over what is tied, each layer once, however often it is used."""
@@ -290,19 +337,19 @@ def _raises_on_overflow() -> bool:
     return False
 
 
-def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Array | None]:
+def moved(w: Array, dw: Array, v: Array | None, rates: Rates | RecordedRates, decays: bool = True) -> tuple[Array, Array | None]:
     """One parameter's step: its new value and, with momentum, its new velocity, from w, dw and v, none of which is written to.
 
     dw and v are in the dtype that is computed in: w's, or float32 for one of 16 bits. Both results are fresh, and in w's dtype.
     """
     exact = _widened(w)
-    if rates.weight_decay:
+    if decays and not _is_zero(rates.weight_decay):
         move = rates.weight_decay * exact
         move += dw
-        move *= -rates.lr
+        move *= rates.descent
     else:
-        move = -rates.lr * dw
-    if rates.momentum:
+        move = rates.descent * dw
+    if not _is_zero(rates.momentum):
         if v is not None:
             move += rates.momentum * v
         value, velocity = exact + move, move
@@ -315,6 +362,10 @@ def moved(w: Array, dw: Array, v: Array | None, rates: Rates) -> tuple[Array, Ar
     if isinstance(w, np.ndarray) and not w.ndim:  # NumPy makes scalars of arrays without axes
         value, velocity = np.asarray(value), None if velocity is None else np.asarray(velocity)
     return value, velocity
+
+
+def _is_zero(rate: Any) -> bool:
+    return type(rate) is float and not rate  # a number on the GPU is not to be read
 
 
 def _widened(x: Array) -> Array:

@@ -23,9 +23,18 @@ from rectilinear.measure import ours
 
 
 def install(host: Host, patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    import array_api_compat.cupy as namespace  # the genuine one, which is asked for dtypes only
+    import array_api_compat.cupy as genuine
 
-    array = host.cp.ndarray
+    class Namespace:
+        """The stand-in's functions, and for all else, dtypes above all, the genuine namespace."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(host.cp if hasattr(host.cp, name) else genuine, name)
+
+        def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Any:
+            return host.cp.asarray(x, dtype)
+
+    namespace, array = Namespace(), host.cp.ndarray
     array.__module__ = "cupy"
     array.__array_namespace__ = lambda self, api_version=None: namespace
     recognised = array_api_compat.is_cupy_array

@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]
 import host_build  # noqa: E402
 from host_backend import Host  # noqa: E402
 
+from rectilinear.backends import cupy_small  # noqa: E402
 from rectilinear.backends.cupy_loader import SOURCE  # noqa: E402
 
 
@@ -39,7 +40,22 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def host(libraries: dict[str, Path]) -> Iterator[Host]:
-    host = Host(libraries)
+def host(libraries: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The parameter "gemm" has the products of a machine without nvmath-python."""
+    host = Host(libraries, plans=getattr(request, "param", "plans") == "plans")
     yield host
     host.set(schedule=0, flush=True)
+
+
+@pytest.fixture
+def no_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product to cuBLAS, and so to the kernels around it."""
+    monkeypatch.setattr(cupy_small, "forward_blocks", lambda *layer: 0)
+    monkeypatch.setattr(cupy_small, "backward_blocks", lambda *layer: 0)
+
+
+@pytest.fixture(params=["small", "cublas"])
+def way(request: pytest.FixtureRequest) -> None:
+    """Both ways through a layer: small ones whole, and all by cuBLAS."""
+    if request.param == "cublas":
+        request.getfixturevalue("no_small_layers")

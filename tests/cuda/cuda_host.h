@@ -1,7 +1,10 @@
-// Tests only. Runs the project's CUDA C kernels on the CPU: one block after the other, one fiber per thread, in any
-// order of the threads, with poisoned shared memory and checked barriers and warp collectives.
+// Tests only. Runs the project's CUDA C kernels on the CPU: one fiber per thread, in any order of the threads, one block after
+// the other or some in turns, with poisoned shared memory and checked barriers and warp collectives.
 //
-// What it cannot show: races between blocks, partial warp masks (refused), contraction to FMA, the last bit of device
+// Between blocks memory is as weak as a GPU's may be. What __stcg stores waits with its thread until that passes a
+// __threadfence, and lies in "L2" from then on, where only __ldcg looks: a plain load finds what was there before the launch.
+//
+// What it cannot show: other races between blocks, partial warp masks (refused), contraction to FMA, the last bit of device
 // math functions, speed.
 #pragma once
 #include <pmmintrin.h>
@@ -14,6 +17,7 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -24,47 +28,60 @@
 #define __launch_bounds__(...)
 // An own section, so that all shared variables can be poisoned before each block.
 #define __shared__ static __attribute__((section("cuda_shared")))
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define UNROLL
-#define UNROLL4
+#define UNROLL1
 extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
 
 struct uint3 { unsigned x, y, z; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
 
 namespace host {
 
-struct Fiber { ucontext_t context; uint3 thread; unsigned linear, collectives; bool done; std::vector<char> stack; };
+using Stores = std::vector<std::pair<uintptr_t, uint32_t>>;  // words and where they go
+struct Fiber { ucontext_t context; uint3 thread; unsigned linear, collectives; bool done; Stores waiting; std::vector<char> stack; };
 struct Warp { uint64_t slot[2][32]; unsigned arrived, complete; };
+struct Block {
+    uint3 index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<unsigned> order;
+    std::vector<char> shared;  // its shared variables while another block has the section
+    unsigned alive, waiting, generation;  // of __syncthreads
+    unsigned slow, rest;                  // a thread (if any) that runs when no other can, and for how many turns the block sleeps first
+};
 
-static uint3 block_index, block_dim, grid_dim;
+static uint3 block_dim, grid_dim;
+static Block *block;  // the one that runs
 static Fiber *current;
 static ucontext_t scheduler;
-static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
-static unsigned alive, waiting, generation;  // of __syncthreads
-static bool progress;
+static bool progress, turns;
 static char failure[256];
 static void (*body)(void *);
 static void *arguments;
+static std::unordered_map<uintptr_t, uint32_t> level2;
+static Stores late;  // stores that no fence followed
 
 static void yield() { swapcontext(&current->context, &scheduler); }
 
 static void fail(const char *what)
 {
-    snprintf(failure, sizeof failure, "%s (block %u,%u,%u thread %u,%u,%u)", what, block_index.x, block_index.y,
-             block_index.z, current->thread.x, current->thread.y, current->thread.z);
+    snprintf(failure, sizeof failure, "%s (block %u,%u,%u thread %u,%u,%u)", what, block->index.x, block->index.y,
+             block->index.z, current->thread.x, current->thread.y, current->thread.z);
     for (;;) yield();
 }
 
 static void barrier()
 {
-    const unsigned mine = generation;
-    ++waiting;
+    const unsigned mine = block->generation;
+    ++block->waiting;
     progress = true;
-    while (generation == mine) {
-        if (waiting == alive) {
-            if (alive != fibers.size()) fail("__syncthreads after some threads of the block returned");
-            waiting = 0;
-            ++generation;
+    while (block->generation == mine) {
+        if (block->waiting == block->alive) {
+            if (block->alive != block->fibers.size()) fail("__syncthreads after some threads of the block returned");
+            block->waiting = 0;
+            ++block->generation;
             break;
         }
         yield();
@@ -72,15 +89,45 @@ static void barrier()
     progress = true;
 }
 
+// Lets other threads and blocks come between, where blocks take turns.
+static void pause()
+{
+    progress = true;
+    if (turns) yield();
+    progress = true;
+}
+
+static void store(uintptr_t at, const void *value, size_t size)
+{
+    for (size_t i = 0; i < size; i += 4) {
+        uint32_t word;
+        memcpy(&word, (const char *)value + i, 4);
+        current->waiting.emplace_back(at + i, word);
+    }
+}
+static void load(uintptr_t at, void *value, size_t size)
+{
+    for (size_t i = 0; i < size; i += 4) {
+        const auto found = level2.find(at + i);
+        memcpy((char *)value + i, found == level2.end() ? (const void *)(at + i) : &found->second, 4);
+    }
+}
+static void fence()
+{
+    pause();
+    for (const auto &[at, word] : current->waiting) level2[at] = word;
+    current->waiting.clear();
+}
+
 // A lane hands in its value and waits for the other 31. Two sets of slots: a fast lane may be one collective ahead.
 static Warp &collective(unsigned mask, uint64_t value, unsigned &parity)
 {
     const unsigned w = current->linear / 32, lane = current->linear % 32;
     if (mask != 0xffffffffu) fail("a warp collective with a partial mask");
-    if (fibers.size() - w * 32 < 32) fail("a warp collective in an incomplete warp");
+    if (block->fibers.size() - w * 32 < 32) fail("a warp collective in an incomplete warp");
     for (unsigned l = 0; l < 32; ++l)
-        if (fibers[w * 32 + l].done) fail("a warp collective names a lane that returned");
-    Warp &warp = warps[w];
+        if (block->fibers[w * 32 + l].done) fail("a warp collective names a lane that returned");
+    Warp &warp = block->warps[w];
     const unsigned mine = current->collectives++;
     parity = mine & 1;
     warp.slot[parity][lane] = value;
@@ -106,53 +153,80 @@ template <class V> V shuffle(V value, unsigned mask, int source)
 static void entry()
 {
     body(arguments);
+    late.insert(late.end(), current->waiting.begin(), current->waiting.end());
+    current->waiting.clear();
     current->done = true;
-    --alive;
+    --block->alive;
     progress = true;
     for (;;) yield();
 }
 
-static void run_block(unsigned &seed, std::vector<unsigned> &order)
+static size_t shared_size() { return __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0; }
+
+static void start(Block &b, uint64_t k, unsigned schedule)
 {
-    if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
-    const unsigned n = fibers.size();
-    warps.assign((n + 31) / 32, Warp{});
-    alive = n;
-    waiting = generation = 0;
+    const unsigned n = block_dim.x * block_dim.y * block_dim.z;
+    b.index = {(unsigned)(k % grid_dim.x), (unsigned)(k / grid_dim.x % grid_dim.y), (unsigned)(k / grid_dim.x / grid_dim.y)};
+    b.fibers.resize(n);
+    b.order.resize(n);
+    b.warps.assign((n + 31) / 32, Warp{});
+    b.shared.assign(shared_size(), (char)0xff);
+    b.alive = n;
+    b.waiting = b.generation = b.rest = 0;
     for (unsigned t = 0; t < n; ++t) {
-        Fiber &f = fibers[t];
+        Fiber &f = b.fibers[t];
         f.linear = t;
         f.collectives = 0;
         f.done = false;
+        f.waiting.clear();
         f.thread = {t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y};
+        f.stack.resize(64 * 1024);
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
         f.context.uc_stack.ss_size = f.stack.size();
         f.context.uc_link = &scheduler;
         makecontext(&f.context, entry, 0);
-        order[t] = seed == 1 ? n - 1 - t : t;
+        b.order[t] = schedule == 1 ? n - 1 - t : t;
     }
-    while (alive && !failure[0]) {
-        if (seed > 1)
-            for (unsigned t = n - 1; t > 0; --t) {
-                seed = seed * 1664525u + 1013904223u;
-                std::swap(order[t], order[(seed >> 8) % (t + 1)]);
-                if (seed < 2) seed = 2;
-            }
-        progress = false;
-        for (unsigned k = 0; k < n && !failure[0]; ++k)
-            if (!fibers[order[k]].done) { current = &fibers[order[k]]; swapcontext(&scheduler, &current->context); }
-        if (!progress && alive && !failure[0])
-            snprintf(failure, sizeof failure, "deadlock: the threads of block %u,%u,%u wait at different barriers",
-                     block_index.x, block_index.y, block_index.z);
+}
+
+static unsigned random(unsigned &seed, unsigned below)
+{
+    seed = seed * 1664525u + 1013904223u;
+    const unsigned found = (seed >> 8) % below;
+    if (seed < 2) seed = 2;
+    return found;
+}
+
+// Lets each thread of a block run to where it waits, once. Where blocks take turns, all but the slow one; if all wait for that, the
+// block goes to sleep, so that others run far ahead of the slow thread, and has it run when it wakes.
+static void sweep(Block &b, unsigned &seed, bool alone)
+{
+    block = &b;
+    if (shared_size()) memcpy(__start_cuda_shared, b.shared.data(), b.shared.size());
+    if (seed > 1)
+        for (unsigned t = b.order.size() - 1; t > 0; --t) std::swap(b.order[t], b.order[random(seed, t + 1)]);
+    progress = false;
+    const bool woken = b.rest == 1;
+    b.rest = 0;
+    const auto step = [](Fiber &f) { if (!f.done) { current = &f; swapcontext(&scheduler, &current->context); } };
+    for (size_t k = 0; k < b.order.size() && !failure[0]; ++k)
+        if (!turns || b.order[k] != b.slow || woken) step(b.fibers[b.order[k]]);
+    if (turns && b.slow < b.order.size() && !progress && !woken && !failure[0]) {
+        if (alone) step(b.fibers[b.slow]);
+        else { b.rest = 16; progress = true; }
     }
+    if (!progress && b.alive && !failure[0])
+        snprintf(failure, sizeof failure, "deadlock: the threads of block %u,%u,%u wait at different barriers", b.index.x,
+                 b.index.y, b.index.z);
+    if (shared_size()) memcpy(b.shared.data(), __start_cuda_shared, b.shared.size());
 }
 
 // What one launch is given beside the kernel's arguments; the loader mirrors it.
 struct Launch {
     unsigned grid[3], block[3];
     uint64_t first, count;  // window of blocks to run: all of them, or a few of a very large grid
-    unsigned schedule;      // 0: threads ascending, 1: descending, more: shuffled by that seed
+    unsigned schedule;      // 0: threads and blocks ascending, 1: descending, more: shuffled by that seed, four blocks in turns
     int flush;              // flush subnormals to zero, as CuPy's -ftz=true does
 };
 
@@ -166,19 +240,40 @@ static const char *run(const Launch &launch, void (*kernel)(void *), void *args)
     body = kernel;
     arguments = args;
     failure[0] = 0;
-    fibers.resize(n);
-    for (Fiber &f : fibers) f.stack.resize(64 * 1024);
-    std::vector<unsigned> order(n);
+    level2.clear();
+    late.clear();
     unsigned seed = launch.schedule;
+    turns = seed > 1;
     const unsigned csr = _mm_getcsr();
     if (launch.flush) _mm_setcsr(csr | 0x8040);  // flush to zero, denormals are zero
     const uint64_t all = (uint64_t)g[0] * g[1] * g[2], end = launch.first + launch.count < all ? launch.first + launch.count : all;
-    for (uint64_t i = launch.first; i < end && !failure[0]; ++i) {
-        const uint64_t k = launch.schedule == 1 ? end - 1 - (i - launch.first) : i;
-        block_index = {(unsigned)(k % g[0]), (unsigned)(k / g[0] % g[1]), (unsigned)(k / g[0] / g[1])};
-        run_block(seed, order);
+    static std::vector<Block> blocks(4);
+    std::vector<Block *> idle, running;
+    for (size_t i = 0; i < (turns ? blocks.size() : 1); ++i) idle.push_back(&blocks[i]);
+    for (uint64_t i = launch.first; (i < end || !running.empty()) && !failure[0];) {
+        while (i < end && !idle.empty()) {
+            start(*idle.back(), seed == 1 ? end - 1 - (i - launch.first) : i, seed);
+            // One block in four has a slow thread, often of the first warp, which does what one thread does for all.
+            if (turns) idle.back()->slow = random(seed, 4) ? n : random(seed, random(seed, 2) || n < 32 ? n : 32);
+            ++i;
+            running.push_back(idle.back());
+            idle.pop_back();
+        }
+        const unsigned chosen = turns ? random(seed, running.size()) : 0;
+        if (running[chosen]->rest > 1 && running.size() > 1) {
+            --running[chosen]->rest;
+            continue;
+        }
+        if (running[chosen]->rest) running[chosen]->rest = 1;
+        sweep(*running[chosen], seed, running.size() == 1);
+        if (!running[chosen]->alive) {
+            idle.push_back(running[chosen]);
+            running.erase(running.begin() + chosen);
+        }
     }
     _mm_setcsr(csr);
+    for (const auto &[at, word] : level2) memcpy((void *)at, &word, 4);  // the launch has ended: everything arrives
+    for (const auto &[at, word] : late) memcpy((void *)at, &word, 4);
     return failure[0] ? failure : nullptr;
 }
 
@@ -211,11 +306,27 @@ template <class... P> const char *call(void (*kernel)(P...), const Launch &launc
 }  // namespace host
 
 #define threadIdx (host::current->thread)
-#define blockIdx host::block_index
+#define blockIdx host::block->index
 #define blockDim host::block_dim
 #define gridDim host::grid_dim
 
 static inline void __syncthreads() { host::barrier(); }
+static inline void __threadfence() { host::fence(); }
+static inline unsigned atomicAdd(unsigned *p, unsigned value)
+{
+    host::pause();
+    const unsigned before = *p;
+    *p += value;
+    host::pause();
+    return before;
+}
+template <class V> static inline void __stcg(V *p, V value) { host::store((uintptr_t)p, &value, sizeof value); }
+template <class V> static inline V __ldcg(const V *p)
+{
+    V value;
+    host::load((uintptr_t)p, &value, sizeof value);
+    return value;
+}
 static inline unsigned __ballot_sync(unsigned mask, int predicate)
 {
     unsigned parity, bits = 0;
@@ -236,6 +347,7 @@ template <class To, class From> static inline To reinterpret(From value)
 }
 static inline unsigned __float_as_uint(float x) { return reinterpret<unsigned>(x); }
 static inline float __uint_as_float(unsigned x) { return reinterpret<float>(x); }
+static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline long long __double_as_longlong(double x) { return reinterpret<long long>(x); }
 #define HALF_TO_FLOAT(f, bits) f = (float)reinterpret<_Float16>(bits)
 #define FLOAT_TO_HALF(bits, f) bits = reinterpret<unsigned short>((_Float16)(f))

@@ -1,6 +1,7 @@
 """Builds the CUDA kernel file for the CPU with g++, and loads it in the shape of `cupy.RawModule`.
 
-The loader checks what CuPy never does: number, dtype, contiguity and device of the arguments, against the kernel's C++ signature.
+The loader checks what CuPy never does: number, dtype, contiguity, alignment and device of the arguments, against the kernel's
+C++ signature.
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from standin import device_work
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 # No contraction to FMA and no strict aliasing: nvcc contracts, but no kernel here multiplies and adds outside of softmax.
 _FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+# Shared variables of inline functions would else be one and the same in the libraries of all dtypes.
+_FLAGS.append("-fno-gnu-unique")
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# What CUDA takes for granted: comparing blockIdx with what is signed, volatile, functions that a dtype does not use.
-_QUIET = ["-Wno-sign-compare", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+# What CUDA takes for granted: comparing blockIdx with what is signed, functions that a dtype does not use, constants as enums.
+_QUIET = ["-Wno-sign-compare", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-deprecated-enum-enum-conversion"]
 
 
-def kernel_names(source: str) -> list[str]:
-    """Names of the kernels in a CUDA file, those made by SELECT_COLSUM included."""
+def kernel_names(source: str, dtype: str = "float32") -> list[str]:
+    """Names of the kernels in a CUDA file, those made by macros included, and without those that a dtype has not."""
+    if dtype == "float64":
+        source = re.sub(r"^#ifndef DTYPE_float64$.*?^#endif  // DTYPE_float64$", "", source, flags=re.MULTILINE | re.DOTALL)
     plain = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', source, re.MULTILINE)
-    return plain + re.findall(r"^SELECT_COLSUM\((\w+),", source, re.MULTILINE)
+    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM)\((\w+),", source, re.MULTILINE)
 
 
 def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path:
@@ -37,7 +43,7 @@ def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("no g++ here; install one: these tests run the CUDA kernels on the CPU")
-    exports = "".join(f"EXPORT({name})\n" for name in kernel_names(source))
+    exports = "".join(f"EXPORT({name})\n" for name in kernel_names(source, dtype))
     unit = folder / f"{dtype}.cc"
     unit.write_text(f'#include "cuda_host.h"\n#line 1 "layers.cu"\n{source}\n{exports}')
     library = folder / f"{dtype}{'_sanitized' if sanitize else ''}.so"
@@ -110,10 +116,15 @@ class HostKernel:
         module.launched.append(self.name)
         launch = _Launch(_three(grid), _three(block), *module.window, module.schedule, module.flush)
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        with _one_at_a_time:
-            failure = self._function(ctypes.byref(launch), pointers)
-        if failure:
-            raise RuntimeError(f"{self.name}: {failure.decode()}")
+
+        def run() -> None:
+            with _one_at_a_time:
+                failure = self._function(ctypes.byref(launch), pointers)
+            if failure:
+                raise RuntimeError(f"{self.name}: {failure.decode()}")
+
+        pointers._values = values  # type: ignore[attr-defined]  # what they point at
+        device_work(run)
 
     def _value(self, i: int, arg: Any, code: str) -> Any:
         """The argument as eight bytes in memory, after checking it against the parameter: *f4, i8, *V2, ..."""
@@ -129,6 +140,8 @@ class HostKernel:
             raise TypeError(f"{what} is {getattr(arg, 'dtype', type(arg))}, the kernel takes an array of {wanted}")
         if not arg.flags.c_contiguous:
             raise TypeError(f"{what} is not C-contiguous")
+        if arg.size and arg.data.ptr % arg.itemsize:  # which stops a GPU, and no CPU
+            raise TypeError(f"{what} does not lie on a multiple of its item size")
         if arg.device != self.module.cp.cuda.Device():
             raise RuntimeError(f"{what} is on {arg.device}, the launch goes to {self.module.cp.cuda.Device()}")
         return np.array([arg.data.ptr], np.uint64)

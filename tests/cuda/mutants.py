@@ -14,15 +14,21 @@ from pathlib import Path
 from tests import planted
 from tests.planted import Mutant
 
-TESTS = ("test_cuda_kernels.py", "test_cuda_backend.py")
-SELECTED = "not float64 and not 12345 and not (numbers_and_bits and (-0] or -1]))"
+TESTS = ("test_cuda_kernels.py", "test_cuda_backend.py", "test_cuda_lt.py", "test_cuda_capture.py")
+NEAREST = {  # asked first: the first failure ends it
+    "cupy_lt.py": "test_cuda_lt.py",
+    "cupy_backend.py": "test_cuda_backend.py",
+    **dict.fromkeys(("graphs.py", "reach.py", "cupy_scratch.py", "sgd.py", "module.py"), "test_cuda_capture.py"),
+}
+SELECTED = "not float64 and not 12345 and not (numbers_and_bits and (-0] or -1])) and not the_example"  # which is not copied
 SECONDS = 150  # a mutant that takes longer hangs
 
 
 def outcome(mutant: Mutant | None) -> str:
     """What the tests say of a mutant: the first that fails, or how the process ended; empty if all pass."""
     with planted.checkout(mutant) as folder:
-        files = [f"tests/cuda/{name}" for name in TESTS]
+        nearest = NEAREST.get(mutant.file) if mutant else None
+        files = [f"tests/cuda/{name}" for name in sorted(TESTS, key=lambda name: name != nearest)]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
         env = {**os.environ, "PYTHONPATH": "", "RECTILINEAR_CUDA_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", *options, *files]

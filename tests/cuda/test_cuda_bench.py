@@ -24,7 +24,7 @@ from rectilinear.backends import cupy_loader, registry
 from rectilinear.backends.contract import Probe
 from rectilinear.measure import gpu, ours, report, worker
 from rectilinear.measure.cases import Case
-from rectilinear.measure.gpu import COPIES, LAUNCHED, WARM_UP, Gpu
+from rectilinear.measure.gpu import COPIES, LAUNCHED, WARM_UP, Events
 from rectilinear.measure.peers import cs231n
 from rectilinear.measure.record import load
 from rectilinear.measure.reference import check, inputs
@@ -74,8 +74,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def on_standin(put: Any = None, fetch: Any = None) -> Gpu:
-    return Gpu(standin.StandIn(), put, fetch)
+def on_standin(put: Any = None, fetch: Any = None) -> Events:
+    return Events(standin.StandIn(), put, fetch)
 
 
 # ---------------------------------------------------------------- the timer
@@ -134,7 +134,7 @@ def test_no_copy_is_in_the_time_of_a_pass(clock: Clock) -> None:
     answer = np.maximum(inputs(RELU)["x"], 0)
 
     def build(case: Case, data: dict[str, Any]) -> Run:
-        on = Gpu(standin.StandIn(), clock.work("put", 1000, 1000), clock.work("fetch", 500, 500))
+        on = Events(standin.StandIn(), clock.work("put", 1000, 1000), clock.work("fetch", 500, 500))
         for a in data.values():
             on.put(a)
         call = clock.work("call", 0.001, 0.25)

@@ -5,70 +5,35 @@ Type, strides, flags and pointers are CuPy's own; what would compute or copy on 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import gpu_cases
 import numpy as np
 import pytest
+from array_api_compat import is_cupy_array
+from genuine import Genuine, genuine, on_host
 from host_backend import Host
+from numpy.lib.array_utils import byte_bounds
 
 import rectilinear
+from rectilinear import graphs, reach
 from rectilinear.backends import cupy_backend, cupy_gemm, registry
 from rectilinear.backends.contract import Probe
 from rectilinear.backends.cupy_backend import CupyBackend, Runtime
+from rectilinear.backends.cupy_lt import Plans
 from rectilinear.dispatch import library_name, resolve
 from rectilinear.keepmask import KeepMask
 
 
-def genuine(host: np.ndarray, device: int = 0) -> Any:
-    """A `cupy.ndarray` that says it is on `device` and whose memory is that of `host`."""
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(host.nbytes, 1), host, device)
-    return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0), host.strides)
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The memory of such an array."""
-    from standin import MemoryPointer, _Interface
-
-    interface = _Interface(MemoryPointer(array.data.ptr, array), array.shape, array.dtype, array.strides)
-    return np.asarray(interface).view(array.dtype)
-
-
-class Genuine:
-    """A module that makes genuine arrays without a device and multiplies them with NumPy; refuses what would launch a copy."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        self.ndarray = cupy.ndarray
-        self.cuda = type("cuda", (), {"Device": staticmethod(lambda: cupy.cuda.Device(0))})
-
-    def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:
-        return genuine(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 255, dtype))
-
-    def ascontiguousarray(self, a: Any) -> Any:
-        assert a.flags.c_contiguous, "a copy was asked for"
-        return a
-
-    def matmul(self, a: Any, b: Any, out: Any) -> Any:
-        np.matmul(on_host(a), on_host(b), out=on_host(out))
-        return out
-
-
-@pytest.fixture
-def backend(host: Host, monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
-    """The backend on genuine arrays and the kernels built for the CPU."""
+@pytest.fixture(params=["plans", "gemm"])
+def backend(host: Host, request: pytest.FixtureRequest) -> CupyBackend:
+    """The backend on genuine arrays and the kernels built for the CPU; products by the stand-in's cuBLASLt, or by NumPy."""
     cp = Genuine()
     for module in host.modules.values():
         module.cp = cp
-    runtime = Runtime(cp, host.modules.__getitem__)
-    backend = CupyBackend(lambda: runtime, lambda backend: Probe(True))
-    # Entering a genuine device asks the driver.
-    monkeypatch.setattr(backend, "_on_device_of", lambda x: contextlib.nullcontext())
-    return backend
+    plans = request.param == "plans"
+    runtime = Runtime(cp, host.modules.__getitem__, lambda *given: Plans(*given, host.lt) if plans else cupy_gemm.Gemm(*given))
+    return CupyBackend(lambda: runtime, lambda backend: Probe(True))
 
 
 def test_whole_passes(backend: CupyBackend) -> None:
@@ -95,9 +60,11 @@ def test_widths_follow_pointers_and_rows(dtype: str) -> None:
     start = -memory.ctypes.data % 16
     aligned = genuine(memory[start : start + 512].view(T))
     shifted = genuine(memory[start + T.itemsize : start + 512 + T.itemsize].view(T))
-    assert cupy_backend._width(T, 4 * width, aligned) == width
-    assert cupy_backend._width(T, 4 * width + 1, aligned) == 1
-    assert cupy_backend._width(T, 4 * width, aligned, shifted) == 1
+    assert cupy_backend._wide_aligned(aligned)
+    assert not cupy_backend._wide_aligned(aligned, shifted)
+    assert cupy_backend._width(T.itemsize, 4 * width, True) == width
+    assert cupy_backend._width(T.itemsize, 4 * width + 1, True) == 1
+    assert cupy_backend._width(T.itemsize, 4 * width, False) == 1
 
 
 def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
@@ -133,21 +100,13 @@ def test_alignment_is_read_from_genuine_pointers_and_strides() -> None:
     ],
 )
 def test_cublas_geometry_of_genuine_views(view: Any, want: tuple[str, int, int]) -> None:
-    class Names:
-        class cuda:
-            class cublas:
-                CUBLAS_OP_N, CUBLAS_OP_T = "N", "T"
-
-    array = view(genuine(np.zeros((3, 4, 6), "f4")))
-    same, op, lead, group = cupy_gemm._column_major(Names, array)
-    assert same is array
-    assert (op, lead, group) == want
+    op, *lies = want
+    assert cupy_gemm.column_major_strides(view(genuine(np.zeros((3, 4, 6), "f4")))) == (op == "T", *lies)
 
 
 @pytest.mark.parametrize("view", [lambda a: a[:, :, ::2], lambda a: a[:, ::-1], lambda a: a[::-1]])
 def test_cublas_geometry_asks_for_a_copy(view: Any) -> None:
-    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):  # the copy, for which there is no device
-        cupy_gemm._column_major(None, view(genuine(np.zeros((3, 4, 6), "f4"))))
+    assert cupy_gemm.column_major_strides(view(genuine(np.zeros((3, 4, 6), "f4")))) is None
 
 
 def test_out_that_kernels_cannot_write_is_told_apart(backend: CupyBackend) -> None:
@@ -206,3 +165,55 @@ def test_public_functions_on_genuine_arrays(backend: CupyBackend, monkeypatch: p
         assert np.allclose(on_host(got), want, atol=1e-5)
     call = resolve("relu_forward", ("x",), (genuine(np.zeros(3, gpu_cases.numpy_dtype("bfloat16"))),))
     assert call.compute == call.dtype  # 16-bit types are the backend's own business
+
+
+# ---------------------------------------------------------------- capture
+
+
+def test_a_captured_call_tells_genuine_arrays_apart() -> None:
+    host = np.zeros((4, 6), "f4")
+    mask = KeepMask(genuine(np.zeros((2, 2), "u1")), (2, 16))
+
+    def signature(*args: Any) -> tuple[Any, ...]:
+        given = graphs._Arguments()
+        for x in args:
+            graphs._look(x, given)
+        assert not given.refused
+        assert len(given.arrays) == 2
+        return tuple(given.signature)
+
+    usual = signature(genuine(host), [mask])
+    assert usual == signature(genuine(np.ones((4, 6), "f4")), [mask])
+    assert hash(usual) == hash(signature(genuine(host), [mask]))
+    others = (host.astype("f8"), host.astype("i4"), host.T, host[:, ::2], host[::-1], np.zeros(25, "f4")[1:].reshape(4, 6))
+    different = [signature(genuine(other), [mask]) for other in others]
+    different += [signature(genuine(host, device=1), [mask]), signature(genuine(host), (mask,))]
+    assert len({usual, *different}) == len(different) + 1
+    given = graphs._Arguments()
+    graphs._look(host, given)
+    assert "numpy.ndarray" in given.refused[0]
+
+
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a.T, lambda a: a[::-1, ::2], lambda a: a[:0], lambda a: a[1:2, 3:]])
+def test_the_extent_of_an_array(view: Any) -> None:
+    host = view(np.zeros((4, 6), "f4"))
+    low, span = graphs._extent(genuine(host))
+    start, end = byte_bounds(host)
+    assert span == (end - start if host.size else 0)
+    assert low == (start - host.ctypes.data if host.size else 0)
+
+
+def test_what_a_function_holds_of_genuine_arrays() -> None:
+    a, b = genuine(np.zeros(3, "f4")), genuine(np.zeros(3, "f4"))
+    places = {"a": [a], "mask": KeepMask(genuine(np.zeros((1, 1), "u1")), (1, 8))}
+
+    def function() -> Any:
+        return places, b
+
+    found = reach.arrays_in((function,), is_cupy_array)
+    assert {id(array) for array in found} == {id(a), id(b), id(places["mask"]._bits)}
+    before = reach.edges_from((function,), is_cupy_array)
+    held = reach.held(before, reach.edges_from((function,), is_cupy_array), is_cupy_array)
+    assert held.in_place()
+    places["a"][0] = b
+    assert not held.in_place()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import host_build
 import numpy as np
 import pytest
@@ -20,6 +22,28 @@ extern "C" __global__ void __launch_bounds__(64) stuck(int* p)
 }
 extern "C" __global__ void __launch_bounds__(64) unwritten(float* p) { __shared__ float s[64]; p[0] = s[3]; }
 extern "C" __global__ void __launch_bounds__(64) last_writer(int* p) { p[0] = threadIdx.x; }
+extern "C" __global__ void __launch_bounds__(64) hand_over(float* parts, unsigned* count, float* sum, int fenced, int cached)
+{
+    if (threadIdx.x) return;
+    __stcg(parts + blockIdx.x, 1.0f);
+    if (fenced) __threadfence();
+    if (atomicAdd(count, 1u) + 1 < gridDim.x) return;
+    float total = 0;
+    for (unsigned i = 0; i < gridDim.x; ++i) total += cached ? parts[i] : __ldcg(parts + i);
+    sum[0] = total;
+}
+extern "C" __global__ void __launch_bounds__(64) who_comes(int* order, unsigned* count)
+{
+    if (threadIdx.x) return;
+    for (int i = 0; i < 3; ++i) order[atomicAdd(count, 1u)] = blockIdx.x;
+}
+extern "C" __global__ void __launch_bounds__(64) own_memory(int* wrong)
+{
+    __shared__ int mine;
+    if (threadIdx.x == 0) mine = blockIdx.x;
+    __syncthreads();
+    if (mine != (int)blockIdx.x) wrong[0] = 1;
+}
 extern "C" __global__ void __launch_bounds__(64) scaled(float* p, int n, float by) { if (threadIdx.x < n) p[threadIdx.x] *= by; }
 """
 
@@ -71,7 +95,47 @@ def test_schedules_order_the_threads(module: host_build.HostModule, integers: ob
         found.append(int(integers.get()[0]))
     module.schedule = 0
     assert found[:2] == [63, 0]
-    assert len(set(found)) == 4
+    assert found[2] != found[3]
+
+
+def hand_over(module: host_build.HostModule, schedule: int, fenced: bool, cached: bool) -> float:
+    module.schedule = schedule
+    parts, count, total = (module.cp.asarray(np.full(n, np.nan, np.float32)) for n in (6, 1, 1))
+    count = module.cp.asarray(np.zeros(1, np.uint32))
+    module.get_function("hand_over")((6,), (64,), (parts, count, total, np.int32(fenced), np.int32(cached)))
+    module.schedule = 0
+    assert (parts.get() == 1).all()  # all has arrived when the launch has ended
+    return float(total.get()[0])
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 7, 12345])
+def test_what_a_block_leaves_to_another_needs_a_fence_and_a_load_past_l1(module: host_build.HostModule, schedule: int) -> None:
+    assert hand_over(module, schedule, fenced=True, cached=False) == 6
+    assert np.isnan(hand_over(module, schedule, fenced=False, cached=False))
+    assert np.isnan(hand_over(module, schedule, fenced=True, cached=True))
+
+
+def test_shuffled_schedules_let_blocks_take_turns(module: host_build.HostModule) -> None:
+    def order(schedule: int) -> list[int]:
+        module.schedule = schedule
+        order, count = module.cp.asarray(np.zeros(24, np.int32)), module.cp.asarray(np.zeros(1, np.uint32))
+        module.get_function("who_comes")((8,), (64,), (order, count))
+        module.schedule = 0
+        found: list[int] = order.get().tolist()
+        return found
+
+    assert order(0) == sorted([*range(8)] * 3)
+    assert order(1) == sorted([*range(8)] * 3, reverse=True)
+    for schedule in (7, 12345):
+        assert sorted(order(schedule)) == order(0)
+        assert sum(a != b for a, b in itertools.pairwise(order(schedule))) > 12  # seven where each block ends before the next begins
+
+
+def test_blocks_that_take_turns_have_shared_memory_of_their_own(module: host_build.HostModule, integers: object) -> None:
+    for module.schedule in (0, 1, 7, 12345):
+        module.get_function("own_memory")((8,), (64,), (integers,))
+    module.schedule = 0
+    assert integers.get()[0] == 0
 
 
 def test_subnormals_are_flushed_on_demand(module: host_build.HostModule) -> None:
@@ -93,6 +157,7 @@ def test_subnormals_are_flushed_on_demand(module: host_build.HostModule) -> None
         (lambda a: (a, np.int64(1), np.float32(2)), "argument 1 is .*int64.*, the kernel takes i4"),
         (lambda a: (a.astype(np.float64), np.int32(1), np.float32(2)), "argument 0 is float64, the kernel takes an array of float32"),
         (lambda a: (a.get(), np.int32(1), np.float32(2)), "argument 0 is float32, the kernel takes an array of float32"),
+        (lambda a: (type(a)._of(np.zeros(9, "u1")[1:].view("f4")), np.int32(1), np.float32(2)), "argument 0 does not lie on a multiple"),
         (lambda a: (a[::2], np.int32(1), np.float32(2)), "argument 0 is not C-contiguous"),
     ],
 )

@@ -61,7 +61,7 @@ def test_softmax_has_the_same_bits_under_every_schedule(host: Host) -> None:
 def test_every_kernel_is_run_by_the_cases(host: Host, dtype: str) -> None:
     for case in gpu_cases.cases(dtype):
         gpu_cases.run(host.backend, case, gpu_cases.inputs(case))
-    assert set(host.launched) == set(host_build.kernel_names(SOURCE.read_text()))
+    assert set(host.launched) == set(host_build.kernel_names(SOURCE.read_text(), dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -84,6 +84,16 @@ def test_what_rounds_to_minus_zero_is_kept(host: Host, dtype: str, z: float) -> 
         host.backend._bias("bias_relu_mask", host.backend.asarray(np.full((1, 1, cols), z, np.float32)), None, y, mask)
         assert (y.get().view(np.uint16) == 0x8000).all()
         assert mask.get()[0, 0, 0] == 2**cols - 1
+
+
+@pytest.mark.parametrize(("dtype", "x", "w"), [("float16", -(2.0**-14), 2.0**-14), ("bfloat16", -(2.0**-75), 2.0**-74)])
+def test_what_rounds_to_minus_zero_is_kept_by_a_small_layer(host: Host, dtype: str, x: float, w: float) -> None:
+    host.set(flush=False)
+    T = gpu_cases.numpy_dtype(dtype)
+    y, mask = host.backend.affine_relu_forward(*(host.backend.asarray(np.full((1, 1), value, T)) for value in (x, w)), None, None)
+    assert host.launched == ["small_forward"]
+    assert y.get().view(np.uint16) == 0x8000
+    assert mask._bits.get() == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -164,7 +174,7 @@ def _only_the_last_blocks(host: Host, monkeypatch: pytest.MonkeyPatch, blocks: i
         if blocks is not None:
             kernel.module.window = (total - blocks, blocks)
         else:
-            groups = int(args[4 if "final" not in kernel.name else 2])
+            groups = int(args[6])
             kernel.module.window = (grid[0] * (groups - 1), grid[0])
         names.append(kernel.name)
         launch(kernel, grid, block, args)

@@ -1,18 +1,22 @@
 // What lies around the cuBLAS products on a GPU: bias, ReLU and keep-mask after the forward product; the gradient of the
-// ReLU and the bias reduction before the backward products; ReLU alone; softmax loss. Products are cuBLAS's, launch
-// geometry and buffers are backends/cupy_backend.py's.
+// ReLU and the bias reduction before the backward products; ReLU alone; softmax loss; and small layers whole. Other
+// products are cuBLAS's, launch geometry and buffers are backends/cupy_backend.py's.
 //
 // Compiled once per element type T, chosen by -DDTYPE_float32, _float64, _float16 or _bfloat16. Sums, biases and
-// exponentials are computed in A, which is T or, for the 16-bit types, float; products of 16-bit types arrive in A too, so
-// that a result is rounded once. The file includes nothing, so that NVRTC needs no header, and the same text is compiled
-// by a C++ compiler and run on the CPU by the tests.
+// exponentials are computed in A, which is T or, for the 16-bit types, float. Products of 16-bit types arrive in A, to be
+// rounded once with the bias, or in T, with the bias and rounded. The file includes nothing, so that NVRTC needs no header,
+// and the same text is compiled by a C++ compiler and run on the CPU by the tests.
 //
 // Rules kept by every kernel:
 // - Arrays are C-contiguous. A `_wide` kernel moves 16 bytes at a time: its pointers are 16-byte aligned and its rows hold
 //   a multiple of WIDE elements; its twin without the suffix takes anything.
-// - Offsets are 64 bits wide. No atomics: every sum has one order, given by the shape alone.
-// - No `__restrict__`: y may be z, dx may be dout.
-// - Two blocks fit on a multiprocessor (the 2 in the launch bounds): without a number ptxas aims at more and spills.
+// - Offsets are 64 bits wide. Every sum has one order, given by the shape alone: atomics count blocks, they add nothing.
+// - No `__restrict__`: y may be z, dx may be dout. So a load written behind a store stays behind it, and what is to be
+//   under way together is loaded together, into an array of registers, before the first of it is used.
+// - Bytes under way: a memory that gives 2.9e12 bytes/s (a device copy on an H100) after 700 ns (about 600 to 800 ns under
+//   load, by published microbenchmarks; not measured here) has 2 MB under way (Little's law), 15 KB for each of 132
+//   multiprocessors. The wide kernels ask for 16 bytes, 256 threads, rows loaded together and blocks that fit: 32 KB or more.
+// - At least two blocks fit on a multiprocessor (the 2 in the launch bounds): without a number ptxas aims at more and spills.
 // - Blocks have 256 threads, warps take part in shuffles as a whole. Groups of the stacked form lie along grid y and z.
 
 typedef long long i64;
@@ -25,7 +29,7 @@ typedef unsigned char u8;
 #define HALF_TO_FLOAT(f, bits) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits))
 #define FLOAT_TO_HALF(bits, f) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f))
 #define UNROLL _Pragma("unroll")
-#define UNROLL4 _Pragma("unroll 4")
+#define UNROLL1 _Pragma("unroll 1")
 #endif
 
 // ---- element types ------------------------------------------------------------------------------------------------
@@ -71,6 +75,12 @@ template <> struct Round<bfloat16> {
     }
 };
 
+// z as it is where it is a T already: a NaN keeps its bits, and nothing is flushed.
+__device__ inline T same_or_rounded(T z) { return z; }
+#if defined(DTYPE_float16) || defined(DTYPE_bfloat16)
+__device__ inline T same_or_rounded(A z) { return Round<T>::of(z); }
+#endif
+
 // keep = not (z < 0), read from the bits. CuPy compiles with -ftz=true, under which `z < 0` is false for a negative
 // subnormal; the integers see it. NaN of either sign and -0.0 are kept.
 __device__ inline bool keeps(float z) { u32 u = __float_as_uint(z); return u <= 0x80000000u || u > 0xff800000u; }
@@ -86,7 +96,21 @@ __device__ inline bool keeps(bfloat16 z) { return z.bits <= 0x8000u || z.bits > 
 
 enum { WIDE = 16 / sizeof(T), BLOCK = 256, WARP = 32 };
 
-template <class E, int V> struct alignas(V * sizeof(E) < 16 ? V * sizeof(E) : 16) Pack { E v[V]; };
+template <class E, int V> struct alignas(V * sizeof(E) < 16 ? V * sizeof(E) : 16) Pack {
+    E v[V];
+    __device__ inline E get(int k) const { return v[k]; }
+    __device__ inline void set(int k, E x) { v[k] = x; }
+    __device__ inline void drop(int k) { v[k] = E(); }
+};
+// Eight 16-bit elements stay two to a register until they are used: apart they take twice the registers, and spill.
+template <class E> struct alignas(16) Halves {
+    u32 w[4];
+    __device__ inline E get(int k) const { E x; x.bits = (u16)(w[k / 2] >> 16 * (k & 1)); return x; }
+    __device__ inline void set(int k, E x) { drop(k); w[k / 2] |= (u32)x.bits << 16 * (k & 1); }
+    __device__ inline void drop(int k) { w[k / 2] &= k & 1 ? 0xffffu : 0xffff0000u; }
+};
+template <> struct Pack<float16, 8> : Halves<float16> {};
+template <> struct Pack<bfloat16, 8> : Halves<bfloat16> {};
 
 template <int V, class E> __device__ inline Pack<E, V> load(const E* p) { return *(const Pack<E, V>*)p; }
 template <int V, class E> __device__ inline void store(E* p, const Pack<E, V>& x) { *(Pack<E, V>*)p = x; }
@@ -106,14 +130,16 @@ template <int V> __device__ inline u32 mask_byte(u32 bits, u32 lane)
     return bits;
 }
 
-// z (groups, rows, cols) in A, b (groups, cols) or null, y like z in T, mask (groups, rows, mask_row) bytes.
+// z (groups, rows, cols) in Z, which is A, or T where z is rounded already; b (groups, cols) or null, y like z in T, mask
+// (groups, rows, mask_row) bytes.
 // A tile is blockDim.x * V columns by blockDim.y * TILE_ROWS rows: the two 64-bit divisions that find it are paid once,
-// the bias is loaded once, and four loads are under way at a time. blockDim.x * V is a multiple of 8.
+// the bias is loaded once, and a thread loads 64 bytes of its rows together. blockDim.x * V is a multiple of 8.
 enum { TILE_ROWS = 4 };
 
-template <int V, bool RELU>
-__device__ void bias_act(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
+template <int V, bool RELU, class Z>
+__device__ void bias_act(const Z* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
 {
+    enum { TOGETHER = V * sizeof(Z) > 16 ? TILE_ROWS / 2 : TILE_ROWS };
     const i64 col_tiles = ceil_div(cols, (i64)blockDim.x * V);
     const i64 tiles = col_tiles * ceil_div(rows, (i64)blockDim.y * TILE_ROWS);
     const u32 lane = (threadIdx.y * blockDim.x + threadIdx.x) & (WARP - 1);
@@ -122,97 +148,195 @@ __device__ void bias_act(const A* z, const T* b, T* y, u8* mask, i64 groups, i64
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const i64 col = (tile % col_tiles * blockDim.x + threadIdx.x) * V;
         const i64 first = tile / col_tiles * blockDim.y * TILE_ROWS + threadIdx.y;
+        const i64 at = (group * rows + first) * cols + col, stride = blockDim.y * cols;
         A bias[V];
         UNROLL for (int k = 0; k < V; ++k) bias[k] = 0;
         if (b && col < cols) {
             const Pack<T, V> p = load<V>(b + group * cols + col);
-            UNROLL for (int k = 0; k < V; ++k) bias[k] = widen(p.v[k]);
+            UNROLL for (int k = 0; k < V; ++k) bias[k] = widen(p.get(k));
         }
-        UNROLL for (int r = 0; r < TILE_ROWS; ++r) {
-            const i64 row = first + (i64)r * blockDim.y;
-            const bool inside = row < rows && col < cols;
-            const i64 at = (group * rows + row) * cols + col;
-            u32 bits = 0;
-            if (inside) {
-                const Pack<A, V> s = load<V>(z + at);
-                Pack<T, V> t;
-                UNROLL for (int k = 0; k < V; ++k) {
-                    const A v = b ? s.v[k] + bias[k] : s.v[k];  // no b: -0.0 stays
-                    t.v[k] = Round<T>::of(v);
-                    const bool keep = !RELU || keeps(t.v[k]);  // of the rounded z: what rounds to -0.0 is kept
-                    bits |= (u32)keep << k;
-                    if (!keep) t.v[k] = T();
+        UNROLL for (int half = 0; half < TILE_ROWS; half += TOGETHER) {
+            Pack<Z, V> s[TOGETHER];
+            UNROLL for (int r = 0; r < TOGETHER; ++r)
+                if (col < cols && first + (half + r) * (i64)blockDim.y < rows) s[r] = load<V>(z + at + (half + r) * stride);
+            UNROLL for (int r = 0; r < TOGETHER; ++r) {
+                const i64 row = first + (half + r) * (i64)blockDim.y;
+                const bool inside = row < rows && col < cols;
+                u32 bits = 0;
+                if (inside) {
+                    Pack<T, V> t = Pack<T, V>();
+                    UNROLL for (int k = 0; k < V; ++k) {
+                        // Without b -0.0 stays.
+                        const T v = b ? Round<T>::of(widen(s[r].get(k)) + bias[k]) : same_or_rounded(s[r].get(k));
+                        const bool keep = !RELU || keeps(v);  // of the rounded z: what rounds to -0.0 is kept
+                        bits |= (u32)keep << k;
+                        t.set(k, keep ? v : T());
+                    }
+                    store<V>(y + at + (half + r) * stride, t);
                 }
-                store<V>(y + at, t);
-            }
-            if (RELU) {
-                const u32 byte = mask_byte<V>(bits, lane);
-                if (inside && (col & 7) == 0) mask[(group * rows + row) * mask_row + (col >> 3)] = (u8)byte;
+                if (RELU) {
+                    const u32 byte = mask_byte<V>(bits, lane);
+                    if (inside && (col & 7) == 0) mask[(group * rows + row) * mask_row + (col >> 3)] = (u8)byte;
+                }
             }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_add(const A* z, const T* b, T* y, i64 groups, i64 rows, i64 cols)
-{ bias_act<1, false>(z, b, y, nullptr, groups, rows, cols, 0); }
+#define BIAS_ADD(name, V)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                              \
+    name(const A* z, const T* b, T* y, i64 groups, i64 rows, i64 cols)                                                  \
+    { bias_act<V, false>(z, b, y, nullptr, groups, rows, cols, 0); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_add_wide(const A* z, const T* b, T* y, i64 groups, i64 rows, i64 cols)
-{ bias_act<WIDE, false>(z, b, y, nullptr, groups, rows, cols, 0); }
+BIAS_ADD(bias_add, 1)
+BIAS_ADD(bias_add_wide, WIDE)
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_relu_mask(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
-{ bias_act<1, true>(z, b, y, mask, groups, rows, cols, mask_row); }
+#define BIAS_RELU_MASK(name, V, Z)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                              \
+    name(const Z* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)                          \
+    { bias_act<V, true>(z, b, y, mask, groups, rows, cols, mask_row); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-bias_relu_mask_wide(const A* z, const T* b, T* y, u8* mask, i64 groups, i64 rows, i64 cols, i64 mask_row)
-{ bias_act<WIDE, true>(z, b, y, mask, groups, rows, cols, mask_row); }
+BIAS_RELU_MASK(bias_relu_mask, 1, A)
+BIAS_RELU_MASK(bias_relu_mask_wide, WIDE, A)
+// z in the result's dtype, as a product gives it that has added the bias and rounded: y may be z.
+BIAS_RELU_MASK(relu_mask, 1, T)
+BIAS_RELU_MASK(relu_mask_wide, WIDE, T)
+
+// ---- what blocks leave to the last of them ----------------------------------------------------------------------------
+
+// Not in the template itself: one for all V, and where g++ makes a section of it.
+__device__ inline A* sum_memory() { __shared__ A memory[BLOCK * WIDE]; return memory; }
+
+// Adds up acc over the `lines` threads of a column, a power of 2, in a fixed tree: the thread at (x, line) of BLOCK = width * lines
+// threads has V columns. The sums end in the threads of line 0.
+template <int V> __device__ inline void sum_lines(A (&acc)[V], u32 x, u32 line, u32 width, u32 lines)
+{
+    // [line][k][x]: neighbouring threads in neighbouring banks.
+    A* const mine = sum_memory() + line * width * V + x;
+    UNROLL for (int k = 0; k < V; ++k) mine[k * width] = acc[k];
+    for (u32 half = lines / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (line < half)
+            UNROLL for (int k = 0; k < V; ++k) mine[k * width] += mine[half * width * V + k * width];
+    }
+    UNROLL for (int k = 0; k < V; ++k) acc[k] = mine[k * width];
+}
+
+// True in every thread of the last of `blocks` blocks to come here; the counter is 0 before and after.
+// What the blocks leave to the last one they store by __stcg and it loads by __ldcg: in L2, which all multiprocessors share,
+// since a line of its own L1 may be older. The fence before the count puts a thread's stores ahead of it, and the barrier
+// lets thread 0 count only when every thread of the block has come through its fence. The fence after the count keeps the
+// loads of the last block behind it (release and acquire of the PTX memory model, by fence, relaxed atomic, fence).
+__device__ inline bool last_block(u32* counter, i64 blocks)
+{
+    __shared__ u32 last;
+    const u32 thread = threadIdx.y * blockDim.x + threadIdx.x;
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) {
+        last = atomicAdd(counter, 1u) == (u32)(blocks - 1);
+        if (last) *counter = 0;  // for the next launch
+    }
+    __syncthreads();
+    __threadfence();
+    return last != 0;
+}
+
+#ifdef DTYPE_float64
+typedef double2 A16;
+#else
+typedef float4 A16;
+#endif
+template <int P> struct Left;  // partial sums that another block left, P at a time
+template <> struct Left<1> {
+    static __device__ inline Pack<A, 1> load(const A* p) { Pack<A, 1> x; x.v[0] = __ldcg(p); return x; }
+};
+template <> struct Left<16 / sizeof(A)> {
+    typedef Pack<A, 16 / sizeof(A)> P16;
+    static __device__ inline P16 load(const A* p) { const A16 x = __ldcg((const A16*)p); return *(const P16*)&x; }
+};
+
+enum { FINAL_BATCH = 8 };  // lines of partial sums that a thread loads together
+
+// parts (blocks, cols): columns first .. first + P * width, rounded, to sums (cols,). By all BLOCK threads; width, a power of 2,
+// is how many of them share a line.
+template <int P> __device__ void final_sum(const A* parts, T* sums, i64 first, u32 width, i64 blocks, i64 cols)
+{
+    const u32 thread = threadIdx.y * blockDim.x + threadIdx.x, x = thread % width, line = thread / width, lines = BLOCK / width;
+    const i64 col = first + (i64)x * P;
+    A total[P];
+    UNROLL for (int k = 0; k < P; ++k) total[k] = 0;
+    if (col < cols)
+        for (i64 block = line; block < blocks; block += lines * FINAL_BATCH) {
+            Pack<A, P> part[FINAL_BATCH];
+            UNROLL for (int r = 0; r < FINAL_BATCH; ++r) {
+                part[r] = Pack<A, P>();
+                if (block + r * lines < blocks) part[r] = Left<P>::load(parts + (block + r * lines) * cols + col);
+            }
+            UNROLL for (int r = 0; r < FINAL_BATCH; ++r)
+                UNROLL for (int k = 0; k < P; ++k) total[k] += part[r].v[k];
+        }
+    sum_lines<P>(total, x, line, width, lines);
+    if (line == 0 && col < cols)
+        UNROLL for (int k = 0; k < P; ++k) sums[col + k] = Round<T>::of(total[k]);
+}
 
 // ---- backward: dz = keep ? dout : 0, db = sum of dz over rows ------------------------------------------------------
 
 enum Keep { ALL, MASK, PREACT };  // what `keep` points to: nothing, mask bytes, z
 
-// The keep-bits of V elements that start at column col: `line` points to that row's mask bytes or pre-activations.
-template <int V, Keep KEEP> __device__ inline u32 keep_bits(const u8* line, i64 col)
-{
-    if (KEEP == MASK) return (u32)line[col >> 3] >> (col & 7);
-    u32 bits = 0;
-    if (KEEP == PREACT) {
-        const Pack<T, V> z = load<V>((const T*)line + col);
-        UNROLL for (int k = 0; k < V; ++k) bits |= (u32)keeps(z.v[k]) << k;
-    }
-    return bits;
-}
-
-// Adds up acc over threadIdx.y in a fixed tree; the sums end in the threads with threadIdx.y == 0. blockDim.y is a power of 2.
-template <int V> __device__ inline void sum_over_y(A (&acc)[V])
-{
-    __shared__ A sums[BLOCK * V];  // [threadIdx.y][k][threadIdx.x]: neighbouring threads in neighbouring banks
-    const u32 line = blockDim.x * V;
-    A* const mine = sums + threadIdx.y * line + threadIdx.x;
-    UNROLL for (int k = 0; k < V; ++k) mine[k * blockDim.x] = acc[k];
-    for (u32 half = blockDim.y / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.y < half)
-            UNROLL for (int k = 0; k < V; ++k) mine[k * blockDim.x] += mine[half * line + k * blockDim.x];
-    }
-    UNROLL for (int k = 0; k < V; ++k) acc[k] = mine[k * blockDim.x];
-}
+// What says which of V elements are kept: mask bits, or pre-activations; loaded early, looked at later.
+template <int V, Keep KEEP> struct Kept;
+template <int V> struct Kept<V, ALL> {
+    __device__ inline void load(const u8*, i64) {}
+    __device__ inline bool operator[](int) const { return true; }
+};
+template <int V> struct Kept<V, MASK> {
+    u32 byte, shift;
+    __device__ inline void load(const u8* line, i64 col) { byte = line[col >> 3]; shift = V == 8 ? 0 : col & 7; }
+    __device__ inline bool operator[](int k) const { return byte >> (shift + k) & 1u; }
+};
+template <int V> struct Kept<V, PREACT> {
+    Pack<T, V> z;
+    __device__ inline void load(const u8* line, i64 col) { z = ::load<V>((const T*)line + col); }
+    __device__ inline bool operator[](int k) const { return keeps(z.get(k)); }
+};
 
 // A thread adds CHUNK rows into one sum and those sums into another, so that 10**6 rows of one sign keep five digits in
-// float32: a single running sum of that length would not.
+// float32: a single running sum of that length would not. Of a chunk it loads ROWS rows together.
 enum { CHUNK = 32 };
 
-// dout, dz (groups, rows, cols); parts (groups, blocks, cols): block i of a column tile sums rows i * span .. (i + 1) * span.
+// Of ROWS rows, `stride` elements apart: what is kept to dz, where wanted, and on top of chunk.
+template <int V, Keep KEEP, int ROWS>
+__device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col, i64 stride, i64 keep_stride, A (&chunk)[V])
+{
+    Pack<T, V> d[ROWS];
+    Kept<V, KEEP> kept[ROWS];
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+        d[r] = load<V>(dout + r * stride);
+        kept[r].load(keep + r * keep_stride, col);
+    }
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+        UNROLL for (int k = 0; k < V; ++k) {
+            if (!kept[r][k]) d[r].drop(k);
+            chunk[k] += widen(d[r].get(k));
+        }
+        if (KEEP != ALL && dz) store<V>(dz + r * stride, d[r]);
+    }
+}
+
+// Where the column sums go: parts (groups, blocks, cols) and a counter for each group and column tile, or straight to
+// sums (groups, cols) where one block has all rows.
+struct Sums { A* parts; u32* counters; T* sums; };
+
+// dout, dz (groups, rows, cols): block i of a column tile sums rows i * span .. (i + 1) * span.
 // dz may be null (db alone) or dout itself.
-template <int V, Keep KEEP>
-__device__ void select_colsum(const T* dout, const void* keep, T* dz, A* parts, i64 groups, i64 rows, i64 cols,
-                              i64 mask_row, i64 span)
+template <int V, Keep KEEP, int ROWS>
+__device__ void select_colsum(const T* dout, const void* keep, T* dz, Sums out, i64 groups, i64 rows, i64 cols, i64 mask_row, i64 span)
 {
     const i64 col_tiles = ceil_div(cols, (i64)blockDim.x * V), blocks = ceil_div(rows, span);
-    const i64 col = (blockIdx.x % col_tiles * blockDim.x + threadIdx.x) * V;
-    const i64 block = blockIdx.x / col_tiles;
+    const i64 tile = blockIdx.x % col_tiles, block = blockIdx.x / col_tiles;
+    const i64 col = (tile * blockDim.x + threadIdx.x) * V;
     const i64 first = block * span + threadIdx.y, end = (block + 1) * span < rows ? (block + 1) * span : rows;
     const i64 keep_row = KEEP == MASK ? mask_row : KEEP == PREACT ? cols * (i64)sizeof(T) : 0;  // bytes
     const i64 stride = blockDim.y * cols, keep_stride = blockDim.y * keep_row;
@@ -227,76 +351,74 @@ __device__ void select_colsum(const T* dout, const void* keep, T* dz, A* parts, 
             const int length = left < CHUNK ? (int)left : CHUNK;
             A chunk[V];
             UNROLL for (int k = 0; k < V; ++k) chunk[k] = 0;
-            UNROLL4 for (int i = 0; i < length; ++i) {
-                Pack<T, V> d = load<V>(dout + at);
-                if (KEEP != ALL) {
-                    const u32 bits = keep_bits<V, KEEP>(line, col);
-                    UNROLL for (int k = 0; k < V; ++k) if (!(bits >> k & 1u)) d.v[k] = T();
-                    if (dz) store<V>(dz + at, d);
-                }
-                UNROLL for (int k = 0; k < V; ++k) chunk[k] += widen(d.v[k]);
-                at += stride;
-                line += keep_stride;
-            }
+            int i = 0;
+            UNROLL1 for (; i + ROWS <= length; i += ROWS, at += ROWS * stride, line += ROWS * keep_stride)
+                select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, chunk);
+            UNROLL1 for (; i < length; ++i, at += stride, line += keep_stride)
+                select_rows<V, KEEP, 1>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, chunk);
             UNROLL for (int k = 0; k < V; ++k) total[k] += chunk[k];
         }
     }
-    sum_over_y<V>(total);
-    if (threadIdx.y == 0 && col < cols)
-        UNROLL for (int k = 0; k < V; ++k) parts[(group * blocks + block) * cols + col + k] = total[k];
+    sum_lines<V>(total, threadIdx.x, threadIdx.y, blockDim.x, blockDim.y);
+    const bool mine = threadIdx.y == 0 && col < cols;
+    if (blocks == 1) {
+        if (mine) UNROLL for (int k = 0; k < V; ++k) out.sums[group * cols + col + k] = Round<T>::of(total[k]);
+        return;
+    }
+    A* const parts = out.parts + group * blocks * cols;
+    if (mine) UNROLL for (int k = 0; k < V; ++k) __stcg(parts + block * cols + col + k, total[k]);
+    if (!last_block(out.counters + group * col_tiles + tile, blocks)) return;
+    enum { P = V == 1 ? 1 : 16 / sizeof(A) };
+    final_sum<P>(parts, out.sums + group * cols, tile * blockDim.x * V, blockDim.x * V / P, blocks, cols);
 }
 
+#define SELECT_COLSUM(name, V, KEEP, KeepType, ROWS, FIT)                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FIT)                                                            \
+    name(const T* dout, const KeepType* keep, T* dz, A* parts, u32* counters, T* sums,                                  \
+         i64 groups, i64 rows, i64 cols, i64 mask_row, i64 span)                                                        \
+    { select_colsum<V, KEEP, ROWS>(dout, keep, dz, {parts, counters, sums}, groups, rows, cols, mask_row, span); }
 
-#define SELECT_COLSUM(name, V, KEEP, KeepType)                                                                          \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 2) name(const T* dout, const KeepType* keep, T* dz, A* parts,      \
-                                                             i64 groups, i64 rows, i64 cols, i64 mask_row, i64 span)    \
-    { select_colsum<V, KEEP>(dout, keep, dz, parts, groups, rows, cols, mask_row, span); }
+// Blocks that fit without spilling, float64's addresses and sums take more registers: 48 KB, 32 KB under way on a multiprocessor.
+enum { SUMS_FIT = sizeof(T) == 8 ? 2 : 3 };
 
-SELECT_COLSUM(colsum, 1, ALL, u8)
-SELECT_COLSUM(colsum_wide, WIDE, ALL, u8)
-SELECT_COLSUM(mask_colsum, 1, MASK, u8)
-SELECT_COLSUM(mask_colsum_wide, WIDE, MASK, u8)
-SELECT_COLSUM(preact_colsum, 1, PREACT, T)
-SELECT_COLSUM(preact_colsum_wide, WIDE, PREACT, T)
-
-// parts (groups, blocks, cols) in A -> sums (groups, cols) in T.
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-colsum_final(const A* parts, T* sums, i64 groups, i64 blocks, i64 cols)
-{
-    const i64 col = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y;
-    if (group >= groups) return;
-    A total[1] = {0};
-    if (col < cols)
-        UNROLL4 for (i64 block = threadIdx.y; block < blocks; block += blockDim.y)
-            total[0] += parts[(group * blocks + block) * cols + col];
-    sum_over_y<1>(total);
-    if (threadIdx.y == 0 && col < cols) sums[group * cols + col] = Round<T>::of(total[0]);
-}
+SELECT_COLSUM(colsum, 1, ALL, u8, 8, SUMS_FIT)
+SELECT_COLSUM(colsum_wide, WIDE, ALL, u8, 4, SUMS_FIT)
+SELECT_COLSUM(mask_colsum, 1, MASK, u8, 8, 2)
+SELECT_COLSUM(mask_colsum_wide, WIDE, MASK, u8, 4, SUMS_FIT)
+SELECT_COLSUM(preact_colsum, 1, PREACT, T, 8, 2)
+SELECT_COLSUM(preact_colsum_wide, WIDE, PREACT, T, 4, 2)
 
 // ---- ReLU alone -----------------------------------------------------------------------------------------------------
 
+enum { FLAT = 4 };  // pieces that a thread loads together, BLOCK apart
+
 template <int V> __device__ void relu_flat(const T* x, const T* z, T* y, i64 size)
 {
-    const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
-    for (i64 i = thread; i < size / V; i += threads) {
-        Pack<T, V> p = load<V>(x + i * V);
-        const Pack<T, V> q = load<V>(z + i * V);
-        UNROLL for (int k = 0; k < V; ++k) if (!keeps(q.v[k])) p.v[k] = T();
-        store<V>(y + i * V, p);
+    const i64 pieces = size / V, step = (i64)gridDim.x * (BLOCK * FLAT);
+    for (i64 first = (i64)blockIdx.x * (BLOCK * FLAT) + threadIdx.x; first < pieces; first += step) {
+        Pack<T, V> p[FLAT], q[FLAT];
+        UNROLL for (int r = 0; r < FLAT; ++r) {
+            const i64 i = first + r * BLOCK;
+            if (i < pieces) { p[r] = load<V>(x + i * V); q[r] = load<V>(z + i * V); }
+        }
+        UNROLL for (int r = 0; r < FLAT; ++r) {
+            const i64 i = first + r * BLOCK;
+            UNROLL for (int k = 0; k < V; ++k) if (!keeps(q[r].get(k))) p[r].drop(k);
+            if (i < pieces) store<V>(y + i * V, p[r]);
+        }
     }
-    const i64 rest = size / V * V + thread;
+    const i64 rest = pieces * V + (i64)blockIdx.x * BLOCK + threadIdx.x;
     if (rest < size) y[rest] = keeps(z[rest]) ? x[rest] : T();
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) relu(const T* x, T* y, i64 size) { relu_flat<1>(x, x, y, size); }
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) relu_wide(const T* x, T* y, i64 size) { relu_flat<WIDE>(x, x, y, size); }
+extern "C" __global__ void __launch_bounds__(BLOCK, 4) relu(const T* x, T* y, i64 size) { relu_flat<1>(x, x, y, size); }
+extern "C" __global__ void __launch_bounds__(BLOCK, 4) relu_wide(const T* x, T* y, i64 size) { relu_flat<WIDE>(x, x, y, size); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 relu_backward(const T* dout, const T* z, T* dx, i64 size)
 { relu_flat<1>(dout, z, dx, size); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 relu_backward_wide(const T* dout, const T* z, T* dx, i64 size)
 { relu_flat<WIDE>(dout, z, dx, size); }
 
@@ -308,22 +430,28 @@ template <int V> __device__ void mask_select(const T* dout, const u8* mask, T* d
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const i64 col = (tile % col_tiles * blockDim.x + threadIdx.x) * V;
         const i64 first = tile / col_tiles * blockDim.y * TILE_ROWS + threadIdx.y;
+        Pack<T, V> d[TILE_ROWS];
+        Kept<V, MASK> kept[TILE_ROWS];
         UNROLL for (int r = 0; r < TILE_ROWS; ++r) {
-            const i64 row = first + (i64)r * blockDim.y;
+            const i64 row = first + r * (i64)blockDim.y;
             if (row >= rows || col >= cols) continue;
-            Pack<T, V> d = load<V>(dout + row * cols + col);
-            const u32 bits = keep_bits<V, MASK>(mask + row * mask_row, col);
-            UNROLL for (int k = 0; k < V; ++k) if (!(bits >> k & 1u)) d.v[k] = T();
-            store<V>(dx + row * cols + col, d);
+            d[r] = load<V>(dout + row * cols + col);
+            kept[r].load(mask + row * mask_row, col);
+        }
+        UNROLL for (int r = 0; r < TILE_ROWS; ++r) {
+            const i64 row = first + r * (i64)blockDim.y;
+            if (row >= rows || col >= cols) continue;
+            UNROLL for (int k = 0; k < V; ++k) if (!kept[r][k]) d[r].drop(k);
+            store<V>(dx + row * cols + col, d[r]);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 mask_backward(const T* dout, const u8* mask, T* dx, i64 rows, i64 cols, i64 mask_row)
 { mask_select<1>(dout, mask, dx, rows, cols, mask_row); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 mask_backward_wide(const T* dout, const u8* mask, T* dx, i64 rows, i64 cols, i64 mask_row)
 { mask_select<WIDE>(dout, mask, dx, rows, cols, mask_row); }
 
@@ -344,10 +472,11 @@ __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 
-// x, dx (n, c); y (n,); parts (warps,): the share of the mean loss that each warp's rows have. blockDim.x is a warp, and
-// each warp takes whole rows. Weighting each loss by 1/n before summing keeps a mean finite whose sum is not.
+// x, dx (n, c); y (n,); parts (warps,): the share of the mean loss that each warp's rows have; loss (1,), by the last block.
+// blockDim.x is a warp, and each warp takes whole rows. Weighting each loss by 1/n before summing keeps a mean finite whose
+// sum is not.
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-softmax_loss(const T* x, const i64* y, T* dx, A* parts, i64 n, i64 c)
+softmax_loss(const T* x, const i64* y, T* dx, A* parts, u32* counter, T* loss, i64 n, i64 c)
 {
     const i64 warp = (i64)blockIdx.x * blockDim.y + threadIdx.y, warps = (i64)gridDim.x * blockDim.y;
     const A inf = __uint_as_float(0x7f800000u), nan = __uint_as_float(0x7fc00000u);
@@ -369,5 +498,153 @@ softmax_loss(const T* x, const i64* y, T* dx, A* parts, i64 n, i64 c)
         }
         share += valid ? (logarithm(sum) - (widen(scores[label]) - top)) * weight : nan;
     }
-    if (threadIdx.x == 0) parts[warp] = share;
+    if (threadIdx.x == 0) __stcg(parts + warp, share);
+    if (last_block(counter, gridDim.x)) final_sum<1>(parts, loss, 0, 1, warps, 1);
 }
+
+// ---- small layers: products of our own ------------------------------------------------------------------------------------
+//
+// Where launches cost more than arithmetic, one launch does a whole forward, and one all gradients of a backward. A block
+// makes one TILE x TILE tile of a product by multiply-adds. Its 256 threads are 4 groups of 64: a thread has 4 x 4 sums,
+// and each group takes its quarter of every SLAB of the summed extent; the four sums of an element meet in the end, in one
+// order. So a running sum is a quarter of the summed extent long, which the backend keeps to a few hundred (cupy_small.py).
+// While a slab is multiplied the next one is on its way into registers. float64 is left to cuBLAS: many GPUs have few units for it.
+#ifndef DTYPE_float64
+
+enum {
+    TILE = 32, SLAB = 64, SPLIT = 4, LINE = TILE + 4, PIECES = TILE * SLAB / BLOCK,
+    SLABS = 2 * SLAB * LINE, PARTS = SPLIT * TILE * TILE, SHARED = SLABS > PARTS + BLOCK ? SLABS : PARTS + BLOCK
+};
+
+// One side of a product: `extent` rows of the result (or columns) by the summed extent `depth`, stored with the summed extent
+// innermost (DEEP) or outermost. Where mask or preact is given, elements that were not kept count as 0.
+struct Side { const T* at; const u8* mask; const T* preact; i64 extent, depth, mask_row; };
+
+// Where an element of a slab lies: a warp reads 32 neighbours, or (DEEP) 8 neighbours of 4 rows, and writes them to 32 banks.
+template <bool DEEP> __device__ inline u32 slab_row(u32 thread) { return DEEP ? thread / 8 : thread % TILE; }
+template <bool DEEP> __device__ inline u32 slab_depth(u32 thread, int piece) { return piece * 8 + (DEEP ? thread % 8 : thread / TILE); }
+
+template <bool DEEP> __device__ inline void fetch(const Side& side, i64 row, i64 depth, T (&out)[PIECES])
+{
+    const u32 thread = threadIdx.x;
+    const i64 r = row + slab_row<DEEP>(thread);
+    UNROLL for (int i = 0; i < PIECES; ++i) {
+        const i64 d = depth + slab_depth<DEEP>(thread, i);
+        out[i] = T();
+        if (r >= side.extent || d >= side.depth) continue;
+        const i64 line = DEEP ? r : d, col = DEEP ? d : r, at = line * (DEEP ? side.depth : side.extent) + col;
+        out[i] = side.at[at];
+        if (side.mask && !(side.mask[line * side.mask_row + (col >> 3)] >> (col & 7) & 1)) out[i] = T();
+        if (side.preact && !keeps(side.preact[at])) out[i] = T();
+    }
+}
+
+template <bool DEEP> __device__ inline void put(const T (&in)[PIECES], A* slab)
+{
+    UNROLL for (int i = 0; i < PIECES; ++i)
+        slab[slab_depth<DEEP>(threadIdx.x, i) * LINE + slab_row<DEEP>(threadIdx.x)] = widen(in[i]);
+}
+
+// The products of a kernel share it.
+__device__ inline A* tile_memory() { __shared__ __align__(16) A memory[SHARED]; return memory; }
+
+// What becomes of a product: y = a b + bias, relu'd where a mask is to be written. sums (of b's columns), where wanted, comes along.
+struct Product { T* y; const T* bias; u8* mask; T* sums; i64 mask_row; };
+
+// The tile at (row, col) of a b: a (rows, depth), b (depth, cols).
+template <bool A_DEEP, bool B_DEEP>
+__device__ void small_product(const Side& a, const Side& b, const Product& out, i64 row, i64 col)
+{
+    A* const shared = tile_memory();
+    A* const as = shared;
+    A* const bs = shared + SLAB * LINE;
+    const u32 thread = threadIdx.x, part = thread / (BLOCK / SPLIT), ty = thread / 8 % 8, tx = thread % 8, lane = thread % WARP, warp = thread / WARP;
+    A acc[4][4], column = 0;
+    UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = 0;
+    T an[PIECES], bn[PIECES];
+    fetch<A_DEEP>(a, row, 0, an);
+    fetch<B_DEEP>(b, col, 0, bn);
+    for (i64 depth = 0; depth < a.depth; depth += SLAB) {
+        __syncthreads();  // the slab before is done with
+        put<A_DEEP>(an, as);
+        put<B_DEEP>(bn, bs);
+        __syncthreads();
+        if (depth + SLAB < a.depth) {
+            fetch<A_DEEP>(a, row, depth + SLAB, an);
+            fetch<B_DEEP>(b, col, depth + SLAB, bn);
+        }
+        UNROLL for (int k = 0; k < SLAB / SPLIT; ++k) {
+            const u32 line = (part * (SLAB / SPLIT) + k) * LINE;
+            A u[4], v[4];
+            UNROLL for (int i = 0; i < 4; ++i) { u[i] = as[line + 4 * ty + i]; v[i] = bs[line + 4 * tx + i]; }
+            UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = __fmaf_rn(u[i], v[j], acc[i][j]);
+        }
+        if (out.sums) UNROLL for (int k = 0; k < SLAB / 8; ++k) column += bs[(warp * (SLAB / 8) + k) * LINE + lane];
+    }
+    __syncthreads();
+    // [part][row][column], the column sums of the warps behind them.
+    UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int j = 0; j < 4; ++j)
+        shared[(part * TILE + 4 * ty + i) * TILE + 4 * tx + j] = acc[i][j];
+    A* const columns = shared + PARTS;
+    columns[warp * TILE + lane] = column;
+    __syncthreads();
+    const i64 c = col + lane;
+    const A bias = out.bias && c < b.extent ? widen(out.bias[c]) : 0;
+    UNROLL for (int i = 0; i < TILE / 8; ++i) {
+        const i64 r = row + warp + 8 * i;
+        const A* const s = shared + (warp + 8 * i) * TILE + lane;
+        const A v = (s[0] + s[TILE * TILE]) + (s[2 * TILE * TILE] + s[3 * TILE * TILE]);
+        T t = Round<T>::of(out.bias ? v + bias : v);
+        const bool inside = r < a.extent && c < b.extent, keep = !out.mask || keeps(t);
+        if (!keep) t = T();
+        const u32 bits = __ballot_sync(0xffffffffu, inside && keep);
+        if (!inside) continue;
+        out.y[r * b.extent + c] = t;
+        if (out.mask && lane % 8 == 0) out.mask[r * out.mask_row + (c >> 3)] = (u8)(bits >> lane);
+    }
+    if (out.sums && warp == 0 && c < b.extent) {
+        A v = 0;
+        for (int w = 0; w < BLOCK / WARP; ++w) v += columns[w * TILE + lane];
+        out.sums[c] = Round<T>::of(v);
+    }
+}
+
+// x (groups, n, d), w (groups, d, m), b (groups, m) or null, y (groups, n, m), mask (groups, n, mask_row) or null: no ReLU.
+// A block for each tile of y.
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+small_forward(const T* x, const T* w, const T* b, T* y, u8* mask, i64 groups, i64 n, i64 d, i64 m, i64 mask_row)
+{
+    const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y, tiles = ceil_div(m, TILE);
+    if (group >= groups) return;
+    const Side left = {x + group * n * d, nullptr, nullptr, n, d, 0}, right = {w + group * d * m, nullptr, nullptr, m, d, 0};
+    const Product out = {y + group * n * m, b ? b + group * m : nullptr, mask ? mask + group * n * mask_row : nullptr, nullptr, mask_row};
+    small_product<true, false>(left, right, out, blockIdx.x / tiles * TILE, blockIdx.x % tiles * TILE);
+}
+
+// dout (groups, n, m), kept where mask (groups, n, mask_row) or preact, like dout, says so, if one is given;
+// dx = dz w^T (groups, n, d), dw = x^T dz (groups, d, m), db = sum of dz (groups, m); dx or db may be null.
+// A block for each tile of dw; those of its first row of tiles make db on the way. Then one for each tile of dx.
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+small_backward(const T* dout, const u8* mask, const T* preact, const T* x, const T* w, T* dx, T* dw, T* db,
+               i64 groups, i64 n, i64 d, i64 m, i64 mask_row)
+{
+    const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y;
+    if (group >= groups) return;
+    const T* const dz = dout + group * n * m;
+    const u8* const bits = mask ? mask + group * n * mask_row : nullptr;
+    const T* const z = preact ? preact + group * n * m : nullptr;
+    const i64 across = ceil_div(m, TILE), of_dw = ceil_div(d, TILE) * across;
+    if (blockIdx.x < of_dw) {
+        const i64 row = blockIdx.x / across * TILE, col = blockIdx.x % across * TILE;
+        const Side left = {x + group * n * d, nullptr, nullptr, d, n, 0}, right = {dz, bits, z, m, n, mask_row};
+        const Product out = {dw + group * d * m, nullptr, nullptr, db && row == 0 ? db + group * m : nullptr, 0};
+        small_product<false, false>(left, right, out, row, col);
+    } else {
+        const i64 tile = blockIdx.x - of_dw, along = ceil_div(d, TILE);
+        const Side left = {dz, bits, z, n, m, mask_row}, right = {w + group * d * m, nullptr, nullptr, d, m, 0};
+        const Product out = {dx + group * n * d, nullptr, nullptr, nullptr, 0};
+        small_product<true, true>(left, right, out, tile / along * TILE, tile % along * TILE);
+    }
+}
+
+#endif  // DTYPE_float64

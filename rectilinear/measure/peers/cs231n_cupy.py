@@ -7,7 +7,7 @@ from typing import Any
 
 from rectilinear.backends import cupy_loader
 from rectilinear.measure.cases import Case
-from rectilinear.measure.gpu import Gpu
+from rectilinear.measure.gpu import Events
 from rectilinear.measure.subjects import Run
 
 _backend = cupy_loader.make()
@@ -36,4 +36,4 @@ _layers = on(_cp)
 
 def build(case: Case, data: dict[str, Any]) -> Run:
     run = _layers.build(case, {name: _cp.asarray(a) for name, a in data.items()})
-    return Run(run.call, lambda value: tuple(_cp.asnumpy(a) for a in value), Gpu(_cp, _cp.asarray, _cp.asnumpy))
+    return Run(run.call, lambda value: tuple(_cp.asnumpy(a) for a in value), Events(_cp, _cp.asarray, _cp.asnumpy))

@@ -51,29 +51,28 @@ def _sgd(params: Any, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
 
 
-def _train(data: dict[str, Any]) -> Callable[[], Any]:
+def _train(data: dict[str, Any], done: Callable[[Any], Any]) -> Callable[[], Any]:
     sgd = jax.jit(_sgd, donate_argnums=0)
     state = [[(jnp.array(data[f"w{i}"]), jnp.array(data[f"b{i}"])) for i in range(_LAYERS)]]
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
 
     def step() -> Any:
         state[0] = sgd(state[0], x, y)
-        return jax.block_until_ready([p for layer in state[0] for p in layer])
+        return done([p for layer in state[0] for p in layer])
 
     return step
 
 
-def build(case: Case, data: dict[str, Any]) -> Run:
+def build(case: Case, data: dict[str, Any], done: Callable[[Any], Any] = jax.block_until_ready) -> Run:
+    """`done` is what is made of a call's results: by default it waits for them."""
     results = lambda value: tuple(np.asarray(a) for a in value)  # noqa: E731
     if case.kind == "train":
-        return Run(_train(data), results)
+        return Run(_train(data, done), results)
     arrays = {name: jnp.asarray(a) for name, a in data.items()}
     if case.kind == "step_fortran":
         step = jax.jit(_step_fortran)
         given = arrays["x"], jnp.asarray(data["w"].T), arrays["b"], arrays["dout"]
-        return Run(
-            lambda: jax.block_until_ready(step(*given)), lambda value: tuple(np.asarray(a) for a in (*value[:2], value[2].T, value[3]))
-        )
+        return Run(lambda: done(step(*given)), lambda value: tuple(np.asarray(a) for a in (*value[:2], value[2].T, value[3])))
     if case.kind in ("backward", "relu_backward"):  # vjp returns a pytree that holds what forward kept, so jit can be given it
         forward, names = (_layer, ("x", "w", "b")) if case.kind == "backward" else (jax.nn.relu, ("x",))
         vjp = jax.jit(lambda *a: jax.vjp(forward, *a)[1])(*(arrays[name] for name in names))
@@ -89,4 +88,4 @@ def build(case: Case, data: dict[str, Any]) -> Run:
         }.get(case.kind, (_step, ("x", "w", "b", "dout")))
         arguments = tuple(arrays[name] for name in names)
     compiled = jax.jit(function)
-    return Run(lambda: jax.block_until_ready(compiled(*arguments)), results)
+    return Run(lambda: done(compiled(*arguments)), results)

@@ -9,18 +9,14 @@ import torch
 from torch.nn import functional
 
 from rectilinear.measure.cases import Case
-from rectilinear.measure.peers.torch_eager import affine_relu, autograd, net
+from rectilinear.measure.peers.torch_eager import affine_relu, autograd, net_loss
 from rectilinear.measure.subjects import Run
 
 if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
     raise ImportError("torch.compile needs a C++ compiler (c++, g++ or clang++); install one")
 
 
-def build(case: Case, data: dict[str, Any]) -> Run:
+def build(case: Case, data: dict[str, Any], device: str = "cpu") -> Run:
     torch._dynamo.reset()  # each shape is compiled for itself, as a program that has one shape would
-
-    def net_loss(x: Any, y: Any, params: Any) -> Any:
-        return functional.cross_entropy(net(x, params), y)
-
-    compiled = [torch.compile(f, dynamic=False) for f in (affine_relu, functional.cross_entropy, net_loss)]
-    return autograd(case, data, *compiled)
+    layer, loss, net = (torch.compile(f, dynamic=False) for f in (affine_relu, functional.cross_entropy, net_loss))
+    return autograd(case, data, (layer, loss, net), device)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from rectilinear.measure.cases import NET, Case
-from rectilinear.measure.reference import LEARNING_RATE
+from rectilinear.measure.reference import LEARNING_RATE, numpy_dtype
 from rectilinear.measure.subjects import Run
 
 LAYERS = len(NET) - 1
@@ -31,24 +31,44 @@ def net(x: Any, params: list[Any]) -> Any:
     return x
 
 
-def tensors(data: dict[str, Any], wants_grad: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {name: torch.from_numpy(a).requires_grad_(name in wants_grad) for name, a in data.items()}
+def tensor(a: np.ndarray, device: str = "cpu") -> Any:
+    """NumPy's array on a device, in its layout. NumPy has no bfloat16 of PyTorch's: its bits go there as integers."""
+    if a.dtype.name == "bfloat16":
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(a).to(device)
+
+
+def array(t: Any) -> np.ndarray:
+    """`tensor` the other way."""
+    t = t.detach().cpu()
+    if t.dtype == torch.bfloat16:
+        return np.asarray(t.view(torch.int16).numpy().view(numpy_dtype("bfloat16")))
+    return np.asarray(t.numpy())
+
+
+def tensors(data: dict[str, Any], wants_grad: tuple[str, ...] = (), device: str = "cpu") -> dict[str, Any]:
+    return {name: tensor(a, device).requires_grad_(name in wants_grad) for name, a in data.items()}
 
 
 def results(value: Any) -> tuple[np.ndarray, ...]:
-    return tuple(a.detach().numpy() for a in value)
+    return tuple(map(array, value))
 
 
-def build(case: Case, data: dict[str, Any]) -> Run:
-    return autograd(case, data, affine_relu, functional.cross_entropy, lambda x, y, params: functional.cross_entropy(net(x, params), y))
+def build(case: Case, data: dict[str, Any], device: str = "cpu") -> Run:
+    return autograd(case, data, (affine_relu, functional.cross_entropy, net_loss), device)
 
 
-def autograd(case: Case, data: dict[str, Any], layer: Any, cross_entropy: Any, net_loss: Any) -> Run:
-    """The passes by autograd; what is differentiated is given, so that torch.compile can be given the same."""
+def net_loss(x: Any, y: Any, params: Any) -> Any:
+    return functional.cross_entropy(net(x, params), y)
+
+
+def autograd(case: Case, data: dict[str, Any], differentiated: tuple[Any, Any, Any], device: str) -> Run:
+    """The passes by autograd; what is differentiated (layer, loss, loss of a net) is given, so that torch.compile can be given the same."""
+    layer, cross_entropy, net_loss = differentiated
     grad = torch.autograd.grad
     if case.kind == "train":
         names = tuple(f"{k}{i}" for i in range(LAYERS) for k in ("w", "b"))
-        t = tensors(data, names)
+        t = tensors(data, names, device)
         params = [t[name] for name in names]
         sgd = torch.optim.SGD(params, lr=LEARNING_RATE)
 
@@ -60,7 +80,8 @@ def autograd(case: Case, data: dict[str, Any], layer: Any, cross_entropy: Any, n
 
         return Run(train, results)
 
-    t = tensors(data, ("w", "b", "x") if case.kind in ("affine", "forward", "backward", "step", "step_fortran", "stacked") else ("x",))
+    affine_kinds = ("affine", "forward", "backward", "step", "step_fortran", "stacked")
+    t = tensors(data, ("w", "b", "x") if case.kind in affine_kinds else ("x",), device)
     x, w, b, dout, y = (t.get(k) for k in ("x", "w", "b", "dout", "y"))
     made = layer(x, w, b) if case.kind == "backward" else torch.relu(x) if case.kind == "relu_backward" else None
 

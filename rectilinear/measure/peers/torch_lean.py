@@ -80,9 +80,9 @@ def _train(t: dict[str, Any]) -> Callable[[], Any]:
     return step
 
 
-def build(case: Case, data: dict[str, Any]) -> Run:
+def build(case: Case, data: dict[str, Any], device: str = "cpu") -> Run:
     with torch.inference_mode():
-        t = tensors(data)
+        t = tensors(data, device=device)
         call = _calls(case, t)
 
     def inference() -> Any:
