@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from nvmath.bindings import cublasLt
 from standin import Device, MemoryPointer, _bfloat16, _Interface, _matrices, _tf32, device_work, get_current_stream
 
 _MAGIC = 0xC0B1A5
@@ -61,20 +60,36 @@ class _Algorithm:
     workspace: int
 
 
+class _Bindings:
+    """``nvmath.bindings.cublasLt``, imported when it is used: these files are collected, and left out, where it is not installed too."""
+
+    def __getattr__(self, name: str) -> Any:
+        from nvmath.bindings import cublasLt
+
+        return getattr(cublasLt, name)
+
+
+cublasLt: Any = _Bindings()  # noqa: N816 - its name
+
+_NVMATHS_OWN = (
+    "Epilogue",
+    "ReductionScheme",
+    "MatmulDescAttribute",
+    "MatrixLayoutAttribute",
+    "MatmulPreferenceAttribute",
+    "MatmulHeuristicResult",
+    "get_matmul_desc_attribute_dtype",
+    "get_matrix_layout_attribute_dtype",
+    "get_matmul_preference_attribute_dtype",
+)
+
+
 class CublasLt:
     """What `from nvmath.bindings import cublasLt` would give. `counts` has products, heuristics and attributes."""
 
-    Epilogue = cublasLt.Epilogue
-    ReductionScheme = cublasLt.ReductionScheme
-    MatmulDescAttribute = cublasLt.MatmulDescAttribute
-    MatrixLayoutAttribute = cublasLt.MatrixLayoutAttribute
-    MatmulPreferenceAttribute = cublasLt.MatmulPreferenceAttribute
-    MatmulHeuristicResult = cublasLt.MatmulHeuristicResult
-    get_matmul_desc_attribute_dtype = staticmethod(cublasLt.get_matmul_desc_attribute_dtype)
-    get_matrix_layout_attribute_dtype = staticmethod(cublasLt.get_matrix_layout_attribute_dtype)
-    get_matmul_preference_attribute_dtype = staticmethod(cublasLt.get_matmul_preference_attribute_dtype)
-
     def __init__(self, counts: Counter[str]) -> None:
+        for name in _NVMATHS_OWN:
+            setattr(self, name, getattr(cublasLt, name))
         self.counts = counts
         self.alive: dict[int, _Object] = {}
         self.workspaces: dict[tuple[int, int], tuple[int, int]] = {}  # (device, stream) -> where its latest lies

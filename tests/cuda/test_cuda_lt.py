@@ -47,7 +47,7 @@ def test_constants_are_nvmaths() -> None:
     for name in ("COMPUTE_32F", "COMPUTE_64F", "COMPUTE_32F_FAST_TF32"):
         assert getattr(cupy_lt, name) == cublas.ComputeType[name]
     assert (cublas.Operation.N, cublas.Operation.T) == (0, 1)
-    result = standin_lt.CublasLt.MatmulHeuristicResult()
+    result = standin_lt.cublasLt.MatmulHeuristicResult()
     assert result.ptr == result.algo.ctypes.data  # the algorithm is what it begins with
 
 
