@@ -53,8 +53,10 @@ test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 m
 
 nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 minutes)
 	@echo "== running the tests that take long"
-	@$(PYTEST) -m nightly --junitxml=out/nightly.xml
+	@$(PYTEST) -m 'nightly and not cuda' --junitxml=out/nightly.xml
 	@$(MAKE) --no-print-directory test-arm
+	@$(MAKE) --no-print-directory test-cuda
+	@.venv-cuda/bin/python -m pytest -q -m 'cuda and nightly' --junitxml=out/nightly-cuda.xml tests/cuda
 	@$(MAKE) --no-print-directory cuda-mutants
 	@$(MAKE) --no-print-directory kernel-mutants
 	@$(MAKE) --no-print-directory fuzz-mutants
@@ -103,7 +105,7 @@ test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headle
 test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@echo "== compiling the CUDA kernels, and running them on the CPU"
-	@.venv-cuda/bin/python -m pytest -q -m cuda --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
+	@.venv-cuda/bin/python -m pytest -q -m 'cuda and not nightly' --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
 
 cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
