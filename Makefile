@@ -105,7 +105,7 @@ test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headle
 test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@echo "== compiling the CUDA kernels, and running them on the CPU"
-	@.venv-cuda/bin/python -m pytest -q -m 'cuda and not nightly' --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
+	@.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal -m 'cuda and not nightly' --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
 
 cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
