@@ -117,7 +117,7 @@ def found_by(parts: list[str], seconds: float, whole: float) -> dict[str, Any]:
     return gpu_check.report(gpu_check.run(parts, whole, setup), setup, None)
 
 
-START = 8.0
+START = 15.0
 """Seconds in which a process of Python with NumPy and pytest has started, on a busy machine too."""
 
 
