@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,9 @@ KINDS = (
     "relu_backward_offset",
     "mask_backward",
     "softmax_loss",
+    "sgd_step",
+    "sgd_step_offset",
+    "sgd_step_plain",
     "small_forward",
     "small_forward_affine",
     "small_forward_none",
@@ -61,6 +64,15 @@ KINDS = (
     "small_backward_preact",
     "small_backward_dw",
 )
+
+
+class _Rates(NamedTuple):
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+_RATES = _Rates(0.05, 0.9, 0.01)
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def cases(dtype: str, kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
         if kind.startswith("small"):
             yield from (Case(kind, dtype, shape) for shape in SMALL_SHAPES if dtype != "float64")
             continue
-        for shape in ((size,) for size in FLAT_SIZES) if kind.startswith("relu") else SHAPES:
+        for shape in ((size,) for size in FLAT_SIZES) if kind.startswith(("relu", "sgd")) else SHAPES:
             yield Case(kind, dtype, shape)
 
 
@@ -138,6 +150,11 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
         return {"x": x, "y": labels}
     if case.kind in ("relu", "relu_offset"):
         return {"x": with_specials(uniform(case.shape, seed), dtype, 3)}
+    if case.kind.startswith("sgd"):
+        return {
+            name: with_specials(uniform(case.shape, seed + i), dtype, every)
+            for i, (name, every) in enumerate((("w", 3), ("dw", 5), ("v", 7)))
+        }
     keep = with_specials(uniform(case.shape, seed), dtype, 3)
     # A sum over specials is NaN and shows nothing: where db is summed, they stand where keep is false.
     summed = "colsum" in case.kind
@@ -173,9 +190,7 @@ def mask_of(keep: np.ndarray) -> KeepMask:
 
 def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of a case on this backend, as host arrays. Uses the backend's launch code, past its cuBLAS products."""
-    on = {name: backend.asarray(array) for name, array in given.items()}
-    if "offset" in case.kind:  # pointers that are not 16-byte aligned
-        on = {name: backend.asarray(np.append(array[:1], array))[1:] for name, array in given.items()}
+    on = _put(backend, case, given)
     keep = backend.asarray(mask_of(given["keep"])) if "keep" in given and "mask" in case.kind else on.get("keep")
     out: dict[str, Any] = {}
     if case.kind.startswith("small"):
@@ -199,9 +214,23 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
         out["y"] = backend.relu_forward(on["x"], None)
     elif case.kind == "softmax_loss":
         out["loss"], out["dx"] = backend.softmax_loss(on["x"], on["y"], None)
+    elif case.kind.startswith("sgd"):
+        # Twice the same: a parameter that decays, and one that does not.
+        plain, (w, dw, v), (w2, dw2, v2) = "plain" in case.kind, on.values(), _put(backend, case, given).values()
+        rates = _RATES._replace(momentum=0.0, weight_decay=0.0) if plain else _RATES
+        if backend.sgd_step((w, w2), (dw, dw2), () if plain else (v, v2), 1, *rates) is None:
+            raise ValueError(f"{case.name}: the kernel does not take these")
+        out = {"w": w, "v": v, "w2": w2, "v2": v2}
     else:
         out["dx"] = backend.relu_backward(on["dout"], keep, None)
     return {name: backend.to_numpy(array) for name, array in out.items() if array is not None}
+
+
+def _put(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The inputs on the device, a copy at each call."""
+    if "offset" in case.kind:  # pointers that are not 16-byte aligned
+        return {name: backend.asarray(np.append(array[:1], array))[1:] for name, array in given.items()}
+    return {name: backend.asarray(array) for name, array in given.items()}
 
 
 def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[str, Any]:
@@ -254,11 +283,31 @@ def expected(case: Case, given: dict[str, np.ndarray], flush: bool) -> dict[str,
         return {"y": _selected(t, t), "mask": mask_of(t).bits}
     if case.kind in ("relu", "relu_offset"):
         return {"y": _selected(given["x"], given["x"])}
+    if case.kind.startswith("sgd"):
+        return _moved(case, given, flush)
     if "backward" in case.kind:
         return {"dx": _selected(given["dout"], given["keep"])}
     if case.kind in ("mask_colsum", "preact_colsum"):
         return {"dz": _selected(given["dout"], given["keep"])}
     return {}
+
+
+def _moved(case: Case, given: dict[str, np.ndarray], flush: bool) -> dict[str, np.ndarray]:
+    """Every operation rounded by itself."""
+    dtype, want = numpy_dtype(case.dtype), {}
+    w, dw, v = (_flushed(given[name].astype(sum_dtype(dtype)), flush) for name in ("w", "dw", "v"))
+    lr, momentum, weight_decay = (sum_dtype(dtype).type(rate) for rate in _RATES)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        for suffix, decays in (("", True), ("2", False)):
+            move = dw
+            if decays and "plain" not in case.kind:
+                move = _flushed(_flushed(weight_decay * w, flush) + move, flush)
+            move = _flushed(-lr * move, flush)
+            if "plain" not in case.kind:
+                move = _flushed(move + _flushed(momentum * v, flush), flush)
+            want["w" + suffix] = _flushed(w + move, flush).astype(dtype)
+            want["v" + suffix] = given["v"] if "plain" in case.kind else move.astype(dtype)
+    return want
 
 
 def errors(case: Case, given: dict[str, np.ndarray], got: dict[str, np.ndarray], flush: bool = True) -> list[str]:

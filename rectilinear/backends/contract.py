@@ -78,7 +78,9 @@ class SGDStep(Protocol):
         w and dw are equally long, not empty; so is v, which is empty where momentum is 0. What is in them has not been checked and may be
         anything. The backend chooses what it serves, which is never what is read-only where it is to be written, shares memory with
         anything else in the tuples, or differs in dtype or shape. For the rest it returns None, before it has changed anything, and
-        the caller computes by itself. Else it returns whether a value that is not finite came of finite ones.
+        the caller computes by itself. Else it returns whether a value that is not finite came of finite ones, or False where nobody
+        looks. The rates are floats; for the cupy backend, in a step that is recorded, 0.0 or arrays without axes, of the dtype that
+        is computed in (float32 for 16 bits).
         """
         ...
 

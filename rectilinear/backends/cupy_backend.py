@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from rectilinear.keepmask import KeepMask, unchecked
 _BLOCK = 256  # threads
 _TILE_ROWS = 4  # rows of a tile that one thread takes
 _FLAT = 4  # pieces of a flat array that one thread takes
+_STEP_PIECES = 2  # of each of a parameter's arrays
 _WIDE_BYTES = 16
 
 _LARGEST_X, _LARGEST_Y = 2**31 - 1, 65535  # of a grid
@@ -42,6 +44,8 @@ _COUNTERS = _SUM_BLOCKS // 2  # that a launch may need: one for each tile with m
 
 _SOFTMAX_BLOCKS = 1024
 _WARP = 32
+
+_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 _NULL = np.uintp(0)
 _BYTE, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
@@ -415,6 +419,42 @@ class CupyBackend:
         start((self._contiguous(x), labels, dx, parts, counters, loss, *extents))
         return loss, _deliver(dx, out)
 
+    # SGD
+
+    def sgd_step(
+        self,
+        w: tuple[Any, ...],
+        dw: tuple[Any, ...],
+        v: tuple[Any, ...],
+        decayed: int,
+        lr: Any,
+        momentum: Any,
+        weight_decay: Any,
+    ) -> bool | None:
+        """See `rectilinear.backends.contract.SGDStep`: a launch a parameter. Takes C-contiguous arrays of one dtype on one device."""
+        first = w[0]
+        if type(first) is not self.runtime.cp.ndarray:
+            return None
+        if first.data.device_id != self._current_device():
+            with first.device:
+                return self.sgd_step(w, dw, v, decayed, lr, momentum, weight_decay)
+        if not _move_apart(w, dw, v):
+            return None
+        dtype = first.dtype
+        number = _sum_dtype(dtype).type
+        zero = number(0)
+        # What is no float is a number on the GPU, of a step that is recorded.
+        (lr_at, lr), (momentum_at, momentum), decay = (
+            (_NULL, number(rate)) if type(rate) is float else (rate, zero) for rate in (lr, momentum, weight_decay)
+        )
+        for i, (weight, gradient, velocity) in enumerate(zip(w, dw, v or (_NULL,) * len(w), strict=True)):
+            if weight.size:
+                aligned = _wide_aligned(weight, gradient) and (velocity is _NULL or _wide_aligned(velocity))
+                start, extents = self._flat_launch(dtype, "sgd_step", weight.size, aligned)
+                decay_at, own_decay = decay if i < decayed else (_NULL, zero)
+                start((gradient, weight, velocity, lr_at, momentum_at, decay_at, lr, momentum, own_decay, *extents))
+        return False
+
     # arrays
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
@@ -469,6 +509,26 @@ def _deliver(result: Array, out: Array | None) -> Array:
         return result
     out[...] = result
     return out
+
+
+def _move_apart(w: tuple[Array, ...], dw: tuple[Any, ...], v: tuple[Any, ...]) -> bool:
+    """Whether a kernel can move all of w, and v, in place: arrays of one kind, dtype and device, C-contiguous, none on another's memory."""
+    kind, dtype, device = type(w[0]), w[0].dtype, w[0].data.device_id
+    if dtype.name not in _DTYPES:
+        return False
+    arrays = (*w, *dw, *v)
+    for i, array in enumerate(arrays):
+        if (
+            type(array) is not kind
+            or array.dtype is not dtype
+            or array.data.device_id != device
+            or array.shape != w[i % len(w)].shape
+            or not array._c_contiguous
+            or array.data.ptr % dtype.itemsize
+        ):
+            return False
+    places = sorted((array.data.ptr, array.data.ptr + array.nbytes) for array in arrays if array.size)
+    return all(end <= start for (_, end), (start, _) in pairwise(places))
 
 
 def _wide_aligned(*arrays: Array) -> bool:
@@ -537,8 +597,8 @@ def column_sum(itemsize: int, name: str, shape: tuple[int, ...], aligned: bool, 
 
 
 def flat_launch(itemsize: int, name: str, size: int, aligned: bool) -> Launch:
-    width = _width(itemsize, 0, aligned)
-    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK * _FLAT), _LARGEST_X),), (_BLOCK,), (size,))
+    width, pieces = _width(itemsize, 0, aligned), _STEP_PIECES if name == "sgd_step" else _FLAT
+    return _named(name, width, (min(_cdiv(_cdiv(size, width), _BLOCK * pieces), _LARGEST_X),), (_BLOCK,), (size,))
 
 
 def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> Launch:

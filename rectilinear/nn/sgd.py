@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from rectilinear.backends import registry
 from rectilinear.backends.contract import SGDStep
 from rectilinear.backends.cupy_scratch import Scratch, recorded
-from rectilinear.dispatch import dtype_name
+from rectilinear.dispatch import dtype_name, library_name
 from rectilinear.errors import DTypeError, ShapeError
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import (
@@ -70,9 +70,13 @@ class RecordedRates:
         rates = optimizer._rates
         self._filled: Rates | None = None
         self._pattern = _nonzero(rates)
-        self.descent: Any = scratch.scalar(dtype)
+        self.lr: Any = scratch.scalar(dtype)
         self.momentum: Any = scratch.scalar(dtype) if rates.momentum else 0.0
         self.weight_decay: Any = scratch.scalar(dtype) if rates.weight_decay else 0.0
+
+    @property
+    def descent(self) -> Any:
+        return -self.lr
 
     def fits(self) -> bool:
         rates = self.optimizer._rates
@@ -82,7 +86,7 @@ class RecordedRates:
         rates = self.optimizer._rates
         if rates is self._filled:
             return
-        self.descent.fill(rates.descent)
+        self.lr.fill(rates.lr)
         for scalar, value in ((self.momentum, rates.momentum), (self.weight_decay, rates.weight_decay)):
             if value:
                 scalar.fill(value)
@@ -120,9 +124,9 @@ class SGD:
     `velocity` holds v by the parameters' names, for those that have moved with momentum. Tied parameters have one v, under the first of
     their names, and move once, along the sum of their gradients. float16 and bfloat16 are moved in float32 and rounded once.
 
-    With the numba backend a step over float32 or over float64 parameters is one pass of a kernel, to the same bits. It is in place from the
-    start, so it serves only where an overflow is no more than a warning: not where ``numpy.errstate`` or a filter of `warnings` makes
-    it an exception.
+    With the numba backend a step over float32 or over float64 parameters is one pass of a kernel, to the same bits; on CuPy arrays it is
+    one launch a parameter. That is in place from the start, so it serves only where an overflow is no more than a warning: not
+    where ``numpy.errstate`` or a filter of `warnings` makes it an exception.
 
     Examples
     --------
@@ -204,8 +208,7 @@ class SGD:
         and the long way says what.
         """
         rates, velocity = self._rates, self.velocity
-        sgd_step: SGDStep | None = getattr(registry.active(), "sgd_step", None)
-        if sgd_step is None or (velocity and not rates.momentum) or _raises_on_overflow():
+        if velocity and not rates.momentum:
             return False
         weights: list[tuple[Array, Array, Array]] = []
         others: list[tuple[Array, Array, Array]] = []
@@ -217,7 +220,15 @@ class SGD:
         if not weights and not others:
             return False
         w, dw, v = zip(*weights, *others, strict=True)
-        overflowed = sgd_step(w, dw, v if rates.momentum else (), len(weights), *rates)
+        first = w[0]
+        of_numpy = isinstance(first, np.ndarray)
+        backend = registry.active() if of_numpy else registry.serving(library_name(first))
+        sgd_step: SGDStep | None = getattr(backend, "sgd_step", None)
+        if sgd_step is None or (of_numpy and _raises_on_overflow()):
+            return False
+        scratch = recorded()
+        asked = rates if scratch is None else self._recorded_rates(_computed(first), scratch)
+        overflowed = sgd_step(w, dw, v if rates.momentum else (), len(weights), asked.lr, asked.momentum, asked.weight_decay)
         if overflowed and np.geterr()["over"] == "warn":
             warnings.warn("overflow encountered in SGD.step", RuntimeWarning, stacklevel=3)
         return overflowed is not None
@@ -369,7 +380,10 @@ def _is_zero(rate: Any) -> bool:
 
 
 def _widened(x: Array) -> Array:
-    if dtype_name(x.dtype) not in ("float16", "bfloat16"):
-        return x
-    xp = array_namespace(x)
-    return xp.astype(x, xp.float32)
+    dtype = _computed(x)
+    return x if dtype == x.dtype else array_namespace(x).astype(x, dtype)
+
+
+def _computed(x: Array) -> Any:
+    """The dtype that x is moved in."""
+    return array_namespace(x).float32 if dtype_name(x.dtype) in ("float16", "bfloat16") else x.dtype

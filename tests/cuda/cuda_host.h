@@ -348,6 +348,10 @@ template <class To, class From> static inline To reinterpret(From value)
 static inline unsigned __float_as_uint(float x) { return reinterpret<unsigned>(x); }
 static inline float __uint_as_float(unsigned x) { return reinterpret<float>(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline long long __double_as_longlong(double x) { return reinterpret<long long>(x); }
 #define HALF_TO_FLOAT(f, bits) f = (float)reinterpret<_Float16>(bits)
 #define FLOAT_TO_HALF(bits, f) bits = reinterpret<unsigned short>((_Float16)(f))

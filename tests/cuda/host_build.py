@@ -21,7 +21,7 @@ from standin import device_work
 HERE = Path(__file__).parent
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-# No contraction to FMA and no strict aliasing: nvcc contracts, but no kernel here multiplies and adds outside of softmax.
+# No contraction to FMA and no strict aliasing: nvcc contracts, but here only softmax leaves it the choice.
 _FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 # Shared variables of inline functions would else be one and the same in the libraries of all dtypes.
 _FLAGS.append("-fno-gnu-unique")
@@ -35,7 +35,7 @@ def kernel_names(source: str, dtype: str = "float32") -> list[str]:
     if dtype == "float64":
         source = re.sub(r"^#ifndef DTYPE_float64$.*?^#endif  // DTYPE_float64$", "", source, flags=re.MULTILINE | re.DOTALL)
     plain = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', source, re.MULTILINE)
-    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM)\((\w+),", source, re.MULTILINE)
+    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM|SGD_STEP)\((\w+),", source, re.MULTILINE)
 
 
 def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path:

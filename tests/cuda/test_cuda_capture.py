@@ -20,6 +20,7 @@ from host_backend import Host
 import rectilinear
 from rectilinear import graphs, nn
 from rectilinear.backends import cupy_scratch, registry
+from rectilinear.backends.cupy_backend import CupyBackend
 from rectilinear.backends.cupy_gemm import Gemm
 from rectilinear.keepmask import KeepMask
 
@@ -769,6 +770,59 @@ def test_a_training_step_to_the_same_bits(cp: Any, dtype: str, rates: dict[str, 
     for n in range(6):  # a smaller batch now and then
         assert same(captured.train(n, 7 if n % 2 else 10), eager.train(n, 7 if n % 2 else 10)), n
     assert captured.runs == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("rates", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
+def test_sgd_is_a_launch_a_parameter_to_the_bits_of_the_long_way(
+    host: Host, cp: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, rates: dict[str, float]
+) -> None:
+    step, long = Step(cp, dtype, False, **rates), Step(cp, dtype, False, **rates)
+    for n in range(3):
+        for module in host.modules.values():
+            module.launched.clear()
+        got = step.train(n)
+        begins = n == 0 and "momentum" in rates  # there is no velocity yet
+        assert sum("sgd_step" in name for name in host.launched) == (0 if begins else 4)
+        with monkeypatch.context() as patched:
+            patched.setattr(CupyBackend, "sgd_step", lambda *given: None)
+            assert same(got, long.train(n)), n
+
+
+def _by_columns(cp: Any, params: dict[str, Any], grads: dict[str, Any]) -> None:
+    params["w"] = cp.asarray(np.ascontiguousarray(params["w"].get().T)).T
+
+
+def _on_one_memory(cp: Any, params: dict[str, Any], grads: dict[str, Any]) -> None:
+    grads["w"] = params["w"]
+
+
+def _of_other_shape(cp: Any, params: dict[str, Any], grads: dict[str, Any]) -> None:
+    grads["w"] = grads["w"][:1]
+
+
+def _of_two_dtypes(cp: Any, params: dict[str, Any], grads: dict[str, Any]) -> None:
+    grads["b"] = cp.asarray(grads["b"].get().astype("f8"))
+
+
+def _of_numpy(cp: Any, params: dict[str, Any], grads: dict[str, Any]) -> None:
+    grads["b"] = grads["b"].get()
+
+
+@pytest.mark.parametrize("spoil", [_by_columns, _on_one_memory, _of_other_shape, _of_two_dtypes, _of_numpy])
+def test_what_no_kernel_moves_in_place_goes_the_long_way(host: Host, cp: Any, spoil: Callable[..., None]) -> None:
+    layer = nn.Affine(4, 3, rng=np.random.default_rng(0))
+    layer.backward(layer.forward(cp.asarray(values(0, 5, 4))))
+    spoil(cp, layer.params, layer.grads)
+    before, grads = (
+        {name: array.get() if hasattr(array, "get") else array for name, array in of.items()} for of in (layer.params, layer.grads)
+    )
+    with contextlib.nullcontext() if spoil is not _of_other_shape else pytest.raises(rectilinear.ShapeError, match="gradient of w"):
+        nn.SGD(layer, lr=0.5).step()
+    assert not any("sgd_step" in name for name in host.launched)
+    for name, array in layer.params.items():
+        moved = 0 if spoil is _of_other_shape else np.float32(-0.5) * grads[name].astype("f4")
+        assert np.array_equal(array.get(), before[name] + moved)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

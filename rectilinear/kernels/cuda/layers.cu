@@ -1,5 +1,5 @@
 // What lies around the cuBLAS products on a GPU: bias, ReLU and keep-mask after the forward product; the gradient of the
-// ReLU and the bias reduction before the backward products; ReLU alone; softmax loss; and small layers whole. Other
+// ReLU and the bias reduction before the backward products; ReLU alone; softmax loss; a step of SGD; and small layers whole. Other
 // products are cuBLAS's, launch geometry and buffers are backends/cupy_backend.py's.
 //
 // Compiled once per element type T, chosen by -DDTYPE_float32, _float64, _float16 or _bfloat16. Sums, biases and
@@ -454,6 +454,77 @@ mask_backward(const T* dout, const u8* mask, T* dx, i64 rows, i64 cols, i64 mask
 extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 mask_backward_wide(const T* dout, const u8* mask, T* dx, i64 rows, i64 cols, i64 mask_row)
 { mask_select<WIDE>(dout, mask, dx, rows, cols, mask_row); }
+
+// ---- a step of SGD: v = momentum v - lr (dw + decay w), w = w + v ------------------------------------------------------
+
+// A rate as it is given, or as it stands at an address: a recorded graph reads it there at every replay.
+__device__ inline A rate(const A* at, A given) { return at ? *at : given; }
+
+// Each operation rounds by itself: a step has the bits that it has in passes over arrays, one operation a pass.
+__device__ inline float times(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double times(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double plus(double a, double b) { return __dadd_rn(a, b); }
+
+struct Rates { A lr, momentum, decay; };
+
+// Without decay, or v: nothing is multiplied by 0, which would make NaN of inf.
+template <int V>
+__device__ inline void descend(const Rates& rates, bool moves, const Pack<T, V>& dw, Pack<T, V>& w, Pack<T, V>& v)
+{
+    UNROLL for (int k = 0; k < V; ++k) {
+        const A weight = widen(w.get(k));
+        A move = widen(dw.get(k));
+        if (rates.decay != 0) move = plus(times(rates.decay, weight), move);
+        move = times(-rates.lr, move);
+        if (moves) move = plus(move, times(rates.momentum, widen(v.get(k))));
+        w.set(k, Round<T>::of(plus(weight, move)));
+        v.set(k, Round<T>::of(move));
+    }
+}
+
+enum { STEP_PIECES = 2 };  // of three arrays, that a thread loads together, BLOCK apart
+
+template <int V> __device__ void sgd_flat(const T* dw, T* w, T* v, const Rates& rates, i64 size)
+{
+    const i64 pieces = size / V, step = (i64)gridDim.x * (BLOCK * STEP_PIECES);
+    for (i64 first = (i64)blockIdx.x * (BLOCK * STEP_PIECES) + threadIdx.x; first < pieces; first += step) {
+        Pack<T, V> d[STEP_PIECES], p[STEP_PIECES], q[STEP_PIECES];
+        UNROLL for (int r = 0; r < STEP_PIECES; ++r) {
+            const i64 i = first + r * BLOCK;
+            q[r] = Pack<T, V>();
+            if (i < pieces) {
+                d[r] = load<V>(dw + i * V);
+                p[r] = load<V>(w + i * V);
+                if (v) q[r] = load<V>(v + i * V);
+            }
+        }
+        UNROLL for (int r = 0; r < STEP_PIECES; ++r) {
+            const i64 i = first + r * BLOCK;
+            if (i >= pieces) continue;
+            descend<V>(rates, v, d[r], p[r], q[r]);
+            store<V>(w + i * V, p[r]);
+            if (v) store<V>(v + i * V, q[r]);
+        }
+    }
+    const i64 rest = pieces * V + (i64)blockIdx.x * BLOCK + threadIdx.x;
+    if (rest >= size) return;
+    Pack<T, 1> p = load<1>(w + rest), q = Pack<T, 1>();
+    if (v) q = load<1>(v + rest);
+    descend<1>(rates, v, load<1>(dw + rest), p, q);
+    store<1>(w + rest, p);
+    if (v) store<1>(v + rest, q);
+}
+
+// dw, w, and v or null where there is no momentum: `size` elements, w and v in place.
+#define SGD_STEP(name, V)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                              \
+    name(const T* dw, T* w, T* v, const A* lr_at, const A* momentum_at, const A* decay_at, A lr, A momentum, A decay,   \
+         i64 size)                                                                                                      \
+    { sgd_flat<V>(dw, w, v, {rate(lr_at, lr), rate(momentum_at, momentum), rate(decay_at, decay)}, size); }
+
+SGD_STEP(sgd_step, 1)
+SGD_STEP(sgd_step_wide, WIDE)
 
 // ---- softmax loss -----------------------------------------------------------------------------------------------------
 
