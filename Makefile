@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test  ## the tests that need no large library (6 minute
 	@echo "== compiling kernels, where they are not on disk"
 	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
 	@echo "== running the tests"
-	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone' --junitxml=out/test.xml
+	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone and not docs' --junitxml=out/test.xml
 	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml
 
 test-smoke: $(VENV)/.installed-smoke  ## a quick subset of the tests, across all layers
@@ -71,8 +71,15 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@$(BIN)/ruff format --check .
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
-	@echo "== doctests of docstrings, README and docs"
-	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers rectilinear README.md docs
+	@echo "== doctests of docstrings"
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --ignore=rectilinear/measure/peers rectilinear
+
+docs: $(VENV)/.installed-test $(VENV)/.installed-docs  ## build the documentation into out/site; warnings are errors
+	@echo "== building the documentation"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/python -m pytest -q -m 'docs and not browser' --junitxml=out/test-docs.xml tests/test_site.py
+	@$(BIN)/python -m tests.documents
+	@echo "== done: out/site/index.html"
 
 wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
 	@echo "== building a wheel and trying it outside of the checkout"
@@ -97,8 +104,8 @@ fuzz-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the fuzz
 kernel-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the test that is named for each fail (20 minutes)
 	@$(BIN)/python -m tests.mutants
 
-test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
-	@echo "== looking at the report in Chromium"
+test-browser: docs  ## look at the documentation and the benchmark report in headless Chromium, which has to be installed
+	@echo "== looking at the documentation and the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
 
 # An environment of its own: everything else is to be tested where CuPy is not installed.
@@ -117,4 +124,4 @@ gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint docs wheel bench bench-full clean
