@@ -125,7 +125,9 @@ def test_a_block_that_fails_is_seen(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("line", ["make no-such-target", "pip install '.[no-such-extra]'", "python -m rectilinear bench --only no-such-case"])
+@pytest.mark.parametrize(
+    "line", ["make no-such-target", "pip install '.[no-such-extra]'", "python -m rectilinear bench --only no-such-case"]
+)
 def test_commands_that_do_not_run_are_still_checked(line, checkout):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", "-c", PRELUDE + line]

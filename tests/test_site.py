@@ -114,11 +114,14 @@ def test_pages_fit_the_screen_fetch_nothing_and_have_no_console_error(browser, p
 
 @pytest.mark.browser
 def test_pages_can_be_read_without_scripts(browser, pages):  # noqa: F811
+    browser.show(SITE / "404.html", PHONE)
     browser.ask("Emulation.setScriptExecutionDisabled", value=True)
-    browser.show(SITE / "index.html", PHONE)
+    browser.ask("Page.navigate", url=(SITE / "index.html").as_uri())
+    while browser.read().get("method") != "Page.loadEventFired":
+        pass
     document = browser.ask("DOM.getDocument")["root"]["nodeId"]
-    (size,) = [browser.ask("DOM.querySelector", nodeId=document, selector="article")["nodeId"]]
-    box = browser.ask("DOM.getBoxModel", nodeId=size)["model"]
+    article = browser.ask("DOM.querySelector", nodeId=document, selector="article")["nodeId"]
+    box = browser.ask("DOM.getBoxModel", nodeId=article)["model"]
     assert box["height"] > 1000
     assert box["width"] <= PHONE
 
@@ -126,11 +129,9 @@ def test_pages_can_be_read_without_scripts(browser, pages):  # noqa: F811
 @pytest.mark.browser
 def test_the_search_finds_a_function_on_pages_opened_from_disk(browser, pages):  # noqa: F811
     browser.show(SITE / "index.html", DESK)
-    browser.evaluate("document.querySelector('[data-md-component=search-query]').focus()")
+    browser.evaluate("document.querySelector('[data-md-component=search-query]').focus(), 0")
     browser.ask("Input.insertText", text="affine_relu_backward")
     found = """new Promise(done => { const look = () => { const links = [...document.querySelectorAll('.md-search-result__link')];
         links.length ? done(links.map(link => link.href)) : setTimeout(look, 100) }; look() })"""
     links = browser.ask("Runtime.evaluate", expression=found, awaitPromise=True, returnByValue=True)["result"]["value"]
     assert any("reference/rectilinear" in link for link in links)
-
-

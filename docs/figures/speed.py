@@ -27,7 +27,10 @@ BEHIND, INK, GRID = "#d84315", "#263238", "#cfd8dc"
 
 @dataclass(frozen=True)
 class Bar:
-    """One shape on one host. `ratio` is how many times as fast as the best peer we are; `groups` is 1 but for stacked layers."""
+    """One shape on one host. `ratio` is how many times as fast as the best peer we are; `groups` is 1 but for stacked layers.
+
+    `peer` is empty where it was not noted.
+    """
 
     host: str
     isa: str
@@ -38,7 +41,6 @@ class Bar:
     n: int
     d: int
     m: int
-    gflops: float
     peer: str
     ratio: float
 
@@ -53,7 +55,10 @@ class Bar:
 
 def read() -> list[Bar]:
     with (HERE / "speed.csv").open(encoding="utf-8") as file:
-        return [Bar(**{f.name: {"int": int, "float": float}.get(str(f.type), str)(row[f.name]) for f in fields(Bar)}) for row in csv.DictReader(file)]
+        return [
+            Bar(**{f.name: {"int": int, "float": float}.get(str(f.type), str)(row[f.name]) for f in fields(Bar)})
+            for row in csv.DictReader(file)
+        ]
 
 
 def write(bars: list[Bar]) -> None:
@@ -65,7 +70,7 @@ def write(bars: list[Bar]) -> None:
 
 def measured(path: Path, host: str, commit: str) -> list[Bar]:
     """The whole steps of a run."""
-    from rectilinear.measure.figures import best_peer, ratio, spread
+    from rectilinear.measure.figures import best_peer, ratio
     from rectilinear.measure.record import load
 
     record = load(path)
@@ -74,10 +79,9 @@ def measured(path: Path, host: str, commit: str) -> list[Bar]:
         peer = best_peer(figure, PEERS)
         if figure.kind in ("step", "stacked") and "numba" in figure.seconds and peer:
             *groups, n, d, m = figure.shape
-            gflops = figure.case.flops / spread(figure.seconds["numba"]).mid / 1e9
             isa = record.machine["simd"] if record.isa == "host" else record.isa
             about = (host, {"avx512f": "AVX-512", "avx2": "AVX2"}.get(isa, isa), record.started[:10], commit)
-            bars.append(Bar(*about, figure.dtype, *(groups or [1]), n, d, m, float(f"{gflops:.3g}"), peer, round(ratio(figure, "numba", peer).mid, 2)))
+            bars.append(Bar(*about, figure.dtype, *(groups or [1]), n, d, m, peer, round(ratio(figure, "numba", peer).mid, 2)))
     return bars
 
 
@@ -133,7 +137,9 @@ def _named(shape: tuple[int, int, int, int]) -> str:
 
 def _text(x: float, y: float, text: str, *, weight: str = "", anchor: str = "", size: int = 0) -> str:
     given = {"font-weight": weight, "text-anchor": anchor, "font-size": size or ""}
-    return f'<text x="{x:.1f}" y="{y}"' + "".join(f' {name}="{value}"' for name, value in given.items() if value) + f">{escape(text)}</text>"
+    return (
+        f'<text x="{x:.1f}" y="{y}"' + "".join(f' {name}="{value}"' for name, value in given.items() if value) + f">{escape(text)}</text>"
+    )
 
 
 def main() -> None:
