@@ -17,7 +17,6 @@ import rectilinear
 from .conftest import on_cupy
 from .documents import LANGUAGES, PRELUDE, ROOT, Block, blocks, fences, needs_large_library, pages
 
-
 ARRAYS = "cupy" if on_cupy() else "numpy"
 """Its name tells conftest.py to keep these tests where only those of CuPy run."""
 
@@ -133,3 +132,27 @@ def test_commands_that_do_not_run_are_still_checked(line, checkout):
     command = ["bash", "-c", PRELUDE + line]
     done = subprocess.run(command, cwd=checkout, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode != 0
+
+
+def test_the_picture_of_speed_is_what_its_script_draws_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "figures")
+    import speed
+
+    bars = speed.read()
+    assert (ROOT / "docs" / "figures" / "speed.svg").read_text(encoding="utf-8") == speed.draw(bars)
+    behind = sum(bar.ratio < 1 for bar in bars)
+    assert speed.draw(bars).count(f'fill="{speed.BEHIND}"') == behind + 1  # and the legend
+
+
+def test_the_figures_of_speed_are_those_of_a_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "figures")
+    import speed
+
+    from rectilinear.measure.record import Figure, Record
+
+    record = Record("2026-01-02T03:04:05", {"isa": "avx2"}, {"simd": "avx512f"})
+    seconds = {"numba": [1.0, 1.0], "numba-out": [0.1, 0.1], "cs231n": [3.0, 3.0], "torch": [2.0, 1.0], "sklearn": [0.5, 0.5]}
+    record.figures = [Figure("step", (1, 64, 64), "float32", seconds), Figure("db", (1, 64), "float32", seconds)]
+    record.save(tmp_path / "run.json")
+    (bar,) = speed.measured(tmp_path / "run.json", "host", "abc")
+    assert bar == speed.Bar("host", "AVX2", "2026-01-02", "abc", "float32", 1, 1, 64, 64, "torch", 1.5)

@@ -93,7 +93,8 @@ def draw(bars: list[Bar]) -> str:
     panels = {panel: list(each) for panel, each in groupby(bars, key=lambda bar: bar.panel)}
     width, bottom = LABELS + len(panels) * (PANEL + GAP), TOP + len(shapes) * ROW
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 44}" width="{width}" font-family="sans-serif" font-size="11" fill="{INK}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 44}" width="{width}" '
+        f'font-family="sans-serif" font-size="11" fill="{INK}">',
         "<title>Speed of the numba backend, as a multiple of the speed of the best other library, for each shape and host</title>",
         f'<rect width="{width}" height="{bottom + 44}" fill="#fff"/>',
         _text(8, TOP - 10, "N, D, M", weight="bold"),
@@ -132,7 +133,7 @@ def _x(ratio: float) -> float:
 
 def _named(shape: tuple[int, int, int, int]) -> str:
     groups, *extents = shape
-    return (f"{groups} × " if groups > 1 else "") + ", ".join(map(str, extents))
+    return (f"{groups} \u00d7 " if groups > 1 else "") + ", ".join(map(str, extents))
 
 
 def _text(x: float, y: float, text: str, *, weight: str = "", anchor: str = "", size: int = 0) -> str:

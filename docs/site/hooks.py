@@ -1,4 +1,4 @@
-"""What the site has beside the pages of docs/: the API reference, the pages that lie in the project's root, and the sources that pages link to.
+"""What the site has beside the pages of docs/: the API reference, pages of the project's root, and the sources that pages link to.
 
 mkdocs calls the functions named ``on_...``. A link to a file that is not there stays as it is, and mkdocs, which does not find it either,
 warns; ``--strict`` makes an error of that.
@@ -27,6 +27,7 @@ BACKENDS = "rectilinear.backends.contract"
 
 _LINK = re.compile(r"(!?\[[^\]]*\])\(([^)#\s]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^(```.*?^```)$", re.M | re.S)
+_NO_DESCRIPTION = re.compile(r'\s*\u2013\s*<div class="doc-md-description">\s*</div>')
 _LANGUAGES = {".py": "python", ".cu": "cuda", ".toml": "toml", ".json": "json", ".yml": "yaml"}
 
 
@@ -41,7 +42,8 @@ def public_modules() -> list[str]:
 def public_names(module: str) -> list[str]:
     path = ROOT.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return _exports(file) or _defined(file)
+    names, there = _exports(file), _named(file)
+    return [name for name in there if name[0] != "_"] if names is None else sorted(names, key=there.index)
 
 
 def _exports(file: Path) -> list[str] | None:
@@ -51,12 +53,19 @@ def _exports(file: Path) -> list[str] | None:
     return None
 
 
-def _defined(file: Path) -> list[str]:
-    """Classes and documented names of a module without ``__all__``."""
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    names = [s.name for s in body if isinstance(s, ast.ClassDef | ast.FunctionDef)]
-    names += [s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
-    return [name for name in names if not name.startswith("_")]
+def _named(file: Path) -> list[str]:
+    """What a module defines or imports, in its order: a forward stands before its backward."""
+    names: list[str] = []
+    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            names.append(statement.name)
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            names.append(statement.target.id)
+        elif isinstance(statement, ast.Assign):
+            names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
+        elif isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("rectilinear"):
+            names += [alias.asname or alias.name for alias in statement.names]
+    return names
 
 
 # ---------------------------------------------------------------- mkdocs calls these
@@ -99,6 +108,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def _there(page: str) -> bool:
     return (ROOT / "docs" / page).exists()
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    if not page.file.src_uri.startswith(REFERENCE):
+        return html
+    html = html.replace("_EVERYTHING", "(True, True, True)")  # a constant, for its identity
+    return _NO_DESCRIPTION.sub("", html)
 
 
 # ---------------------------------------------------------------- links
