@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +43,10 @@ def public_modules() -> list[str]:
 def public_names(module: str) -> list[str]:
     path = ROOT.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    names, there = _exports(file), _named(file)
-    return [name for name in there if name[0] != "_"] if names is None else sorted(names, key=there.index)
+    names = _exports(file)
+    if names is None:
+        return [name for name in _named(file, imported=False) if name[0] != "_"]
+    return sorted(names, key=_named(file, imported=True).index)
 
 
 def _exports(file: Path) -> list[str] | None:
@@ -53,8 +56,8 @@ def _exports(file: Path) -> list[str] | None:
     return None
 
 
-def _named(file: Path) -> list[str]:
-    """What a module defines or imports, in its order: a forward stands before its backward."""
+def _named(file: Path, imported: bool) -> list[str]:
+    """What a module defines, or imports too, in its order: a forward stands before its backward."""
     names: list[str] = []
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef):
@@ -63,9 +66,20 @@ def _named(file: Path) -> list[str]:
             names.append(statement.target.id)
         elif isinstance(statement, ast.Assign):
             names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
-        elif isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("rectilinear"):
+        elif isinstance(statement, ast.ImportFrom) and imported:
             names += [alias.asname or alias.name for alias in statement.names]
     return names
+
+
+class Doctests(griffe.Extension):
+    """Examples in a docstring that has no section for them are code too, where Markdown would see quotations."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        self.on_object(obj=pkg)
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring and not re.search(r"^Examples\n-+$", obj.docstring.value, re.M):
+            obj.docstring.value = re.sub(r"^>>> .*(?:\n.+)*", "```python\n\\g<0>\n```", obj.docstring.value, flags=re.M)
 
 
 # ---------------------------------------------------------------- mkdocs calls these
