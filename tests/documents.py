@@ -102,18 +102,23 @@ def unknown_extras(arguments: list[str]) -> list[str]:
     return [extra for extra in wanted if extra not in project["optional-dependencies"]]
 
 
+_CHECKED = re.compile(r"\s*(?:\w+=\S+ )*(?:make|pip|pytest|env|\S+/pip|\.ci/run|python -m (?:venv|rectilinear (?:bench|tune)))\b")
+"""Commands that `PRELUDE` checks and does not run."""
+
+
 def count() -> Counter[str]:
     kinds: Counter[str] = Counter()
     for block in (block for page in pages() for block in blocks(page)):
         if block.on_gpu:
-            kinds["on a GPU"] += 1
-        elif block.runs:
-            kinds[f"{block.language}, {'with torch, JAX or dask' if needs_large_library(block.page) else 'run'}"] += 1
-        elif block.language != "text":
-            kinds["not run"] += 1
-            print(f"{block}: {block.note}")
+            kinds["blocks run on a GPU alone"] += 1
+        elif not block.runs:
+            kinds["blocks of text" if block.language == "text" else block.note] += 1
+        elif block.language == "python":
+            kinds["Python blocks run in make test-all" if needs_large_library(block.page) else "Python blocks run in make test"] += 1
         else:
-            kinds["text"] += 1
+            kinds["shell blocks run"] += 1
+            for line in filter(None, block.code.splitlines()):
+                kinds["commands in them checked without being run" if _CHECKED.match(line) else "commands in them run"] += 1
     return kinds
 
 
@@ -122,7 +127,7 @@ def main(arguments: list[str]) -> int:
         unknown = unknown_extras(arguments)
         print(*(f"no such extra: {extra}" for extra in unknown), sep="\n", file=sys.stderr)
         return len(unknown)
-    print(", ".join(f"{number} {kind}" for kind, number in sorted(count().items())), "in", len(pages()), "pages")
+    print(f"{len(pages())} pages:", ", ".join(f"{number} {kind}" for kind, number in sorted(count().items())))
     return 0
 
 

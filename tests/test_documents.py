@@ -35,7 +35,7 @@ def is_python(block: Block) -> bool:
 
 
 def is_shell(block: Block) -> bool:
-    return block.runs and block.language == "sh" and (on_cupy() or not block.on_gpu)
+    return block.runs and block.language == "sh" and block.on_gpu == on_cupy()
 
 
 @pytest.fixture
