@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
+from rectilinear.extras import lacks
 from rectilinear.measure import compare, isa, report
 from rectilinear.measure.cases import PASSES, Case, full_grid, named, quick_grid
 from rectilinear.measure.figures import advice, blas_kernels, broken_ceilings, headline, not_held
@@ -32,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    missing = lacks("rich", "bench") or lacks("threadpoolctl", "bench")
+    if missing:
+        parser.error(missing)
     try:
         old = load(options.compare) if options.compare else None
         record = load(options.source) if options.source else None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rectilinear.errors import DTypeError
+from rectilinear.extras import how_to_install
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import put
 from rectilinear.nn.sgd import SGD
@@ -36,6 +37,8 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     ------
     DTypeError
         A parameter is of a dtype that the files do not have, such as longdouble.
+    ImportError
+        safetensors is not installed (extra ``files``).
 
     Examples
     --------
@@ -80,6 +83,8 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     ShapeError, DTypeError, ValueError
         As `Module.load_state_dict` and `SGD.load_state_dict` raise them, or the file holds no optimiser's state but one is asked for.
         Neither the model nor the optimiser has been changed then.
+    ImportError
+        safetensors is not installed (extra ``files``).
     """
     tensors = _safetensors("load").load_file(path)
     state = {key: value for key, value in tensors.items() if not key.startswith(_OPTIMIZER)}
@@ -104,5 +109,5 @@ def _safetensors(caller: str) -> Any:
     try:
         import safetensors.numpy
     except ImportError:
-        raise ImportError(f"nn.{caller}: the package safetensors is not installed; pip install safetensors") from None
+        raise ImportError(f"nn.{caller}: safetensors is not installed; {how_to_install('files')}") from None
     return safetensors.numpy
