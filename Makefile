@@ -45,9 +45,6 @@ test-floor:  ## the smoke subset with the lowest versions that pyproject.toml al
 .venv-floor/floors.txt: pyproject.toml constraints.txt tools/requirements.py | .venv-floor/.made
 	@.venv-floor/bin/python tools/requirements.py --floors smoke > $@
 
-test-pythons:  ## the smoke subset on every CPython from 3.11 on that is found here
-	@$(PYTHON) tools/pythons.py
-
 test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 minutes, less when compiled)
 	@$(BIN)/python tools/arm.py
 
@@ -74,9 +71,9 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@echo "== doctests of docstrings, README and docs"
 	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers rectilinear README.md docs
 
-wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
-	@echo "== building a wheel and trying it outside of the checkout"
-	@$(BIN)/python tools/check_wheel.py
+release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the wheel
+	@echo "== building sdist and wheel, and trying them outside of the checkout"
+	@$(BIN)/python tools/release_check.py $(RELEASE_CHECK)
 
 # On Linux, pip fetches a PyTorch of several gigabytes unless one is there; the README says how to bring your own.
 bench: $(VENV)/.installed-peers  ## measure the backends against other libraries, quick grid (3 minutes); report in rectilinear-bench/
@@ -117,4 +114,4 @@ gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo test test-smoke test-floor test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint release-check bench bench-full clean

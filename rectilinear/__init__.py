@@ -27,7 +27,7 @@ from rectilinear.layers import (
 )
 from rectilinear.threads import get_num_threads, num_threads, set_num_threads
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",
