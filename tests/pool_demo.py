@@ -12,7 +12,8 @@ from numba import types
 
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.native import c_address, compare_exchange, fetch_add, intrinsic, load, monotonic_ns, store, symbol_address
-from rectilinear.kernels.runtime.threads import _SLEEPERS, helpers_at_hand, parallel_for
+from rectilinear.kernels.runtime.records import at
+from rectilinear.kernels.runtime.threads import Pool, helpers_at_hand, parallel_for
 
 SLAB = 1000
 
@@ -163,7 +164,7 @@ def _awake_after_too_short_a_job(words: Any, for_ns: int) -> int:
     parallel_for(c_address(_busy), words.ctypes.data, 2, 2)
     end = monotonic_ns() + for_ns
     while monotonic_ns() < end:
-        if load(symbol_address("rectilinear_pool") + _SLEEPERS) == 0:
+        if load(at(Pool, symbol_address("rectilinear_pool")).sleeping.sleepers) == 0:
             return 1
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -14,7 +14,8 @@ from rectilinear.kernels.loops.plan import Backward, Forward, Reduction
 from rectilinear.kernels.loops.product import Product
 from rectilinear.kernels.micro.tile import TileOperands
 from rectilinear.kernels.runtime.cache import jit_too
-from rectilinear.kernels.runtime.records import WORD_BYTES, address_of, at, offsets_of, record, words_of
+from rectilinear.kernels.runtime.native import fetch_add, load
+from rectilinear.kernels.runtime.records import WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record, words_of
 
 
 @record
@@ -28,6 +29,21 @@ class Line:
     start: Point = Point()
     end: Point = Point()
     color: int = 0
+
+
+@record
+class Shared:
+    """Of a size of its own, so that what follows it lies apart."""
+
+    multiple_of: ClassVar = 128
+    count: Atomic = Atomic()
+
+
+@record
+class Board:
+    first: Shared = Shared()
+    second: Shared = Shared()
+    end: int = 0
 
 
 @record
@@ -58,6 +74,24 @@ def test_words_lie_where_their_offsets_say(cls: Any) -> None:
 
 def test_offsets_of_nested_records_have_dotted_names() -> None:
     assert offsets_of(Line) == {"start.x": 0, "start.y": 8, "end.x": 16, "end.y": 24, "color": 32}
+
+
+def test_a_record_of_a_given_size_keeps_what_follows_apart() -> None:
+    assert offsets_of(Board) == {"first.count.value": 0, "second.count.value": 128, "end": 256}
+    assert (bytes_of(Shared), bytes_of(Board)) == (128, 264)
+
+
+def test_a_record_passes_for_its_address() -> None:
+    @numba.njit
+    def count(address: int) -> int:
+        board = at(Board, address)
+        fetch_add(board.second.count, 5)
+        board.end = load(board.second.count)
+        return address_of(board.second.count)
+
+    memory = np.zeros(bytes_of(Board) // WORD_BYTES, np.int64)
+    assert count(memory.ctypes.data) == memory.ctypes.data + 128
+    assert {int(place): int(memory[place]) for place in np.flatnonzero(memory)} == {16: 5, 32: 5}
 
 
 @jit_too

@@ -14,18 +14,33 @@ from numba import types
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.native import intrinsic
 from rectilinear.kernels.runtime.operands import Stack
+from rectilinear.kernels.runtime.records import WORD_BYTES, at, record
 
 _WORD = ir.IntType(64)
 
-ARRAY_FIELDS = object.__basicsize__
-"""Where an ndarray's fields begin: data, ndim (a C int), shape, strides, base, dtype, flags (an int), in the layout NumPy's C API fixes."""
+
+@record
+class ArrayFields:
+    """What an ndarray holds after what every object does, in the layout that NumPy's C API fixes. ndim and flags are C ints."""
+
+    data: int = 0
+    ndim: int = 0
+    shape: int = 0
+    strides: int = 0
+    base: int = 0
+    dtype: int = 0
+    flags: int = 0
+
 
 C_ORDER, F_ORDER, WRITEABLE = 0x1, 0x2, 0x400
 """Of an ndarray's flags."""
 
-_TYPE = object.__basicsize__ - 8
-_LENGTH, _ITEMS = object.__basicsize__, tuple.__basicsize__
-"""Where an object's type, a tuple's length and its items are."""
+_FIELDS, _ITEMS = object.__basicsize__, tuple.__basicsize__
+"""Where the fields of an object, a tuple's length among them, and the items of a tuple begin."""
+
+_TYPE = _FIELDS - WORD_BYTES
+
+_INT = 0xFFFFFFFF
 
 
 def _at(builder: Any, address: Any, kind: Any) -> Any:
@@ -123,14 +138,19 @@ def set_word(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 @jit_inner
 def data_of(array: int) -> int:
-    return word(array + ARRAY_FIELDS)
+    return at(ArrayFields, array + _FIELDS).data
+
+
+@jit_inner
+def _ndim_of(array: int) -> int:
+    return at(ArrayFields, array + _FIELDS).ndim & _INT
 
 
 @jit_inner
 def extent_of(array: int, axis: int) -> int:
     """Length of an axis; 1 for one that the array does not have."""
-    ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
-    return word(word(array + ARRAY_FIELDS + 16) + 8 * (ndim + axis)) if ndim + axis >= 0 else 1
+    place = _ndim_of(array) + axis
+    return word(at(ArrayFields, array + _FIELDS).shape + place * WORD_BYTES) if place >= 0 else 1
 
 
 @jit_inner
@@ -142,8 +162,7 @@ def stride_of(array: int, axis: int, itemsize: int) -> int:
     columns, a lone group 0.
     """
     if extent_of(array, axis) > 1:
-        ndim = word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF
-        return word(word(array + ARRAY_FIELDS + 24) + 8 * (ndim + axis))
+        return word(at(ArrayFields, array + _FIELDS).strides + (_ndim_of(array) + axis) * WORD_BYTES)
     if axis == -1:
         return itemsize
     return extent_of(array, -1) * itemsize if axis == -2 else 0
@@ -153,30 +172,30 @@ def stride_of(array: int, axis: int, itemsize: int) -> int:
 def count_of(array: int) -> int:
     """Number of elements."""
     count = 1
-    for axis in range(word(array + ARRAY_FIELDS + 8) & 0xFFFFFFFF):
-        count *= word(word(array + ARRAY_FIELDS + 16) + 8 * axis)
+    for axis in range(1, _ndim_of(array) + 1):
+        count *= extent_of(array, -axis)
     return count
 
 
 @jit_inner
 def have_same_shape(a: int, b: int) -> bool:
-    ndim, axis = word(a + ARRAY_FIELDS + 8) & 0xFFFFFFFF, 0
-    if word(b + ARRAY_FIELDS + 8) & 0xFFFFFFFF != ndim:
+    ndim, axis = _ndim_of(a), 1
+    if _ndim_of(b) != ndim:
         return False
-    while axis < ndim and word(word(a + ARRAY_FIELDS + 16) + 8 * axis) == word(word(b + ARRAY_FIELDS + 16) + 8 * axis):
+    while axis <= ndim and extent_of(a, -axis) == extent_of(b, -axis):
         axis += 1
-    return axis == ndim
+    return axis > ndim
 
 
 @jit_inner
 def dtype_of(array: int) -> int:
     """The id() of its dtype."""
-    return word(array + ARRAY_FIELDS + 40)
+    return at(ArrayFields, array + _FIELDS).dtype
 
 
 @jit_inner
 def flags_of(array: int) -> int:
-    return word(array + ARRAY_FIELDS + 48) & 0xFFFFFFFF
+    return at(ArrayFields, array + _FIELDS).flags & _INT
 
 
 @jit_inner
@@ -188,13 +207,13 @@ def type_of(thing: int) -> int:
 @jit_inner
 def length_of(items: int) -> int:
     """The length of a tuple, given its id()."""
-    return word(items + _LENGTH)
+    return word(items + _FIELDS)
 
 
 @jit_inner
 def item_of(items: int, index: int) -> int:
     """The id() of what a tuple holds."""
-    return word(items + _ITEMS + 8 * index)
+    return word(items + _ITEMS + index * WORD_BYTES)
 
 
 @jit_inner

@@ -8,7 +8,8 @@
 In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the stack of the function that makes it, passed
 by address: reading and assigning fields costs a load and a store. In both, nested records are parts of the record they stand in, and
 assigning to one copies it. A record must not be returned from jitted code, since it ends with the function that made it.
-Emitted code finds the fields by `offsets_of`. This is the one place that lays them out.
+Where jitted code wants an address, a record passes for its own. Emitted code finds the fields by `offsets_of`. This is the one place that
+lays them out.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hi
 
 from llvmlite import ir
 from numba import types
+from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, lower_getattr_generic, lower_setattr_generic, models, register_model
+from numba.extending import intrinsic, lower_builtin, lower_cast, lower_getattr_generic, lower_setattr_generic, models, register_model
 
 WORD = ir.IntType(64)
 WORD_BYTES = 8
+PAIR_BYTES = 128
+"""A pair of cache lines, which the adjacent-line prefetcher of x86 couples: words that different threads write lie in different ones."""
 
 _Record = TypeVar("_Record")
 
@@ -36,18 +40,26 @@ class Layout(types.Type):  # type: ignore[misc]  # numba is untyped
         self.fields, self.size = fields, size
         super().__init__(f"{cls.__module__}.{cls.__qualname__}")
 
+    def can_convert_to(self, typingctx: Any, other: Any) -> Any:
+        return Conversion.safe if other == types.intp else None
+
 
 @dataclass_transform()
 def record(cls: type[_Record]) -> type[_Record]:
-    """Make a record of a class whose fields are all ``int`` or records, with a default each, which is 0 or an empty record."""
+    """Make a record of a class whose fields are all ``int`` or records, with a default each, which is 0 or an empty record.
+
+    A class variable ``multiple_of`` makes its size one: of the bytes that two cores must not share, for words that several threads write.
+    """
     hints, fields, size = get_type_hints(cls), {}, 0
+    size_multiple = cls.__dict__.get("multiple_of", WORD_BYTES)
+    hints.pop("multiple_of", None)
     for name, hint in hints.items():
         kind = types.intp if hint is int else hint.layout
         fields[name] = (size, kind)
         size += WORD_BYTES if hint is int else kind.size
         setattr(cls, name, 0 if hint is int else dataclasses.field(default_factory=hint))
     made: Any = dataclasses.dataclass(cls)
-    made.layout = Layout(cls, fields, size)
+    made.layout = Layout(cls, fields, -(-size // size_multiple) * size_multiple)
     made.__setattr__ = _assign
     _make_constructor(made)
     return made  # type: ignore[no-any-return]
@@ -58,6 +70,11 @@ def _assign(self: Any, name: str, value: Any) -> None:
     if name not in self.layout.fields:
         raise AttributeError(f"{type(self).__qualname__!r} has no field {name!r}")
     object.__setattr__(self, name, value if isinstance(value, int) else dataclasses.replace(value))
+
+
+def bytes_of(cls: type) -> int:
+    """What a record takes in memory."""
+    return cls.layout.size  # type: ignore[attr-defined,no-any-return]
 
 
 def offsets_of(cls: type) -> dict[str, int]:
@@ -110,6 +127,11 @@ else:
 class _Address(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, layout: Layout) -> None:
         super().__init__(manager, layout, WORD)
+
+
+@lower_cast(Layout, types.intp)  # type: ignore[untyped-decorator]
+def _pass_address(context: Any, builder: Any, layout: Any, kind: Any, address: Any) -> Any:
+    return address
 
 
 @infer_getattr
@@ -177,3 +199,10 @@ def _make_constructor(cls: Any) -> None:
             if not isinstance(given, types.Omitted):
                 _put(builder, builder.add(address, WORD(offset)), kind, value)
         return address
+
+
+@record
+class Atomic:
+    """A word that threads share: read and written by way of its address only, by `native.load`, `native.store` and their like."""
+
+    value: int = 0

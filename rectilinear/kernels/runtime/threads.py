@@ -5,10 +5,10 @@ every index below `ntasks`, on up to `nthreads` threads, and returns when all ar
 others are plain pthreads that run compiled code only and never touch Python, so that the GIL, signal handlers and
 interpreter exit do not concern them.
 
-How a job goes. The caller takes BUSY; if it cannot (another Python thread is inside, or this is a nested call), it
-runs all tasks itself. It writes the job down and opens GATE, which holds the number of helpers still welcome. A worker
-joins by taking one from GATE; everyone claims task indices from NEXT until they run out. The caller then closes GATE
-and waits for those who had joined (LEFT counts them out), not for those still waking up, so a late worker costs
+How a job goes. The caller sets `busy`; if it cannot (another Python thread is inside, or this is a nested call), it
+runs all tasks itself. It writes the job down and opens `gate`, which holds the number of helpers still welcome. A worker
+joins by taking one from `gate`; everyone claims task indices from `next` until they run out. The caller then closes `gate`
+and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker costs
 nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
 
 What a task computes depends on its index alone, never on who runs it: that is what makes results equal for every
@@ -22,7 +22,7 @@ import ctypes
 import itertools
 import os
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite.binding as llvm
 from numba import types
@@ -43,6 +43,7 @@ from rectilinear.kernels.runtime.native import (
     store,
     symbol_address,
 )
+from rectilinear.kernels.runtime.records import PAIR_BYTES, WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record
 from rectilinear.threads import MAX_THREADS
 
 SPIN_NS = 30_000
@@ -54,19 +55,89 @@ waiting at most twice what the best choice in hindsight would have cost.
 
 _EXIT_PATIENCE_US = 2_000_000
 
-# Byte offsets into the pool's memory. Words that different threads write lie on different pairs of cache lines (the
-# adjacent-line prefetcher of x86 couples pairs). Mutexes, conditions, signal sets and floating-point environments
-# take at most 128 bytes on Linux and macOS.
-_OWNER, _BUSY, _WORKERS, _LAST_ASKED = 0, 8, 16, 24
-_GATE = 128
-_FUNCTION, _ARG, _NTASKS, _CALLER_CPU, _FLOAT_ENV = 256, 264, 272, 280, 320
-_NEXT = 512
-_LEFT, _CALLER_SLEEPS = 640, 648
-_SLEEPERS, _STOP = 768, 776
-_MUTEX, _WORK_CONDITION, _DONE_CONDITION = 896, 1024, 1152
-_SIGNALS, _OLD_SIGNALS = 1280, 1408
-_HANDLES = 1536
-_POOL_BYTES = _HANDLES + 8 * MAX_THREADS
+
+@record
+class Opaque:
+    """A mutex, a condition, a signal set, a floating-point environment: at most 128 bytes on Linux and macOS."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    first: int = 0
+
+
+@record
+class Job:
+    """What the caller writes down before it opens the gate."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    function: Atomic = Atomic()
+    arg: Atomic = Atomic()
+    ntasks: Atomic = Atomic()
+    caller_cpu: Atomic = Atomic()
+
+
+@record
+class Counter:
+    """A word that everybody counts by."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    count: Atomic = Atomic()
+
+
+@record
+class Leaving:
+    """How many helpers have left the job, and whether the caller sleeps until the last one does."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    left: Atomic = Atomic()
+    caller_sleeps: Atomic = Atomic()
+
+
+@record
+class Sleeping:
+    """How many workers sleep, and whether all are to end."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    sleepers: Atomic = Atomic()
+    stop: Atomic = Atomic()
+
+
+@record
+class Owner:
+    """The process whose pool this is, whether a caller is inside, how many workers there are, and when helpers were last asked for."""
+
+    multiple_of: ClassVar = PAIR_BYTES
+    process: Atomic = Atomic()
+    busy: Atomic = Atomic()
+    workers: Atomic = Atomic()
+    last_asked: Atomic = Atomic()
+
+
+@record
+class Handles:
+    """The handles of the workers, a word each."""
+
+    multiple_of: ClassVar = MAX_THREADS * WORD_BYTES
+    first: Atomic = Atomic()
+
+
+@record
+class Pool:
+    """The pool's memory."""
+
+    owner: Owner = Owner()
+    gate: Counter = Counter()
+    job: Job = Job()
+    float_env: Opaque = Opaque()
+    next: Counter = Counter()
+    leaving: Leaving = Leaving()
+    sleeping: Sleeping = Sleeping()
+    mutex: Opaque = Opaque()
+    work_condition: Opaque = Opaque()
+    done_condition: Opaque = Opaque()
+    signals: Opaque = Opaque()
+    old_signals: Opaque = Opaque()
+    handles: Handles = Handles()
+
 
 _REBUILDING = -1
 
@@ -102,35 +173,35 @@ _SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
 
 
 @jit_inner
-def _drain(pool: int, slot: int) -> None:
+def _drain(pool: Pool, slot: int) -> None:
     """Claim and run tasks until none is left."""
-    function, arg, ntasks = load(pool + _FUNCTION), load(pool + _ARG), load(pool + _NTASKS)
+    function, arg, ntasks = load(pool.job.function), load(pool.job.arg), load(pool.job.ntasks)
     while True:
-        index = fetch_add(pool + _NEXT, 1)
+        index = fetch_add(pool.next.count, 1)
         if index >= ntasks:
             return
         call_task(function, index, arg, slot)
 
 
 @jit_inner
-def _join_job(pool: int) -> int:
+def _join_job(pool: Pool) -> int:
     """Take a place in the open job, if there is one; the place's number, or 0."""
-    places = load(pool + _GATE)
+    places = load(pool.gate.count)
     while places > 0:
-        if compare_exchange(pool + _GATE, places, places - 1):
+        if compare_exchange(pool.gate.count, places, places - 1):
             return places
-        places = load(pool + _GATE)
+        places = load(pool.gate.count)
     return 0
 
 
 @jit_inner
-def _note_the_callers_cpu(pool: int) -> None:
+def _note_the_callers_cpu(pool: Pool) -> None:
     if _KNOWS_CPUS:
-        store(pool + _CALLER_CPU, _sched_getcpu())
+        store(pool.job.caller_cpu, _sched_getcpu())
 
 
 @jit_inner
-def _leave_the_callers_cpu(pool: int) -> None:
+def _leave_the_callers_cpu(pool: Pool) -> None:
     """Move to another processor if the scheduler has put this worker on the caller's.
 
     Some do so when they wake a thread, and keep to it for milliseconds: the worker then runs instead of the caller, not
@@ -138,24 +209,24 @@ def _leave_the_callers_cpu(pool: int) -> None:
     """
     if _KNOWS_CPUS:
         cpu = _sched_getcpu()
-        if cpu == load(pool + _CALLER_CPU) and 0 <= cpu < 8 * _CPU_SET_BYTES:
+        if cpu == load(pool.job.caller_cpu) and 0 <= cpu < 8 * _CPU_SET_BYTES:
             others = stack_bytes(_CPU_SET_BYTES)
             # As they are now, not as they were: the host may have taken some away.
-            if _sched_getaffinity(load(pool + _OWNER), _CPU_SET_BYTES, others) >= 0:
+            if _sched_getaffinity(load(pool.owner.process), _CPU_SET_BYTES, others) >= 0:
                 word = others + cpu // 64 * 8
                 store(word, load(word) & ~(1 << (cpu % 64)))
                 _sched_setaffinity(0, _CPU_SET_BYTES, others)  # refused if there is no other, which is right
 
 
 @jit_inner
-def _keep_to_the_process_cpus(pool: int) -> None:
+def _keep_to_the_process_cpus(pool: Pool) -> None:
     """Let this worker run where the process, that is its main thread, may run now; one less, left to a caller, is the same to it.
 
     A worker starts with the mask of whoever hired it, and the host may have changed the process's since.
     """
     if _KNOWS_CPUS:
         allowed, own = stack_bytes(_CPU_SET_BYTES), stack_bytes(_CPU_SET_BYTES)
-        if _sched_getaffinity(load(pool + _OWNER), _CPU_SET_BYTES, allowed) < 0 or _sched_getaffinity(0, _CPU_SET_BYTES, own) < 0:
+        if _sched_getaffinity(load(pool.owner.process), _CPU_SET_BYTES, allowed) < 0 or _sched_getaffinity(0, _CPU_SET_BYTES, own) < 0:
             return
         left_out = 0
         for offset in range(0, _CPU_SET_BYTES, 8):
@@ -171,34 +242,35 @@ def _keep_to_the_process_cpus(pool: int) -> None:
 
 
 @jit_inner
-def _sleep_until_work(pool: int) -> None:
-    _lock(pool + _MUTEX)
-    # Counted before GATE is read, as the caller opens GATE before it reads the count: one of them sees the other.
-    fetch_add(pool + _SLEEPERS, 1)
-    if load(pool + _GATE) == 0 and load(pool + _STOP) == 0:
+def _sleep_until_work(pool: Pool) -> None:
+    _lock(pool.mutex)
+    # Counted before the gate is read, as the caller opens it before it reads the count: one of them sees the other.
+    fetch_add(pool.sleeping.sleepers, 1)
+    if load(pool.gate.count) == 0 and load(pool.sleeping.stop) == 0:
         # Once, whatever it was woken for: when it comes too late for a short job, it is there for the next one.
-        _cond_wait(pool + _WORK_CONDITION, pool + _MUTEX)
-    fetch_add(pool + _SLEEPERS, -1)
-    _unlock(pool + _MUTEX)
+        _cond_wait(pool.work_condition, pool.mutex)
+    fetch_add(pool.sleeping.sleepers, -1)
+    _unlock(pool.mutex)
     _keep_to_the_process_cpus(pool)
 
 
 @jit_inner
-def _work(pool: int) -> int:
+def _work(address: int) -> int:
     """What a worker does all its life."""
+    pool = at(Pool, address)
     _keep_to_the_process_cpus(pool)
     tired = monotonic_ns() + SPIN_NS
-    while load(pool + _STOP) == 0:
+    while load(pool.sleeping.stop) == 0:
         _leave_the_callers_cpu(pool)
         slot = _join_job(pool)
         if slot > 0:
-            _fesetenv(pool + _FLOAT_ENV)
+            _fesetenv(pool.float_env)
             _drain(pool, slot)
-            fetch_add(pool + _LEFT, 1)
-            if load(pool + _CALLER_SLEEPS) != 0:
-                _lock(pool + _MUTEX)
-                _cond_signal(pool + _DONE_CONDITION)
-                _unlock(pool + _MUTEX)
+            fetch_add(pool.leaving.left, 1)
+            if load(pool.leaving.caller_sleeps) != 0:
+                _lock(pool.mutex)
+                _cond_signal(pool.done_condition)
+                _unlock(pool.mutex)
             tired = monotonic_ns() + SPIN_NS
         elif monotonic_ns() > tired:
             _sleep_until_work(pool)
@@ -209,92 +281,98 @@ def _work(pool: int) -> int:
 
 
 @jit_inner
-def _hire(pool: int, wanted: int) -> None:
-    """Start workers until there are `wanted`, as far as the system allows. They block all signals but faults."""
-    have = load(pool + _WORKERS)
-    if have >= wanted:
-        return
-    _sigfillset(pool + _SIGNALS)
-    # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
-    _sigdelset(pool + _SIGNALS, signal.SIGSEGV)
-    _sigdelset(pool + _SIGNALS, signal.SIGBUS)
-    _sigdelset(pool + _SIGNALS, signal.SIGFPE)
-    _sigdelset(pool + _SIGNALS, signal.SIGILL)
-    _sigdelset(pool + _SIGNALS, signal.SIGABRT)
-    _pthread_sigmask(_SIG_SETMASK, pool + _SIGNALS, pool + _OLD_SIGNALS)
-    while have < wanted and _pthread_create(pool + _HANDLES + 8 * have, 0, c_address(_work), pool) == 0:
-        have += 1
-    _pthread_sigmask(_SIG_SETMASK, pool + _OLD_SIGNALS, 0)
-    store(pool + _WORKERS, have)
+def _handle(pool: Pool, worker: int) -> int:
+    """Where the handle of a worker is."""
+    return address_of(pool.handles) + worker * WORD_BYTES
 
 
 @jit_inner
-def _belongs_here(pool: int) -> bool:
+def _hire(pool: Pool, wanted: int) -> None:
+    """Start workers until there are `wanted`, as far as the system allows. They block all signals but faults."""
+    have = load(pool.owner.workers)
+    if have >= wanted:
+        return
+    _sigfillset(pool.signals)
+    # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
+    _sigdelset(pool.signals, signal.SIGSEGV)
+    _sigdelset(pool.signals, signal.SIGBUS)
+    _sigdelset(pool.signals, signal.SIGFPE)
+    _sigdelset(pool.signals, signal.SIGILL)
+    _sigdelset(pool.signals, signal.SIGABRT)
+    _pthread_sigmask(_SIG_SETMASK, pool.signals, pool.old_signals)
+    while have < wanted and _pthread_create(_handle(pool, have), 0, c_address(_work), pool) == 0:
+        have += 1
+    _pthread_sigmask(_SIG_SETMASK, pool.old_signals, 0)
+    store(pool.owner.workers, have)
+
+
+@jit_inner
+def _belongs_here(pool: Pool) -> bool:
     """Whether the pool is this process's own. The first call in a process, forked ones included, makes it so."""
-    me, owner = _getpid(), load(pool + _OWNER)
+    me, owner = _getpid(), load(pool.owner.process)
     if owner == me:
         return True
-    if owner == _REBUILDING or not compare_exchange(pool + _OWNER, owner, _REBUILDING):
+    if owner == _REBUILDING or not compare_exchange(pool.owner.process, owner, _REBUILDING):
         return False
     # After a fork the parent's workers are not here, and its locks and counters are as the fork caught them.
-    store(pool + _BUSY, 0)
-    store(pool + _WORKERS, 0)
-    store(pool + _GATE, 0)
-    store(pool + _CALLER_SLEEPS, 0)
-    store(pool + _SLEEPERS, 0)
-    store(pool + _STOP, 0)
-    _mutex_init(pool + _MUTEX, 0)
-    _cond_init(pool + _WORK_CONDITION, 0)
-    _cond_init(pool + _DONE_CONDITION, 0)
-    store(pool + _OWNER, me)
+    store(pool.owner.busy, 0)
+    store(pool.owner.workers, 0)
+    store(pool.gate.count, 0)
+    store(pool.leaving.caller_sleeps, 0)
+    store(pool.sleeping.sleepers, 0)
+    store(pool.sleeping.stop, 0)
+    _mutex_init(pool.mutex, 0)
+    _cond_init(pool.work_condition, 0)
+    _cond_init(pool.done_condition, 0)
+    store(pool.owner.process, me)
     return True
 
 
 @jit_inner
-def _wake(pool: int, helpers: int) -> None:
-    asleep = load(pool + _SLEEPERS)
+def _wake(pool: Pool, helpers: int) -> None:
+    asleep = load(pool.sleeping.sleepers)
     if asleep == 0:
         return
     # Taking the mutex makes sure that whoever has counted itself a sleeper is waiting by now. It is let go before the
     # signal, or the woken would run straight into it.
-    _lock(pool + _MUTEX)
-    _unlock(pool + _MUTEX)
+    _lock(pool.mutex)
+    _unlock(pool.mutex)
     for _ in range(min(asleep, helpers)):
-        _cond_signal(pool + _WORK_CONDITION)
+        _cond_signal(pool.work_condition)
 
 
 @jit_inner
-def _await_helpers(pool: int, joined: int) -> None:
+def _await_helpers(pool: Pool, joined: int) -> None:
     tired = monotonic_ns() + SPIN_NS
-    while load(pool + _LEFT) != joined:
+    while load(pool.leaving.left) != joined:
         if monotonic_ns() > tired:
-            _lock(pool + _MUTEX)
-            store(pool + _CALLER_SLEEPS, 1)
-            while load(pool + _LEFT) != joined:
-                _cond_wait(pool + _DONE_CONDITION, pool + _MUTEX)
-            store(pool + _CALLER_SLEEPS, 0)
-            _unlock(pool + _MUTEX)
+            _lock(pool.mutex)
+            store(pool.leaving.caller_sleeps, 1)
+            while load(pool.leaving.left) != joined:
+                _cond_wait(pool.done_condition, pool.mutex)
+            store(pool.leaving.caller_sleeps, 0)
+            _unlock(pool.mutex)
             return
         pause()
 
 
 @jit_inner
-def _run_together(pool: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
+def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: int) -> int:
     helpers = min(nthreads, ntasks, MAX_THREADS) - 1
     _hire(pool, helpers)
-    helpers = min(helpers, load(pool + _WORKERS))
-    store(pool + _FUNCTION, function)
-    store(pool + _ARG, arg)
-    store(pool + _NTASKS, ntasks)
+    helpers = min(helpers, load(pool.owner.workers))
+    store(pool.job.function, function)
+    store(pool.job.arg, arg)
+    store(pool.job.ntasks, ntasks)
     _note_the_callers_cpu(pool)
     # Rounding mode and flush-to-zero are per thread; helpers take the caller's, or bits could depend on who computes.
-    _fegetenv(pool + _FLOAT_ENV)
-    store(pool + _NEXT, 0)
-    store(pool + _LEFT, 0)
-    store(pool + _GATE, helpers)
+    _fegetenv(pool.float_env)
+    store(pool.next.count, 0)
+    store(pool.leaving.left, 0)
+    store(pool.gate.count, helpers)
     _wake(pool, helpers)
     _drain(pool, 0)
-    joined = helpers - exchange(pool + _GATE, 0)
+    joined = helpers - exchange(pool.gate.count, 0)
     _await_helpers(pool, joined)
     return 1 + joined
 
@@ -309,13 +387,13 @@ def _run_alone(function: int, arg: int, ntasks: int) -> int:
 @jit_inner
 def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     """parallel_for; returns how many threads took part."""
-    pool = symbol_address("rectilinear_pool")
-    if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or load(pool + _STOP) != 0:
+    pool = at(Pool, symbol_address("rectilinear_pool"))
+    if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or load(pool.sleeping.stop) != 0:
         return _run_alone(function, arg, ntasks)
-    if not compare_exchange(pool + _BUSY, 0, 1):
+    if not compare_exchange(pool.owner.busy, 0, 1):
         return _run_alone(function, arg, ntasks)
     took_part = _run_together(pool, function, arg, ntasks, nthreads)
-    store(pool + _BUSY, 0)
+    store(pool.owner.busy, 0)
     return took_part
 
 
@@ -327,10 +405,10 @@ def _run_without_pool(function: int, arg: int, ntasks: int, nthreads: int) -> in
 @jit_inner
 def _at_hand() -> int:
     """helpers_at_hand."""
-    pool = symbol_address("rectilinear_pool")
+    pool = at(Pool, symbol_address("rectilinear_pool"))
     now = monotonic_ns()
-    since = now - exchange(pool + _LAST_ASKED, now)
-    return 1 if since < SPIN_NS or load(pool + _WORKERS) > load(pool + _SLEEPERS) else 0
+    since = now - exchange(pool.owner.last_asked, now)
+    return 1 if since < SPIN_NS or load(pool.owner.workers) > load(pool.sleeping.sleepers) else 0
 
 
 @jit_inner
@@ -345,23 +423,23 @@ def _stop(patience_us: int) -> int:
     A job under way (of a daemon thread, when Python exits) is finished by those who are at it. It is waited for no longer
     than `patience_us`.
     """
-    pool = symbol_address("rectilinear_pool")
-    if load(pool + _OWNER) != _getpid():
+    pool = at(Pool, symbol_address("rectilinear_pool"))
+    if load(pool.owner.process) != _getpid():
         return 0
-    _lock(pool + _MUTEX)
-    store(pool + _STOP, 1)
-    _cond_broadcast(pool + _WORK_CONDITION)
-    _unlock(pool + _MUTEX)
+    _lock(pool.mutex)
+    store(pool.sleeping.stop, 1)
+    _cond_broadcast(pool.work_condition)
+    _unlock(pool.mutex)
     waited = 0
-    while not compare_exchange(pool + _BUSY, 0, 1):
+    while not compare_exchange(pool.owner.busy, 0, 1):
         if waited >= patience_us:
             return 0
         _usleep(1000)
         waited += 1000
-    workers = load(pool + _WORKERS)
+    workers = load(pool.owner.workers)
     for i in range(workers):
-        _pthread_join(load(pool + _HANDLES + 8 * i), 0)
-    store(pool + _WORKERS, 0)
+        _pthread_join(load(_handle(pool, i)), 0)
+    store(pool.owner.workers, 0)
     return workers
 
 
@@ -412,8 +490,8 @@ def _start() -> Any:
         llvm.add_symbol("rectilinear_parallel_for", run)
         llvm.add_symbol("rectilinear_helpers_at_hand", at_hand)
         return None
-    memory = ctypes.create_string_buffer(_POOL_BYTES + 128)
-    pool = -(-ctypes.addressof(memory) // 128) * 128
+    memory = ctypes.create_string_buffer(bytes_of(Pool) + PAIR_BYTES)
+    pool = -(-ctypes.addressof(memory) // PAIR_BYTES) * PAIR_BYTES
     llvm.add_symbol("rectilinear_pool", pool)
     run, at_hand, stop = _entry_points()
     llvm.add_symbol("rectilinear_parallel_for", run)
@@ -421,7 +499,7 @@ def _start() -> Any:
     atexit.register(ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_ssize_t)(stop), _EXIT_PATIENCE_US)
     # The pool notices by its process id that it was forked; the hook is for a child that got its parent's id, as in
     # a new pid namespace.
-    os.register_at_fork(after_in_child=lambda: ctypes.memset(pool + _OWNER, 0, 8))
+    os.register_at_fork(after_in_child=lambda: ctypes.memset(pool + offsets_of(Pool)["owner.process.value"], 0, WORD_BYTES))
     return memory
 
 
