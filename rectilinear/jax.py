@@ -3,7 +3,7 @@
 There are three ways, and `_serve` chooses. JAX's own operations are those of the layer functions on JAX arrays (the generic backend);
 they are all that ``jit``, ``vmap``, ``grad`` and ``jvp`` ever see. Outside of a trace large operands go to the numba backend's kernels
 through DLPack, without a copy. Where asked for, a traced affine layer calls those kernels back from the compiled program; such a
-callback computes in NumPy alone, for one that computes in JAX waits for threads that wait for it (jax issues 24255 and 25861).
+callback sees NumPy alone, for one that touches JAX waits for threads that wait for it (jax issues 24255 and 25861).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from rectilinear.keepmask import KeepMask
 
 __all__ = ["affine", "affine_relu", "relu"]
 
-# Where the kernels begin to be faster than a compiled call of JAX's, fetching and handing over included: medians of alternating calls in
-# float32 on two cores of an AMD EPYC with AVX-512, JAX 0.10.2. With few rows a product is bound by reading w, which JAX does as well.
+# Where the kernels begin to be faster than a compiled call of JAX's, fetching and handing over included: minima of alternating calls in
+# float32 on two cores of an AMD EPYC with AVX-512, JAX 0.10.2. With few rows or features a product waits for memory in either library.
 _LEAST_FLOP = 1 << 26
-_LEAST_ROWS = 128
-_LEAST_RELU_BYTES = 8 << 20
+_LEAST_ROWS = 32
+_LEAST_FEATURES = 128
+_LEAST_RELU_BYTES = 16 << 20  # where the C library takes fresh pages for each of XLA's results
 
 _ALIGNMENT = 64
 """Bytes. XLA takes memory of others as it is only where it begins at a multiple of them, and copies elsewhere."""
@@ -47,7 +48,7 @@ def affine(x: Array, w: Array, b: Array | None = None, *, callback: bool = False
     b : array of shape (M,), or (B, M); or None
         None: no bias.
     callback : bool
-        Under ``jit``, ``vmap`` and ``grad`` too, call the chosen backend's CPU kernels, by ``jax.pure_callback``; gradients are
+        Where JAX computes on the CPU, call the chosen backend's kernels under ``jit``, ``vmap`` and ``grad`` too; gradients are
         the kernels' as well. Neither ``jvp`` nor second derivatives pass through it.
 
     Returns
@@ -126,7 +127,7 @@ def _serve(function: str, given: dict[str, Array | None], callback: bool) -> Arr
     if not any(isinstance(x, jax.core.Tracer) for x in arrays):
         if (callback or _pays(arrays)) and (views := _views(arrays)) is not None:
             return _on_kernels(function, views)
-    elif callback:
+    elif callback and jax.default_backend() == "cpu":
         return _by_callback(function, *arrays)
     return _in_jax[function](*arrays)
 
@@ -170,7 +171,8 @@ def _pays(arrays: list[Any]) -> bool:
     w = arrays[1]
     if w.ndim not in (2, 3) or x.ndim < w.ndim - 1:
         return False
-    return bool(x.shape[w.ndim - 2] >= _LEAST_ROWS and 2 * x.size * w.shape[-1] >= _LEAST_FLOP)
+    d, m = w.shape[-2:]
+    return bool(x.shape[w.ndim - 2] >= _LEAST_ROWS and d >= _LEAST_FEATURES and 2 * x.size * m >= _LEAST_FLOP)
 
 
 def _views(arrays: list[Any]) -> list[np.ndarray | None] | None:
@@ -219,7 +221,7 @@ def _called_forward(relu: bool, x: Any, w: Any, b: Any) -> tuple[Any, Any]:
     shapes = [jax.ShapeDtypeStruct((*rows, m), x.dtype)]
     if relu:
         shapes.append(jax.ShapeDtypeStruct((*rows, -(-m // 8)), np.uint8))
-    out, *bits = jax.pure_callback(_host_forward[relu], shapes, x, w, b, vmap_method="expand_dims")
+    out, *bits = _call_host(_forward_on_host, shapes, x, w, b)
     return out, (bits, x, w, b)
 
 
@@ -228,45 +230,65 @@ def _called_backward(relu: bool, saved: Any, dout: Any) -> tuple[Any, Any, Any]:
 
     def call(host: Any, *primals: Any) -> Any:
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in primals if a is not None]
-        return jax.pure_callback(host, shapes, dout, bits, x, w, b, vmap_method="expand_dims")
+        return _call_host(host, shapes, dout, bits, x, w, b)
 
     # Two calls, for XLA leaves out one that nobody uses the results of: that of a first layer's dx.
-    (dx,), (dw, *db) = call(_host_dx, x), call(_host_dw_db, w, b)
+    (dx,), (dw, *db) = call(_dx_on_host, x), call(_dw_db_on_host, w, b)
     return dx, dw, db[0] if db else None
 
 
 _called.defvjp(_called_forward, _called_backward)
 
-# The host's side. NumPy alone; what JAX hands over are its arrays, which NumPy sees without a copy. `vmap` puts axes in front, of extent
-# 1 where an argument has no such axis. They and the groups of the stacked form are all one to what follows.
+
+def _call_host(host: Any, shapes: Any, *operands: Any) -> Any:
+    """Call `host` when the program comes to it, on XLA's own buffers.
+
+    Not by `jax.pure_callback`, which hands over JAX arrays that it copies on JAX's threads. The callback waits for the copy and the copy
+    for the callback's thread: on one core that ends never, whatever the callback does with them (JAX 0.10.2).
+    """
+    from jax.experimental.buffer_callback import buffer_callback  # here, for all else does without an experiment of JAX's
+
+    return buffer_callback(host, shapes, vmap_method="expand_dims")(*operands)
 
 
-def _forward_on_host(relu: bool, x: Any, w: Any, b: Any) -> list[np.ndarray]:
-    (*lead, n, d), m = x.shape, w.shape[-1]
-    x, w, b = (None if a is None else np.asarray(a) for a in (x, w, b))
+# The host's side: NumPy alone, on XLA's own buffers. `vmap` puts axes in front of operands, of extent 1 where one has no such axis; these
+# and the groups of the stacked form are all one to what follows. Results have every axis in full.
+
+
+def _forward_on_host(_: Any, results: Any, *operands: Any) -> None:
+    x, w, b = _arrays(operands)
+    out, *bits = _arrays(results)
+    (n, d), m = x.shape[-2:], w.shape[-1]
     if math.prod(w.shape[:-2]) == 1 and (b is None or math.prod(b.shape[:-1]) == 1):  # one layer for all: a product of many rows
-        x, w, b = x.reshape(math.prod(lead) * n, d), w.reshape(d, m), None if b is None else b.reshape(m)
+        x, w, b = x.reshape(math.prod(x.shape[:-2]) * n, d), w.reshape(d, m), None if b is None else b.reshape(m)
+        out, bits = out.reshape(len(x), m), [a.reshape(len(x), -(-m // 8)) for a in bits]
     else:
-        lead = np.broadcast_shapes(lead, w.shape[:-2], () if b is None else b.shape[:-1])
-        x, w, b = _groups(lead, x, 2), _groups(lead, w, 2), _groups(lead, b, 1)
-    if not relu:
-        return [layers.affine_forward(x, w, b)[0].reshape(*lead, n, m)]
-    out, (_, keep) = layers.affine_relu_forward(x, w, b)
+        lead = out.shape[:-2]
+        x, w, b, out, *bits = (_groups(lead, a, own) for a, own in zip((x, w, b, out, *bits), (2, 2, 1, 2, 2), strict=False))
+    if not bits:
+        layers.affine_forward(x, w, b, out=out)
+        return
+    _, (_, keep) = layers.affine_relu_forward(x, w, b, out=out)
     kept = keep.to_bool() if isinstance(keep, KeepMask) else ~(keep < 0)
-    return [out.reshape(*lead, n, m), np.packbits(kept, axis=-1, bitorder="little").reshape(*lead, n, -(-m // 8))]
+    bits[0][...] = np.packbits(kept, axis=-1, bitorder="little")
 
 
-def _backward_on_host(needs: Wanted, dout: Any, bits: Any, x: Any, w: Any, b: Any) -> list[np.ndarray]:
-    dout, x, w, b, *bits = (None if a is None else np.asarray(a) for a in (dout, x, w, b, *bits))
-    lead = np.broadcast_shapes(dout.shape[:-2], x.shape[:-2], w.shape[:-2])
+def _backward_on_host(needs: Wanted, _: Any, results: Any, dout: Any, bits: Any, *operands: Any) -> None:
+    dout, x, w, b, *bits = _arrays((dout, *operands, *bits))
+    grads = iter(_arrays(results))
+    dx, dw, db = (next(grads, None) if wanted else None for wanted in needs)  # without b there is no db
+    lead = next(grad.shape[:-2] for grad in (dx, dw) if grad is not None)
     dout, x, w, b = _groups(lead, dout, 2), _groups(lead, x, 2), _groups(lead, w, 2), _groups(lead, b, 1)
+    out = _groups(lead, dx, 2), _groups(lead, dw, 2), _groups(lead, db, 1)
     if bits:
         cache = (x, w, b), KeepMask(_groups(lead, bits[0], 2), dout.shape)
-        grads = layers.affine_relu_backward(dout, cache, needs=needs)
+        layers.affine_relu_backward(dout, cache, needs=needs, out=out)
     else:
-        grads = layers.affine_backward(dout, (x, w, b), needs=needs)
-    axes = len(dout.shape) - 2
-    return [grad.reshape(*lead, *grad.shape[axes:]) for grad in grads if grad is not None]
+        layers.affine_backward(dout, (x, w, b), needs=needs, out=out)
+
+
+def _arrays(buffers: Any) -> Any:
+    return (None if buffer is None else np.asarray(buffer) for buffer in buffers)
 
 
 def _groups(lead: Any, x: Any, own: int) -> Any:
@@ -274,10 +296,10 @@ def _groups(lead: Any, x: Any, own: int) -> Any:
     if x is None:
         return None
     shape, groups = x.shape[-own:], math.prod(lead)
-    return np.broadcast_to(x, (*lead, *shape)).reshape(shape if groups == 1 else (groups, *shape))
+    full = x if x.shape[:-own] == lead else np.broadcast_to(x, (*lead, *shape))  # what is broadcast is read-only
+    return full.reshape(shape if groups == 1 else (groups, *shape))
 
 
 # JAX compiles anew for another callable, so there is one for each kind of call.
-_host_forward = {relu: functools.partial(_forward_on_host, relu) for relu in (False, True)}
-_host_dx = functools.partial(_backward_on_host, (True, False, False))
-_host_dw_db = functools.partial(_backward_on_host, (False, True, True))
+_dx_on_host = functools.partial(_backward_on_host, (True, False, False))
+_dw_db_on_host = functools.partial(_backward_on_host, (False, True, True))
