@@ -7,6 +7,7 @@ the driver first, which is quick, and then lets the backend itself compute a sma
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rectilinear.backends.cupy_lt import Plans
 from rectilinear.backends.cupy_scratch import Scratches
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "cuda" / "layers.cu"
+
+_log = logging.getLogger(__name__)
 
 _NO_DEVICE = 100  # cudaErrorNoDevice
 _OLD_DRIVER = 35  # cudaErrorInsufficientDriver
@@ -50,6 +53,7 @@ def products(cp: Any, scratches: Scratches) -> Products:
     except Exception as error:  # no module, no library, no memory: each has an error type of its own, some of them private
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "nvmath"
         why = "without nvmath-python" if missing else f"since nvmath-python does not work here: {_first_line(error)}"
+        _log.debug("products on the GPU are CuPy's, %s", why)
         return Gemm(cp, scratches, _tf32(), why)
 
 

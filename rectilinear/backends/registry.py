@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -83,6 +84,8 @@ class _Chosen(NamedTuple):
     chosen_by: str
     note: str | None = None
 
+
+_log = logging.getLogger(__name__)
 
 _registered: dict[str, Factory] = globals().get("_registered", {})
 _loaded: dict[str, _Loaded] = globals().get("_loaded", {})
@@ -158,6 +161,9 @@ def _load(name: str) -> _Loaded | None:
         if factory is None:
             return None
         made = _make(factory)
+        _log.debug(
+            "backend %s is %s%s", name, "usable" if made.backend else "not usable", f": {made.probe.reason}" if made.probe.reason else ""
+        )
         with _lock:
             loaded = _loaded.setdefault(name, made)
     return loaded
@@ -215,7 +221,7 @@ def _auto(chosen_by: str) -> _Chosen:
     for name in _AUTO_ORDER:
         loaded = _load(name)
         if loaded is not None and loaded.backend is not None:
-            return _Chosen(name, loaded.backend, chosen_by, "; ".join(passed_over) or None)
+            return _said(_Chosen(name, loaded.backend, chosen_by, "; ".join(passed_over) or None))
         passed_over.append(f"auto passed over {name}: {loaded.probe.reason if loaded else 'unknown'}")
     raise BackendError(_refusal(AUTO, "rectilinear"))
 
@@ -230,7 +236,12 @@ def _pick(name: str, asker: str, chosen_by: str) -> _Chosen:
     loaded = _load(name) if name != GENERIC else None
     if loaded is None or loaded.backend is None:
         raise BackendError(_refusal(name, asker))
-    return _Chosen(name, loaded.backend, chosen_by)
+    return _said(_Chosen(name, loaded.backend, chosen_by))
+
+
+def _said(chosen: _Chosen) -> _Chosen:
+    _log.debug("NumPy arrays go to backend %s, chosen by %s%s", chosen.name, chosen.chosen_by, f"; {chosen.note}" if chosen.note else "")
+    return chosen
 
 
 def set_backend(name: str | None) -> None:

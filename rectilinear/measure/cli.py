@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from rectilinear.measure import compare, isa, report
+from rectilinear.measure import ceilings, compare, isa, report
 from rectilinear.measure.cases import PASSES, Case, full_grid, named, quick_grid
 from rectilinear.measure.figures import advice, blas_kernels, broken_ceilings, headline, not_held
 from rectilinear.measure.record import Record, load
@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             with _progress(plan) as watch:
                 record = run(plan, save=lambda r: r.save(_json_path(options)), watch=watch)
+            if record.ceilings and record.isa == "host":
+                ceilings.keep(record.ceilings)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     _write(record, options)
