@@ -226,7 +226,7 @@ class Profile:
         if any(row.flops is None and row.bandwidth is None for row in rows):
             notes.append("Without rates: the host does not wait for the result, and its own time is all that is known.\n")
         lines = captured.get().strip("\n").splitlines()
-        return "\n".join(line.rstrip() for line in lines) + "\n" + "".join(notes)
+        return "\n".join(line[1:].rstrip() for line in lines) + "\n" + "".join(notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calls as a trace that Perfetto (ui.perfetto.dev) and ``chrome://tracing`` show, a line for each thread."""

@@ -47,9 +47,7 @@ def load(key: str) -> dict[int, Choices] | None:
     place = None
     try:
         place = path(key)
-        found = None if place is None else _parsed(cache.read(place, bytes.fromhex(key)))
-        _log.debug("what was tuned is used (%s): %s", place, found)
-        return found
+        return None if place is None else _parsed(cache.read(place, bytes.fromhex(key)))
     except FileNotFoundError:
         return None
     except Exception as error:
