@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from math import prod
 from time import perf_counter_ns
 from typing import Any
@@ -199,34 +200,19 @@ class Profile:
 
     def table(self) -> str:
         """The rows as text, with what they add up to."""
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
         ceilings = _ceilings()
         rows = self._rows(ceilings)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
-        table.add_column("function", "together")
-        for name in ("shape", "dtype", "backend"):
-            table.add_column(name)
-        table.add_column("calls", f"{sum(row.calls for row in rows):,}", justify="right")
-        table.add_column("seconds", f"{sum(row.seconds for row in rows):.6f}", justify="right")
-        for name in ("us a call", "shortest", "GFLOP/s", "GB/s", "of the ceiling"):
-            table.add_column(name, justify="right")
-        for row in rows:
-            size, each = "x".join(map(str, row.shape)), [f"{seconds * 1e6:.1f}" for seconds in (row.seconds / row.calls, row.shortest)]
-            rates = ["" if rate is None else f"{rate * 1e-9:.1f}" for rate in (row.flops, row.bandwidth)]
-            share = "" if row.share is None else f"{row.share:.0%} {row.bound}"
-            cells = (row.function, size, row.dtype, row.backend, f"{row.calls:,}", f"{row.seconds:.6f}", *each, *rates, share)
-            table.add_row(*cells)
-        console = Console(width=160, color_system=None)
-        with console.capture() as captured:
-            console.print(table)
-        notes = ["" if ceilings else "No ceilings are known of this machine: python -m rectilinear bench measures them.\n"]
-        if any(row.flops is None and row.bandwidth is None for row in rows):
-            notes.append("Without rates: the host does not wait for the result, and its own time is all that is known.\n")
-        lines = captured.get().strip("\n").splitlines()
-        return "\n".join(line[1:].rstrip() for line in lines) + "\n" + "".join(notes)
+        heads = ("function", "shape", "dtype", "backend", "calls", "seconds", "us a call", "shortest", "GFLOP/s", "GB/s", "of the ceiling")
+        lines = [heads, *map(_cells, rows)]
+        lines.append(("together", "", "", "", f"{sum(row.calls for row in rows):,}", f"{sum(row.seconds for row in rows):.6f}"))
+        widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+        lines.insert(1, tuple("-" * width for width in widths))
+        text = "".join(_line(line, widths) for line in lines)
+        if not ceilings:
+            text += "No ceilings are known of this machine: python -m rectilinear bench measures them.\n"
+        if any(row.bandwidth is None for row in rows):
+            text += "Without rates: the host does not wait for the result, and its own time is all that is known.\n"
+        return text
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calls as a trace that Perfetto (ui.perfetto.dev) and ``chrome://tracing`` show, a line for each thread."""
@@ -356,6 +342,20 @@ _TRANSFERS = ("asarray", "to_numpy")  # for NumPy's arrays there is nothing to d
 
 
 # ---------------------------------------------------------------- saying
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    times = row.seconds / row.calls, row.shortest
+    rates = ("" if rate is None else f"{rate * 1e-9:.1f}" for rate in (row.flops, row.bandwidth))
+    share = "" if row.share is None else f"{row.share:.0%} {row.bound}"
+    which = row.function, "x".join(map(str, row.shape)), row.dtype, row.backend
+    return (*which, f"{row.calls:,}", f"{row.seconds:.6f}", *(f"{seconds * 1e6:.1f}" for seconds in times), *rates, share)
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    """What is a number stands to the right."""
+    texts = (cell.ljust(width) if i < 4 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=False)))
+    return "  ".join(texts).rstrip() + "\n"
 
 
 def _row(key: _Key, total: list[int], ceilings: dict[str, Any] | None) -> Row:
