@@ -24,8 +24,10 @@ COMPILED_WORK = 1 << 20
 """Products n d m of a layer from which on its operator stands in a graph of torch.compile, where nothing can be measured: calling one takes
 some 20 us, in which a core does a million multiplications and additions."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(vars(modules_of_torch)[f"_global{name}"] for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(
+    vars(modules_of_torch)[f"_global_{name}"] for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
+_compiling, _grad_enabled, _deterministic = torch.compiler.is_compiling, torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 _SERVED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -155,9 +157,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
 
 def _neighbours(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
     children = list(sequential)
-    return (
-        pair for pair in zip(children, children[1:], strict=False) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU
-    )
+    return (pair for pair in zip(children, children[1:], strict=False) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -195,48 +195,53 @@ class _Sequential(nn.Sequential):  # type: ignore[misc]
     _relu_at_zero: int
 
     def forward(self, input: Tensor) -> Tensor:
-        children = list(self._modules.values())
         fuse = not any(_GLOBAL_HOOKS)
-        i, count = 0, len(children)
-        while i < count:
-            child = children[i]
-            if (
-                fuse
-                and type(child) is _Linear
-                and i + 1 < count
-                and type(children[i + 1]) is nn.ReLU
-                and not _has_hooks(child)
-                and not _has_hooks(children[i + 1])
-            ):
-                input = _layer(child, input, self._relu_at_zero)
-                i += 2
-            else:
+        waiting = None  # a Linear whose ReLU may come next
+        for child in self._modules.values():
+            if waiting is not None:
+                if type(child) is nn.ReLU and not _has_hooks(child):
+                    input = _layer(waiting, input, self._relu_at_zero)
+                    waiting = None
+                    continue
+                input = waiting(input)
+            waiting = child if fuse and type(child) is _Linear and not _has_hooks(child) else None
+            if waiting is None:
                 input = child(input)
-                i += 1
-        return input
+        return input if waiting is None else waiting(input)
 
 
 _ACCELERATED = {nn.Linear: _Linear, nn.Sequential: _Sequential}
 _PLAIN = {accelerated: kind for kind, accelerated in _ACCELERATED.items()}
 
+_choices: dict[tuple[Any, ...], bool] = {}
+"""By what can be had in a microsecond of a call, whether the kernels are faster: where they are not, a call may take 10 us."""
+
 
 def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
     """A Linear, and the ReLU after it unless `at_zero`, its gradient at 0, is None."""
-    weight, bias = linear.weight, linear.bias
-    theirs = _THEIRS[at_zero]
-    if torch.compiler.is_compiling():
-        if traceable(x, weight, bias) and x.numel() * weight.shape[0] >= COMPILED_WORK:
-            out = traced(x, weight, bias, at_zero == 1)
-            return functional.relu(out) if at_zero == 0 else out
-        return theirs(x, weight, bias)
-    if not served(x, weight, bias):
-        return theirs(x, weight, bias)
-    if x.ndim != 2:
-        return _layer(linear, x.reshape(-1, x.shape[-1]), at_zero).view(*x.shape[:-1], weight.shape[0])
-    ours = _OURS[at_zero]
-    if torch.are_deterministic_algorithms_enabled() or timing.kernels_are_faster(x, weight, bias, at_zero is not None, ours, theirs):
-        return ours(x, weight, bias)
-    return theirs(x, weight, bias)
+    try:
+        parameters = linear._parameters  # found at once, where attributes are looked for in three places
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # a replica of DataParallel, pruning and the like have them elsewhere
+        weight, bias = linear.weight, linear.bias
+    if _compiling():
+        return _compiled(x, weight, bias, at_zero)
+    key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, _grad_enabled() and (x.requires_grad, weight.requires_grad))
+    choice = True if _deterministic() else _choices.get(key)
+    if choice is False or not served(x, weight, bias):
+        return _THEIRS[at_zero](x, weight, bias)
+    if choice is None:
+        choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero])
+        if choice is not None:
+            _choices[key] = choice
+    return (_OURS if choice else _THEIRS)[at_zero](x, weight, bias)
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, at_zero: int | None) -> Tensor:
+    if not traceable(x, weight, bias) or x.numel() * weight.shape[0] < COMPILED_WORK:
+        return _THEIRS[at_zero](x, weight, bias)
+    out = traced(x, weight, bias, at_zero == 1)
+    return torch.relu(out) if at_zero == 0 else out
 
 
 def _their_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -244,12 +249,12 @@ def _their_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _their_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.relu(functional.linear(x, weight, bias))
+    return torch.relu(functional.linear(x, weight, bias))
 
 
 def _their_linear_our_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     z = functional.linear(x, weight, bias)
-    return relu_of_torch(z) if z.requires_grad else functional.relu(z)
+    return relu_of_torch(z) if z.requires_grad else torch.relu(z)
 
 
 def _our_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,7 +267,7 @@ def _our_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _our_linear_their_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return functional.relu(computed(x, weight, bias, False))
+        return torch.relu(computed(x, weight, bias, False))
     return computed(x, weight, bias, True)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from rectilinear.torch import operators, primitives
 from rectilinear.torch.primitives import Tensor
 
-_Tensor, _TENSORS = torch.Tensor, (torch.Tensor, torch.nn.Parameter)
+_Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
 _NATIVE = (torch.float32, torch.float64)
 _LARGEST_BELOW_ZERO = {torch.float32: -(2.0**-149), torch.float64: -5e-324, torch.float16: -(2.0**-24), torch.bfloat16: -(2.0**-133)}
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -103,7 +103,7 @@ def relu(x: Tensor) -> Tensor:
     """
     if _compiling():
         return operators.relu(x) if x.dtype in _NATIVE and _has_kernels(x) and not _exporting() else relu_of_torch(x)
-    if not ordinary() or type(x) not in _TENSORS or not _plain(x) or primitives.backend_for(x) is None:
+    if not ordinary() or not _plain(x) or primitives.backend_for(x) is None:
         return relu_of_torch(x)
     return _ReLU.apply(x) if x.requires_grad and _grad_enabled() else primitives.relu_forward(x)
 
@@ -135,29 +135,25 @@ def ordinary() -> bool:
 
 def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels take these, here and now."""
-    kind = type(x)
-    dtype = weight.dtype
+    dtype, on_cpu = x.dtype, x.is_cpu
     return (
-        (kind is _Tensor or kind in _TENSORS)
-        and type(weight) in _TENSORS
-        and x.dtype is dtype
+        _plain(x)
+        and _plain(weight)
+        and weight.dtype is dtype
+        and weight.is_cpu is on_cpu
         and weight.ndim == 2
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
-        and _plain(x)
-        and _plain(weight)
-        and (
-            bias is None
-            or (type(bias) in _TENSORS and bias.dtype is dtype and bias.shape == weight.shape[:1] and bias.device == x.device)
-        )
-        and weight.device == x.device
+        and (bias is None or (_plain(bias) and bias.dtype is dtype and bias.is_cpu is on_cpu and bias.shape == weight.shape[:1]))
+        and (on_cpu or (weight.device == x.device and (bias is None or bias.device == x.device)))
         and ordinary()
         and primitives.backend_for(x) is not None
     )
 
 
 def _plain(x: Tensor) -> bool:
-    return x.dtype in _NATIVE and x.layout is torch.strided and not x.is_meta and not x._is_zerotensor()
+    kind = type(x)
+    return (kind is _Tensor or kind is _Parameter) and x.dtype in _NATIVE and x.layout is _strided and not x._is_zerotensor()
 
 
 def computed(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
@@ -207,7 +203,7 @@ def traced(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> T
 def relu_of_torch(x: Tensor) -> Tensor:
     """ReLU in PyTorch's own operations, with gradient 1 at 0: what is above the largest number below 0 stays, NaN too."""
     below = _LARGEST_BELOW_ZERO.get(x.dtype)
-    return torch.where(x < 0, 0, x) if below is None else functional.threshold(x, below, 0)
+    return torch.where(x < 0, 0, x) if below is None else torch.threshold(x, below, 0)
 
 
 # ---------------------------------------------------------------- eager gradients
@@ -244,4 +240,4 @@ class _ReLU(torch.autograd.Function):  # type: ignore[misc]
 
 def _kernels_differentiate(dout: Tensor) -> bool:
     """Whether a gradient is asked for as such: not one that is to be differentiated again, or a batch of them."""
-    return not _grad_enabled() and type(dout) is _Tensor and _plain(dout) and not _batched(dout) and ordinary()
+    return not _grad_enabled() and _plain(dout) and not _batched(dout) and ordinary()

@@ -57,37 +57,32 @@ Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def question(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Question:
-    """What a call asks; `x` has two axes."""
+    """What a call asks. The axes of x before the last one make a batch."""
     outputs, features = weight.shape
+    rows = x.numel() // max(features, 1)
     gradients = (
         (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad) if torch.is_grad_enabled() else (False,) * 3
     )
-    return Question(features, outputs, x.dtype, x.device.type, relu, gradients, 1 << (len(x) - 1).bit_length() if len(x) else 0)
+    return Question(features, outputs, x.dtype, x.device.type, relu, gradients, 1 << (rows - 1).bit_length() if rows else 0)
 
 
-def kernels_are_faster(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, ours: Layer, theirs: Layer) -> bool:
-    """Whether to take `ours` for this call: measured if nobody has asked before, unless another thread is measuring, and then not."""
+def kernels_are_faster(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, ours: Layer, theirs: Layer) -> bool | None:
+    """Whether to take `ours` for this call: measured if nobody has asked before; None while another thread is measuring."""
     asked = question(x, weight, bias, relu)
     answer = _answers.get(asked)
-    if answer is not None:
-        return answer.take_kernels
-    if not _measuring.acquire(blocking=False):
-        return False
-    try:
-        answer = _answers[asked] = _measured(asked, x, weight, bias, ours, theirs)
-    finally:
-        _measuring.release()
+    if answer is None:
+        if not _measuring.acquire(blocking=False):
+            return None
+        try:
+            answer = _answers[asked] = _measured(asked, x, weight, bias, ours, theirs)
+        finally:
+            _measuring.release()
     return answer.take_kernels
 
 
 def answers() -> dict[Question, Answer]:
     """What has been measured in this process."""
     return dict(_answers)
-
-
-def forget() -> None:
-    """Measure anew from here on."""
-    _answers.clear()
 
 
 def _measured(asked: Question, x: Tensor, weight: Tensor, bias: Tensor | None, ours: Layer, theirs: Layer) -> Answer:
