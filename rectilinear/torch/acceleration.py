@@ -1,12 +1,13 @@
 """`accelerate`: a model that is there already, on rectilinear's kernels.
 
 A layer that is served gets another class, a subclass of its own, and nothing else changes: it is the same object in the same place, with
-the same parameters, hooks and ``state_dict``. A ``Sequential`` with a Linear and a ReLU side by side gets one whose ``forward`` runs both in
-one kernel; called by itself, each of the two does what it did.
+the same parameters, hooks and ``state_dict``. A ``Sequential`` with a Linear and a ReLU side by side gets one whose ``forward`` runs both
+in one kernel; called by itself, each of the two does what it did.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,6 @@ class Handle:
         """Give every module back the class that it had. Parameters and buffers stay as they are now."""
         for module, kind in self._changed:
             module.__class__ = kind
-            module.__dict__.pop("_relu_at_zero", None)
         self._changed.clear()
 
     def __repr__(self) -> str:
@@ -114,8 +114,8 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
 
     Notes
     -----
-    Left alone are modules with hooks, parametrizations, another dtype than float32 or float64, on a device without a backend, quantized ones,
-    and subclasses of ``nn.Linear`` and ``nn.Sequential``, which may do something else.
+    Left alone are modules with hooks, parametrizations, another dtype than float32 or float64, on a device without a backend,
+    quantized ones, and subclasses of ``nn.Linear`` and ``nn.Sequential``, which may do something else.
 
     Examples
     --------
@@ -137,9 +137,7 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
         reason = _why_not(module)
         rows.append(Row(name, kind.__name__, reason))
         if reason is None:
-            module.__class__ = _ACCELERATED[kind]
-            if kind is nn.Sequential:
-                module._relu_at_zero = int(relu_at_zero)
+            module.__class__ = _ACCELERATED[kind, int(relu_at_zero)]
             changed.append((module, kind))
     return Handle(rows, changed)
 
@@ -156,8 +154,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
 
 
 def _neighbours(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
-    children = list(sequential)
-    return (pair for pair in zip(children, children[1:], strict=False) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU)
+    return (pair for pair in itertools.pairwise(sequential) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -165,7 +162,7 @@ def _why_not(module: nn.Module) -> str | None:
     kind = _PLAIN.get(type(module), type(module))
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "left alone: its parameters are parametrized"
-    if kind not in _ACCELERATED:
+    if kind not in (nn.Linear, nn.Sequential):
         return f"left alone: {kind.__module__}.{kind.__qualname__} may do something else than nn.Linear"
     if "forward" in vars(module):
         return "left alone: its forward has been replaced"
@@ -192,7 +189,7 @@ class _Linear(nn.Linear):  # type: ignore[misc]  # torch is Any to mypy
 
 
 class _Sequential(nn.Sequential):  # type: ignore[misc]
-    _relu_at_zero: int
+    _relu_at_zero = 1
 
     def forward(self, input: Tensor) -> Tensor:
         fuse = not any(_GLOBAL_HOOKS)
@@ -210,8 +207,18 @@ class _Sequential(nn.Sequential):  # type: ignore[misc]
         return input if waiting is None else waiting(input)
 
 
-_ACCELERATED = {nn.Linear: _Linear, nn.Sequential: _Sequential}
-_PLAIN = {accelerated: kind for kind, accelerated in _ACCELERATED.items()}
+class _SequentialAsInTorch(_Sequential):
+    _relu_at_zero = 0
+
+
+_ACCELERATED = {
+    (nn.Linear, 0): _Linear,
+    (nn.Linear, 1): _Linear,
+    (nn.Sequential, 0): _SequentialAsInTorch,
+    (nn.Sequential, 1): _Sequential,
+}
+"""By a module's class, and the gradient of a fused ReLU at 0: in the class, so that parts and copies have it too."""
+_PLAIN = {accelerated: kind for (kind, _), accelerated in _ACCELERATED.items()}
 
 _choices: dict[tuple[Any, ...], bool] = {}
 """By what can be had in a microsecond of a call, whether the kernels are faster: where they are not, a call may take 10 us."""

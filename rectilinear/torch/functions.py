@@ -181,10 +181,10 @@ def traceable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" or (x.device.type == "cuda" and _cupy_works())
+    return bool(x.is_cpu or (x.is_cuda and _cupy_works()))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cupy_works() -> bool:
     return primitives.backend_for(torch.empty(0, device="cuda")) is not None
 

@@ -7,19 +7,21 @@ arrays; those of a GPU to the cupy backend, on PyTorch's current stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from rectilinear.backends import registry
-from rectilinear.backends.contract import Backend, Keep
+from rectilinear.backends.contract import Backend, Keep, Wanted
 from rectilinear.buffers import empty
 from rectilinear.errors import BackendError
 from rectilinear.keepmask import KeepMask
 
 Tensor: TypeAlias = Any
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _tensor = torch.from_numpy
 
@@ -40,25 +42,23 @@ def backend_for(x: Tensor) -> Backend | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
     """``x weight.T + bias``, with ReLU if asked for, and then what backward has to know of it."""
     if x.is_cuda:
-        return _on_device(x, lambda cp: _forward_on_device(cp, x, weight, bias, relu))
+        return _forward_on_device(x, weight, bias, relu)
     backend = registry.active()
-    operands = x.numpy(force=True), weight.numpy(force=True).T, None if bias is None else bias.numpy(force=True)
+    samples, w, b = x.numpy(force=True), weight.numpy(force=True).T, None if bias is None else bias.numpy(force=True)
     if relu:
-        out, keep = backend.affine_relu_forward(*operands, None)
+        out, keep = backend.affine_relu_forward(samples, w, b, None)
         return _tensor(out), keep
-    return _tensor(backend.affine_forward(*operands, None)), None
+    return _tensor(backend.affine_forward(samples, w, b, None)), None
 
 
-def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: Sequence[bool]) -> Gradients:
     """The gradients of x, weight and bias that are needed."""
     want_dx, want_dw, want_db = needs
     if x.is_cuda:
-        return _on_device(x, lambda cp: _backward_on_device(cp, dout, x, weight, keep, (want_dx, want_dw, want_db)))
-    backend, samples, w = registry.active(), x.numpy(force=True), weight.numpy(force=True).T
+        return _backward_on_device(dout, x, weight, keep, (want_dx, want_dw, want_db))
+    samples, w = x.numpy(force=True), weight.numpy(force=True).T
     d_weight = empty(w.shape[::-1], samples.dtype) if want_dw else None
-    dx, _, db = backend.affine_backward(
+    dx, _, db = registry.active().affine_backward(
         dout.numpy(force=True),
         samples,
         w,
@@ -76,7 +76,8 @@ def backward(
 def relu_forward(x: Tensor) -> Tensor:
     if x.is_cuda:
         out = torch.empty_like(x)
-        _on_device(x, lambda cp: registry.serving("cupy").relu_forward(cp.asarray(x.detach()), cp.asarray(out)))
+        with _device(x) as (backend, view):
+            backend.relu_forward(view(x), view(out))
         return out
     return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None)))
 
@@ -84,7 +85,8 @@ def relu_forward(x: Tensor) -> Tensor:
 def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda:
         dx = torch.empty_like(x)
-        _on_device(x, lambda cp: registry.serving("cupy").relu_backward(cp.asarray(dout.detach()), cp.asarray(x.detach()), cp.asarray(dx)))
+        with _device(x) as (backend, view):
+            backend.relu_backward(view(dout), view(x), view(dx))
         return dx
     return _tensor(_base(registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None)))
 
@@ -103,29 +105,28 @@ def kept(keep: Keep) -> Tensor:
 # On a GPU. Results are PyTorch's memory, so that its allocator knows which stream uses them.
 
 
-def _on_device(x: Tensor, call: Any) -> Any:
+@contextmanager
+def _device(x: Tensor) -> Iterator[tuple[Backend, Any]]:
+    """The cupy backend on PyTorch's current stream, and what makes a CuPy array of a tensor's memory."""
     import cupy as cp
 
     with cp.cuda.Device(x.device.index), cp.cuda.ExternalStream(torch.cuda.current_stream(x.device).cuda_stream):
-        return call(cp)
+        yield registry.serving("cupy"), lambda t: None if t is None else cp.asarray(t.detach())
 
 
-def _forward_on_device(cp: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
-    backend = registry.serving("cupy")
+def _forward_on_device(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
     out = x.new_empty((x.shape[0], weight.shape[0]))
-    operands = [None if t is None else cp.asarray(t.detach()) for t in (x, weight.T, bias)]
-    if relu:
-        return out, backend.affine_relu_forward(*operands, cp.asarray(out))[1]
-    backend.affine_forward(*operands, cp.asarray(out))
+    with _device(x) as (backend, view):
+        if relu:
+            return out, backend.affine_relu_forward(view(x), view(weight.T), view(bias), view(out))[1]
+        backend.affine_forward(view(x), view(weight.T), view(bias), view(out))
     return out, None
 
 
-def _backward_on_device(
-    cp: Any, dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward_on_device(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, wanted: Wanted) -> Gradients:
     shapes = x.shape, weight.shape, weight.shape[:1]
     dx, dw, db = (x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
-    outs = [None if t is None else cp.asarray(t) for t in (dx, None if dw is None else dw.T, db)]
-    operands = [cp.asarray(t.detach()) for t in (dout, x, weight.T)]
-    registry.serving("cupy").affine_backward(*operands, keep, wanted, (outs[0], outs[1], outs[2]))
+    with _device(x) as (backend, view):
+        outs = view(dx), None if dw is None else view(dw.T), view(db)
+        backend.affine_backward(view(dout), view(x), view(weight.T), keep, wanted, outs)
     return dx, dw, db

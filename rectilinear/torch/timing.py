@@ -23,7 +23,7 @@ CLEARLY = 0.97
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
 BLOCK_S = 0.002
-"""How long a block lasts: at least two calls, and at most `BLOCK_CALLS`. The threads of whoever ran before have had their time to fall asleep."""
+"""How long a block lasts: at least two calls, and at most `BLOCK_CALLS`. By its end the threads of whoever ran before are asleep."""
 BLOCK_CALLS = 20
 
 
@@ -91,7 +91,7 @@ def _measured(asked: Question, x: Tensor, weight: Tensor, bias: Tensor | None, o
     leaves = [t for t in given if t is not None and t.requires_grad]
 
     def run(layer: Layer) -> None:
-        out = layer(*given)  # type: ignore[arg-type]  # only bias may be None
+        out = layer(*given)
         if leaves:
             torch.autograd.grad(out, leaves, out.detach())
 
