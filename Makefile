@@ -6,6 +6,8 @@ CONSTRAINTS := constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # Two at a time, whatever the host: most tests are one thread's work, and the others use all cores for themselves.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Doctests that need a large library: make test-all runs them, make lint leaves them out.
+LIBRARY_DOCTESTS := rectilinear/torch docs/pytorch.md
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -64,6 +66,7 @@ nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 mi
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
 	@$(BIN)/python -m pytest -q -m libraries --junitxml=out/test-all.xml
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' $(LIBRARY_DOCTESTS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@echo "== ruff"
@@ -72,7 +75,7 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
 	@echo "== doctests of docstrings, README and docs"
-	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers rectilinear README.md docs
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers $(LIBRARY_DOCTESTS:%=--ignore=%) rectilinear README.md docs
 
 wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
 	@echo "== building a wheel and trying it outside of the checkout"

@@ -409,10 +409,14 @@ def test_compiled_graphs_have_no_break(dynamic: bool, monkeypatch: pytest.Monkey
     close(function(x), F.relu(F.linear(x[None], model[0].weight)))
 
 
-def test_an_exported_program_needs_no_rectilinear() -> None:
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated")
+def test_exported_and_traced_programs_need_no_rectilinear(kernels: None) -> None:
     model, x = net(), torch.randn(4, 6)
     want = model(x)
     rt.accelerate(model)
+    traced = torch.jit.trace(model, x)
+    assert "addmm" in str(traced.inlined_graph) or "linear" in str(traced.inlined_graph)
+    close(traced(x + 1), model(x + 1))
     program = torch.export.export(model, (x,))
     assert "rectilinear" not in str(program.graph)
     close(program.module()(x), want)

@@ -137,7 +137,8 @@ def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels take these, here and now."""
     dtype, on_cpu = x.dtype, x.is_cpu
     return (
-        _plain(x)
+        ordinary()  # first, since extents are tensors while a trace is recorded
+        and _plain(x)
         and _plain(weight)
         and weight.dtype is dtype
         and weight.is_cpu is on_cpu
@@ -146,7 +147,6 @@ def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (_plain(bias) and bias.dtype is dtype and bias.is_cpu is on_cpu and bias.shape == weight.shape[:1]))
         and (on_cpu or (weight.device == x.device and (bias is None or bias.device == x.device)))
-        and ordinary()
         and primitives.backend_for(x) is not None
     )
 
