@@ -104,6 +104,10 @@ def test_first_and_second_gradients(name: str, backend: str, count: dict[str, in
             assert torch.autograd.gradcheck(function, arguments)
             assert count["backward"] > before
             assert torch.autograd.gradgradcheck(function, arguments)
+            given = [t for t in arguments if t is not None]
+            once, again = (torch.autograd.grad(function(*arguments).sum(), given, create_graph=more) for more in (False, True))
+            for one, other in zip(once, again, strict=True):
+                torch.testing.assert_close(one, other)
 
 
 def test_relu_first_and_second_gradients() -> None:
@@ -145,6 +149,7 @@ def test_any_layout_and_number_of_axes() -> None:
     w, b = w.T, b[::2]
     for x in (wide[:, 0, ::2], wide[..., ::2], wide.transpose(0, 1)[..., :7], wide[0, 0, :7], wide[:0, 0, :7], wide[0, :, :7].T[:, :].T):
         close(rt.affine(x, w, b), F.linear(x, w, b))
+        close(rt.relu(x), F.relu(x))
         leaf = x.detach().clone().requires_grad_()
         for f in (lambda *a: F.relu(F.linear(*a)), rt.affine_relu):
             leaf.grad = None
@@ -158,6 +163,7 @@ def test_what_does_not_fit_is_pytorchs_error() -> None:
     for x, weight, bias in (
         (torch.ones(4, 5), w, b),
         (torch.ones(4, 3, dtype=torch.float64), w, b),
+        (torch.ones(4, 3, dtype=torch.float64), w, None),
         (torch.ones(4, 3), w, torch.ones(3)),
         (torch.ones(4, 3), torch.ones(1, 2, 3), b),
     ):
@@ -178,13 +184,13 @@ def test_nothing_is_copied_and_nothing_needless_computed(monkeypatch: pytest.Mon
             return backend.affine_relu_forward(x, w, b, out)
 
         def affine_backward(self, dout: Any, x: Any, w: Any, keep: Any, wanted: Any, out: Any) -> Any:
-            seen.update(wanted=wanted, dw=out[1])
+            seen.update(wanted=wanted, dw=out[1], w_again=w)
             return backend.affine_backward(dout, x, w, keep, wanted, out)
 
     monkeypatch.setattr(rt.primitives.registry, "active", Spy)
     layer = rt.AffineReLU(8, 4)
     layer(torch.randn(3, 8)).sum().backward()
-    assert seen["w"].ctypes.data == layer.weight.data_ptr()
+    assert seen["w"].ctypes.data == seen["w_again"].ctypes.data == layer.weight.data_ptr()
     assert seen["w"].shape == (8, 4)
     assert seen["wanted"] == (False, True, True)
     assert seen["dw"].ctypes.data == layer.weight.grad.data_ptr()
@@ -252,6 +258,12 @@ def test_undo_gives_back_what_there_was(kernels: None) -> None:
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(model(x), want)
     assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in net().modules()]
+    handle = rt.accelerate(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    torch.testing.assert_close(model(x), want)
+    handle.undo()
+    torch.testing.assert_close(model(x), want)
+    assert type(model[2]) is torch.nn.Linear
     linear = torch.nn.Linear(3, 3)
     first, second = rt.accelerate(linear), rt.accelerate(linear)
     second.undo()

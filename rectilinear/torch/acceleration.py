@@ -66,9 +66,13 @@ class Handle:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Give every module back the class that it had. Parameters and buffers stay as they are now."""
+        """Give every module back the class that it had; one that has been given another since (parametrizations do) keeps that.
+
+        Parameters and buffers stay as they are now.
+        """
         for module, kind in self._changed:
-            module.__class__ = kind
+            if type(module) in _PLAIN:
+                module.__class__ = kind
         self._changed.clear()
 
     def __repr__(self) -> str:
@@ -183,12 +187,16 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"])
 
 
-class _Linear(nn.Linear):  # type: ignore[misc]  # torch is Any to mypy
+class AcceleratedLinear(nn.Linear):  # type: ignore[misc]  # torch is Any to mypy
+    """What an accelerated ``nn.Linear`` is, under this name in pickles."""
+
     def forward(self, input: Tensor) -> Tensor:
         return _layer(self, input, None)
 
 
-class _Sequential(nn.Sequential):  # type: ignore[misc]
+class AcceleratedSequential(nn.Sequential):  # type: ignore[misc]
+    """What an accelerated ``nn.Sequential`` is: a Linear and the ReLU after it are one call, as long as nobody looks between them."""
+
     _relu_at_zero = 1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -201,25 +209,28 @@ class _Sequential(nn.Sequential):  # type: ignore[misc]
                     waiting = None
                     continue
                 input = waiting(input)
-            waiting = child if fuse and type(child) is _Linear and not _has_hooks(child) else None
+            waiting = child if fuse and type(child) is AcceleratedLinear and not _has_hooks(child) else None
             if waiting is None:
                 input = child(input)
         return input if waiting is None else waiting(input)
 
 
-class _SequentialAsInTorch(_Sequential):
+class AcceleratedSequentialZero(AcceleratedSequential):
+    """The same with PyTorch's gradient at 0."""
+
     _relu_at_zero = 0
 
 
 _ACCELERATED = {
-    (nn.Linear, 0): _Linear,
-    (nn.Linear, 1): _Linear,
-    (nn.Sequential, 0): _SequentialAsInTorch,
-    (nn.Sequential, 1): _Sequential,
+    (nn.Linear, 0): AcceleratedLinear,
+    (nn.Linear, 1): AcceleratedLinear,
+    (nn.Sequential, 0): AcceleratedSequentialZero,
+    (nn.Sequential, 1): AcceleratedSequential,
 }
 """By a module's class, and the gradient of a fused ReLU at 0: in the class, so that parts and copies have it too."""
 _PLAIN = {accelerated: kind for (kind, _), accelerated in _ACCELERATED.items()}
 
+MOST_CHOICES = 10_000
 _choices: dict[tuple[Any, ...], bool] = {}
 """By what can be had in a microsecond of a call, whether the kernels are faster: where they are not, a call may take 10 us."""
 
@@ -240,6 +251,8 @@ def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
     if choice is None:
         choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero])
         if choice is not None:
+            if len(_choices) >= MOST_CHOICES:  # batches of ever new lengths
+                _choices.clear()
             _choices[key] = choice
     return (_OURS if choice else _THEIRS)[at_zero](x, weight, bias)
 
