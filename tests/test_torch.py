@@ -309,6 +309,8 @@ def test_hooks_added_later_see_what_they_would(kernels: None) -> None:
     for got, want in zip(*seen, strict=True):
         close(got, want)
     every: list[Any] = []
+    model = net()
+    rt.accelerate(model)
     handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: every.append(m))
     try:
         model(x)
