@@ -1,0 +1,74 @@
+"""A step of scikit-learn's optimizers in one pass over the parameters, their gradients and their moments.
+
+`Update` stands in an optimizer's place while a fit runs. All state stays in the optimizer, in the arrays it has made, so that what is
+left after the fit is scikit-learn's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
+
+from rectilinear.kernels.runtime import forks
+from rectilinear.threads import call_threads
+
+
+def update_of(optimizer: Any, params: list[np.ndarray]) -> Update | None:
+    """The `Update` for an optimizer; None where it is of another kind, or where nothing can be compiled."""
+    if type(optimizer) not in (AdamOptimizer, SGDOptimizer) or forks.frozen:
+        return None
+    with forks.loading():
+        from rectilinear.sklearn import kernel
+
+        return Update(optimizer, kernel, params)
+
+
+class Update:
+    """Takes gradients of the sum of a batch's losses, without the penalty: `decay` and `divisor` say what is missing in them."""
+
+    def __init__(self, optimizer: Any, kernel: Any, params: list[np.ndarray]) -> None:
+        self.optimizer = optimizer
+        self.decay, self.divisor = 0.0, 1.0
+        self.squares: float | None = None
+        """The sum of the squares of all coefficients as the last step has left them; None before the first."""
+        self._step = kernel.step[params[0].itemsize]
+        self._rates = np.zeros(len(kernel.RATES))
+        self._address = self._rates.ctypes.data
+        self._adam = isinstance(optimizer, AdamOptimizer)
+        self._flags = kernel.ADAM if self._adam else kernel.NESTEROV if optimizer.nesterov else 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def update_params(self, params: list[np.ndarray], grads: list[np.ndarray]) -> None:
+        """Move `params`, the coefficients and then as many intercepts."""
+        own, decayed = self.optimizer, len(params) // 2
+        rates: tuple[float, ...]
+        if self._adam:
+            m, v, t = tuple(own.ms), tuple(own.vs), own.t + 1
+            rate = own.learning_rate_init * np.sqrt(1 - own.beta_2**t) / (1 - own.beta_1**t)
+            rates = -rate, own.beta_1, 1 - own.beta_1, own.beta_2, 1 - own.beta_2, own.epsilon
+        else:
+            m, v = (), tuple(own.velocities)
+            rates = -own.learning_rate, own.momentum
+        self._rates[:2] = self.decay, 1 / self.divisor
+        self._rates[2 : 2 + len(rates)] = rates
+        w, dw = tuple(params), tuple(grads)
+        if self._step(id(w), id(dw), id(m), id(v), self._address, decayed, self._flags, call_threads()):
+            finish(grads, params[:decayed], self.decay, self.divisor)
+            own.update_params(params, grads)
+            self.squares = None
+            return
+        if self._adam:
+            own.t, own.learning_rate = t, rate
+        self.squares = float(self._rates[-1])
+
+
+def finish(grads: list[np.ndarray], coefs: list[np.ndarray], decay: float, divisor: float) -> None:
+    """Make gradients of the mean loss with its penalty of those of a sum of losses, in place; those of coefficients come first."""
+    for grad, coef in zip(grads, coefs, strict=False):
+        grad += decay * coef
+    for grad in grads:
+        grad /= divisor
