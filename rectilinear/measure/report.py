@@ -302,6 +302,7 @@ def _least_work(record: Record) -> Section:
         ("relu_backward", (n, m), "0", "2NM s", "NM s"),
         ("db", (n, m), "NM", "NM s", "M s"),
         ("softmax", (n, m), "4NC", "NC s + 8N", "(NC + 1) s"),
+        ("infer", (n,), "2N sum of D M", "(784 N + P) s", "10 N s"),
         ("train", (n,), "sum of its passes without the first dx, + 2P", "(784 N + P) s + 8N", "P s"),
     ]
     rows = []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.neural_network import MLPClassifier
 
-from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.cases import Case
 from rectilinear.measure.reference import LEARNING_RATE
 from rectilinear.measure.subjects import Run
 
@@ -15,9 +15,16 @@ from rectilinear.measure.subjects import Run
 def build(case: Case, data: dict[str, Any]) -> Run:
     x, y = data["x"], data["y"]
     net = MLPClassifier(
-        NET[1:-1], solver="sgd", alpha=0.0, momentum=0.0, learning_rate_init=LEARNING_RATE, batch_size=len(x), shuffle=False, random_state=0
+        case.widths[1:-1],
+        solver="sgd",
+        alpha=0.0,
+        momentum=0.0,
+        learning_rate_init=LEARNING_RATE,
+        batch_size=len(x),
+        shuffle=False,
+        random_state=0,
     )
-    net.partial_fit(x, y, classes=np.arange(NET[-1]))  # creates the parameters, which are then ours
+    net.partial_fit(x, y, classes=np.arange(case.widths[-1]))  # creates the parameters, which are then ours
     for i, (w, b) in enumerate(zip(net.coefs_, net.intercepts_, strict=True)):
         w[...], b[...] = data[f"w{i}"], data[f"b{i}"]
 
