@@ -79,7 +79,12 @@ PEERS = (
         note="compiles for seconds per case, so it takes part in float32 alone",
     ),
     Subject("jax", f"{_HERE}.peers.jax_jit:build", about="JAX jit", environment={"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}),
-    Subject("sklearn", f"{_HERE}.peers.sklearn_mlp:build", about="scikit-learn MLPClassifier.partial_fit", passes=("train",)),
+    Subject(
+        "sklearn",
+        f"{_HERE}.peers.sklearn_mlp:build",
+        passes=_NETS,
+        about="scikit-learn, MLPRegressor.predict and MLPClassifier.partial_fit",
+    ),
     Subject("cs231n-cupy", f"{_HERE}.peers.cs231n_cupy:build", about="CS231n's layers, CuPy in NumPy's place, on the GPU", dtypes=ON_GPU),
     Subject("torch-cuda", f"{_GPU}:eager", dtypes=ON_GPU, about="PyTorch eager with autograd, on the GPU"),
     Subject("torch-lean-cuda", f"{_GPU}:lean", dtypes=ON_GPU, about="PyTorch in inference mode, into preallocated arrays, on the GPU"),
@@ -122,6 +127,13 @@ IN_FRAMEWORKS = (
         backend="auto",
         passes=_NETS,
         about="the same modules after rectilinear.torch.accelerate",
+    ),
+    Subject(
+        "sklearn-accelerated",
+        f"{_HERE}.peers.sklearn_mlp:accelerated",
+        backend="auto",
+        passes=_NETS,
+        about="the same estimators of rectilinear.sklearn",
     ),
 )
 """rectilinear as users of other frameworks meet it; with the peers, since these have to be installed."""

@@ -20,7 +20,7 @@ from sklearn.neural_network import _base
 from rectilinear.backends import registry
 from rectilinear.keepmask import KeepMask
 from rectilinear.layers import affine_backward, affine_forward, affine_relu_backward, affine_relu_forward
-from rectilinear.sklearn.update import Update, finish, update_of
+from rectilinear.sklearn.update import Update, finish, squares, update_of
 
 try:
     from sklearn.utils.validation import validate_data
@@ -66,10 +66,8 @@ class _Served:
 
         out, caches = _forward(net, X)
         _base.ACTIVATIONS[net.out_activation_](out)
-        squares = update.squares if update else None
-        if squares is None:
-            squares = sum(float(np.vdot(coef, coef)) for coef in net.coefs_)
-        loss = _loss(net, y, out, weights) + 0.5 * net.alpha * squares / divisor
+        penalty = 0.5 * net.alpha * (update.squares if update else squares)(net.coefs_) / divisor
+        loss = _loss(net, y, out, weights) + penalty
 
         delta = np.subtract(out, y, out=out)
         if weight is not None:

@@ -14,6 +14,8 @@ lines in NumPy. The arrays are looked at in here, not in Python, and whatever is
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from rectilinear.kernels.loops.elementwise import QUICK_BYTES, SHARED_BYTES
 from rectilinear.kernels.micro.emit import I32, I64, Emitter, Values, float_vector
 from rectilinear.kernels.micro.library import host_simd
 from rectilinear.kernels.runtime.cache import jit, jit_inner
+from rectilinear.kernels.runtime.fingerprint import digest
 from rectilinear.kernels.runtime.linking import Once, by_name, publish
 from rectilinear.kernels.runtime.memory import (
     C_ORDER,
@@ -51,8 +54,8 @@ RATES = ("decay", "scale", "descent", "momentum", "rest", "second", "second_rest
 
 _TOTAL = RATES.index("total")
 
-ADAM, NESTEROV, DECAYS = 1, 2, 4
-"""Flags. Without ADAM it is SGD, without NESTEROV with plain momentum; the caller of a step sets DECAYS for no parameter itself."""
+ADAM, NESTEROV, SUM_ALONE, DECAYS = 1, 2, 4, 8
+"""Flags. Without ADAM it is SGD, without NESTEROV with plain momentum. SUM_ALONE: only the total of w is wanted. DECAYS is set in here."""
 
 RUN_BYTES = 64 << 10
 """What a task handles of each array: so few sums in float32 for each lane that the total is good to six digits."""
@@ -114,11 +117,14 @@ class _RunEmitter(Emitter):
         def by(adam: bool, nesterov: bool) -> Values:
             return self.choose(self.flag(DECAYS), lambda: self._loop(adam, nesterov, True), lambda: self._loop(adam, nesterov, False))
 
-        self.choose(
-            self.flag(ADAM),
-            lambda: by(True, False),
-            lambda: self.choose(self.flag(NESTEROV), lambda: by(False, True), lambda: by(False, False)),
-        )
+        def by_flags() -> Values:
+            return self.choose(
+                self.flag(ADAM),
+                lambda: by(True, False),
+                lambda: self.choose(self.flag(NESTEROV), lambda: by(False, True), lambda: by(False, False)),
+            )
+
+        self.choose(self.flag(SUM_ALONE), self._squares, by_flags)
         lanes = self.builder.load(self.sum, typ=self.vector)
         total = ir.DoubleType()(0.0)
         for lane in range(self.vector.count):
@@ -137,12 +143,23 @@ class _RunEmitter(Emitter):
             for index in indices:
                 place = {name: self.offset(self.arg[name], index, self.itemsize) for name in ("w", "dw", "m", "v")}
                 value = self._moved(place, mask, adam, nesterov, decays)
-                if decays:  # lanes beyond the end are 0 in w and dw, m and v, and stay so
-                    summed = self.builder.load(self.sum, typ=self.vector)
-                    self.builder.store(self.builder.fadd(summed, self.builder.fmul(value, value)), self.sum)
+                if decays:  # lanes beyond the end are 0 in all operands, and stay so
+                    self._add_square(value)
 
         self.vectors(I64(0), self.arg["count"], 1, body)
         return []
+
+    def _squares(self) -> Values:
+        def body(indices: Values, mask: ir.Value | None) -> None:
+            for index in indices:
+                self._add_square(self.load(self.offset(self.arg["w"], index, self.itemsize), mask))
+
+        self.vectors(I64(0), self.arg["count"], 1, body)
+        return []
+
+    def _add_square(self, value: ir.Value) -> None:
+        total = self.builder.load(self.sum, typ=self.vector)
+        self.builder.store(self.builder.fadd(total, self.builder.fmul(value, value)), self.sum)
 
     def _moved(self, place: dict[str, ir.Value], mask: ir.Value | None, adam: bool, nesterov: bool, decays: bool) -> ir.Value:
         """Move one vector; its new value."""
@@ -174,12 +191,14 @@ _run = by_name("rectilinear_sklearn_step")
 def _load(itemsize: int) -> None:
     """Compile the vector code of a dtype and publish it."""
     simd = host_simd()
+    # Cached by its name, since what is compiled here follows from this file, of which the cache sees jitted functions alone.
+    name = f"step.{digest(inspect.getsource(sys.modules[__name__]))[:16]}"
 
     @intrinsic
     def emit(typingctx):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = float_vector(itemsize, simd.lanes(itemsize))
-            kernel = _RunEmitter(builder.module, "step", RunOperands, vector).run()
+            kernel = _RunEmitter(builder.module, name, RunOperands, vector).run()
             kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, I64)])
 

@@ -31,16 +31,25 @@ class Update:
     def __init__(self, optimizer: Any, kernel: Any, params: list[np.ndarray]) -> None:
         self.optimizer = optimizer
         self.decay, self.divisor = 0.0, 1.0
-        self.squares: float | None = None
-        """The sum of the squares of all coefficients as the last step has left them; None before the first."""
+        self._squares: float | None = None  # of all coefficients as the last step has left them
         self._step = kernel.step[params[0].itemsize]
         self._rates = np.zeros(len(kernel.RATES))
         self._address = self._rates.ctypes.data
+        self._sum_alone = kernel.SUM_ALONE
         self._adam = isinstance(optimizer, AdamOptimizer)
         self._flags = kernel.ADAM if self._adam else kernel.NESTEROV if optimizer.nesterov else 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
+
+    def squares(self, coefs: list[np.ndarray]) -> float:
+        """The sum of the squares of all coefficients: what the last step has added up, or else of these."""
+        if self._squares is None:
+            w = tuple(coefs)
+            if self._step(id(w), id(w), id(w), id(w), self._address, len(w), self._sum_alone, call_threads()):
+                return squares(coefs)
+            self._squares = float(self._rates[-1])
+        return self._squares
 
     def update_params(self, params: list[np.ndarray], grads: list[np.ndarray]) -> None:
         """Move `params`, the coefficients and then as many intercepts."""
@@ -59,11 +68,11 @@ class Update:
         if self._step(id(w), id(dw), id(m), id(v), self._address, decayed, self._flags, call_threads()):
             finish(grads, params[:decayed], self.decay, self.divisor)
             own.update_params(params, grads)
-            self.squares = None
+            self._squares = None
             return
         if self._adam:
             own.t, own.learning_rate = t, rate
-        self.squares = float(self._rates[-1])
+        self._squares = float(self._rates[-1])
 
 
 def finish(grads: list[np.ndarray], coefs: list[np.ndarray], decay: float, divisor: float) -> None:
@@ -72,3 +81,8 @@ def finish(grads: list[np.ndarray], coefs: list[np.ndarray], decay: float, divis
         grad += decay * coef
     for grad in grads:
         grad /= divisor
+
+
+def squares(coefs: list[np.ndarray]) -> float:
+    """The sum of the squares of all coefficients."""
+    return sum(float(np.vdot(coef, coef)) for coef in coefs)
