@@ -18,7 +18,7 @@ from sklearn import neural_network
 from sklearn.neural_network import _base
 
 from rectilinear.backends import registry
-from rectilinear.keepmask import KeepMask
+from rectilinear.keepmask import unchecked
 from rectilinear.layers import affine_backward, affine_forward, affine_relu_backward, affine_relu_forward
 from rectilinear.sklearn.update import Update, finish, squares, update_of
 
@@ -59,10 +59,9 @@ class _Served:
         *weights, _, _, coef_grads, intercept_grads = rest
         weight = weights[0] if weights else None  # scikit-learn 1.7 and newer
         divisor = len(X) if weight is None else weight.sum()
-        params = net.coefs_ + net.intercepts_
-        if registry.active().name == "numba" and not isinstance(net._optimizer, Update):
-            net._optimizer = update_of(net._optimizer, params) or net._optimizer
-        update = net._optimizer if isinstance(net._optimizer, Update) else None
+        if type(net._optimizer) is not Update and registry.active().name == "numba":
+            net._optimizer = update_of(net._optimizer, net.coefs_) or net._optimizer
+        update = net._optimizer if type(net._optimizer) is Update else None
 
         out, caches = _forward(net, X)
         _base.ACTIVATIONS[net.out_activation_](out)
@@ -72,10 +71,10 @@ class _Served:
         delta = np.subtract(out, y, out=out)
         if weight is not None:
             delta *= weight[:, None]
-        for i, cache in reversed(list(enumerate(caches))):
-            backward: Any = affine_backward if len(cache) == 3 else affine_relu_backward
+        for i in range(len(caches) - 1, -1, -1):
+            backward: Any = affine_relu_backward if len(caches[i]) == 2 else affine_backward
             outs = None, coef_grads[i], intercept_grads[i]
-            delta = backward(delta, cache, needs=(i > 0, True, True), out=outs)[0]
+            delta, _, _ = backward(delta, caches[i], needs=(i > 0, True, True), out=outs)
         if update:
             update.decay, update.divisor = net.alpha, divisor
         else:
@@ -103,7 +102,7 @@ def _forward(net: Any, x: np.ndarray) -> tuple[np.ndarray, list[Any]]:
     for coef, intercept in hidden:
         x, (affine, _) = affine_relu_forward(x, coef, intercept)
         # Ours lets the gradient pass at z = 0; scikit-learn stops it where the output is 0, and lets it pass where that is NaN.
-        caches.append((affine, KeepMask(np.packbits(x != 0, axis=-1, bitorder="little"), x.shape)))
+        caches.append((affine, unchecked(np.packbits(x != 0, axis=-1, bitorder="little"), x.shape)))
     out, cache = affine_forward(x, *last)
     return out, [*caches, cache]
 
@@ -111,6 +110,11 @@ def _forward(net: Any, x: np.ndarray) -> tuple[np.ndarray, list[Any]]:
 def _loss(net: Any, y: np.ndarray, predicted: np.ndarray, weights: list[Any]) -> float:
     """The mean loss of a batch, without the penalty."""
     name = net.loss
+    if name == "log_loss" and net.out_activation_ == "softmax" and (not weights or weights[0] is None) and y.dtype == bool:
+        picked = predicted[y]
+        if len(picked) == len(y):  # one class a sample: the other terms are 0
+            eps = np.finfo(picked.dtype).eps
+            return -float(np.log(picked.clip(eps, 1 - eps)).sum()) / len(y)
     if name == "log_loss" and net.out_activation_ == "logistic":
         name = "binary_log_loss"
     return float(_base.LOSS_FUNCTIONS[name](y, predicted, *weights))

@@ -15,24 +15,24 @@ from rectilinear.kernels.runtime import forks
 from rectilinear.threads import call_threads
 
 
-def update_of(optimizer: Any, params: list[np.ndarray]) -> Update | None:
+def update_of(optimizer: Any, coefs: list[np.ndarray]) -> Update | None:
     """The `Update` for an optimizer; None where it is of another kind, or where nothing can be compiled."""
     if type(optimizer) not in (AdamOptimizer, SGDOptimizer) or forks.frozen:
         return None
     with forks.loading():
         from rectilinear.sklearn import kernel
 
-        return Update(optimizer, kernel, params)
+        return Update(optimizer, kernel, coefs)
 
 
 class Update:
     """Takes gradients of the sum of a batch's losses, without the penalty: `decay` and `divisor` say what is missing in them."""
 
-    def __init__(self, optimizer: Any, kernel: Any, params: list[np.ndarray]) -> None:
+    def __init__(self, optimizer: Any, kernel: Any, coefs: list[np.ndarray]) -> None:
         self.optimizer = optimizer
         self.decay, self.divisor = 0.0, 1.0
         self._squares: float | None = None  # of all coefficients as the last step has left them
-        self._step = kernel.step[params[0].itemsize]
+        self._step = kernel.step[coefs[0].itemsize]
         self._rates = np.zeros(len(kernel.RATES))
         self._address = self._rates.ctypes.data
         self._sum_alone = kernel.SUM_ALONE
