@@ -94,7 +94,7 @@ _PARAMETER_BYTES: int = Parameter.layout.size  # type: ignore[attr-defined]
 
 @record
 class Step:
-    """The job: `count` parameters, one after the other in memory, of which the first `decayed` decay. A task takes `run` elements of one."""
+    """The job: `count` parameters, one after the other in memory; the first `decayed` decay. A task takes `run` elements of one."""
 
     parameters: int = 0
     count: int = 0

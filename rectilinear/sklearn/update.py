@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 
 from rectilinear.kernels.runtime import forks
+from rectilinear.sklearn import private
 from rectilinear.threads import call_threads
 
 
 def update_of(optimizer: Any, coefs: list[np.ndarray]) -> Update | None:
     """The `Update` for an optimizer; None where it is of another kind, or where nothing can be compiled."""
-    if type(optimizer) not in (AdamOptimizer, SGDOptimizer) or forks.frozen:
+    if type(optimizer) not in (private.ADAM, private.SGD) or forks.frozen:
         return None
     with forks.loading():
         from rectilinear.sklearn import kernel
@@ -36,7 +36,7 @@ class Update:
         self._rates = np.zeros(len(kernel.RATES))
         self._address = self._rates.ctypes.data
         self._sum_alone = kernel.SUM_ALONE
-        self._adam = isinstance(optimizer, AdamOptimizer)
+        self._adam = type(optimizer) is private.ADAM
         self._flags = kernel.ADAM if self._adam else kernel.NESTEROV if optimizer.nesterov else 0
 
     def __getattr__(self, name: str) -> Any:
