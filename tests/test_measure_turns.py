@@ -16,7 +16,7 @@ from rectilinear.measure import turns, worker
 from rectilinear.measure.cases import Case
 from rectilinear.measure.figures import ratio
 from rectilinear.measure.record import Figure
-from rectilinear.measure.subjects import PEERS, Run, Subject, backend_subjects
+from rectilinear.measure.subjects import IN_FRAMEWORKS, PEERS, Run, Subject, backend_subjects
 from rectilinear.measure.turns import environment, started, take_turns
 
 RELU = Case("relu_forward", (10, 100), "float32")
@@ -228,7 +228,7 @@ def test_backends_and_the_baseline_are_right_in_every_pass():
     # loopback is registered by these tests, in this process only
     backends = [subject for subject in backend_subjects()[0] if subject.backend != "loopback"]
     assert {"numpy", "numpy-out"} <= {s.name for s in backends}
-    all_right([*backends, *(p for p in PEERS if p.name in ("cs231n", "sklearn"))], SMALL)
+    all_right([*backends, *(p for p in (*PEERS, *IN_FRAMEWORKS) if p.name in ("cs231n", "sklearn", "sklearn-accelerated"))], SMALL)
 
 
 @pytest.mark.libraries

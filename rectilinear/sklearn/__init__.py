@@ -121,7 +121,7 @@ class MLPClassifier(_Served, neural_network.MLPClassifier):  # type: ignore[misc
     >>> from rectilinear.sklearn import MLPClassifier
     >>> x = np.random.default_rng(0).standard_normal((200, 8))  # (n_samples, n_features)
     >>> y = x[:, 0] > 0
-    >>> net = MLPClassifier(hidden_layer_sizes=(16,), max_iter=300, early_stopping=True, random_state=0).fit(x, y)
+    >>> net = MLPClassifier(hidden_layer_sizes=(16,), learning_rate_init=0.01, early_stopping=True, random_state=0).fit(x, y)
     >>> net.predict_proba(x).shape
     (200, 2)
     """
@@ -140,7 +140,7 @@ class MLPRegressor(_Served, neural_network.MLPRegressor):  # type: ignore[misc]
     >>> import numpy as np
     >>> from rectilinear.sklearn import MLPRegressor
     >>> x = np.random.default_rng(0).standard_normal((200, 8))  # (n_samples, n_features)
-    >>> net = MLPRegressor(hidden_layer_sizes=(16,), max_iter=300, early_stopping=True, random_state=0).fit(x, x[:, 0])
+    >>> net = MLPRegressor(hidden_layer_sizes=(16,), learning_rate_init=0.01, early_stopping=True, random_state=0).fit(x, x[:, 0])
     >>> net.predict(x).shape
     (200,)
     """
