@@ -71,7 +71,7 @@ class _Served:
         out, caches = _forward(net, x)
         private.ACTIVATIONS[net.out_activation_](out)
         penalty = 0.5 * net.alpha * (update.squares if update else squares)(net.coefs_) / divisor
-        loss = _loss(net, y, out, weights) + penalty
+        loss = np.float64(_loss(net, y, out, weights) + penalty)  # NumPy's, as the parent's
 
         delta = np.subtract(out, y, out=out)
         if weight is not None:
