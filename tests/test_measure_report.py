@@ -398,7 +398,8 @@ def test_without_plain_numpy_there_is_a_table_and_no_picture():
 def test_nets_without_steps_are_pictured_by_pass_and_size():
     _, (single, _) = opening(made_up(patterns=("train-*",)))
     assert [t.text for t in single.iter("text") if t.text.startswith("train")] == []  # one pass alone needs no name
-    _, (single, _) = opening(made_up(patterns=("train-32-*", "db-100x100-*")))
+    text, (single, _) = opening(made_up(noise=0, patterns=("train-32-*", "db-100x100-*"), slow=[("train-32-float32", "other", 1.1)]))
+    assert "1.43 times at worst, at train 32. " in text
     assert [t.text for t in single.iter("text")][-3:-1] == ["db 100x100", "train 32"]
 
 

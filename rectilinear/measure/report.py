@@ -195,16 +195,25 @@ def _pictured(record: Record, dtype: str) -> list[Figure]:
 
 
 def _picture(record: Record, figures: Sequence[Figure], dtype: str) -> str:
-    styles, several = _styles(record), len({f.kind for f in figures}) > 1
+    styles, several = _styles(record), _several(figures)
     rows = []
     for f in figures:
         marks = [(name, ratio(f, name, BASELINE).mid, styles[name]) for name in choices(record) if name in f.seconds]
         peer = best_peer(f, _rivals(record, f))
         if peer:
             marks.insert(0, ("fastest peer", ratio(f, peer, BASELINE).mid, _PEER_STYLE))
-        rows.append((f"{f.kind} {f.case.size}" if several else f.case.size, marks))
+        rows.append((_label(f.case, several), marks))
     title = f"{'Every pass' if several else PASSES[figures[0].kind]}, {dtype}"
     return charts.dots(rows, "times as fast as plain NumPy", "plain NumPy", title)
+
+
+def _several(figures: Sequence[Figure]) -> bool:
+    return len({f.kind for f in figures}) > 1
+
+
+def _label(case: Case, several: bool) -> str:
+    """What the opening calls a case: its shape, with the pass where there are several."""
+    return f"{case.kind} {case.size}" if several else case.size
 
 
 _PEER_STYLE = 7
@@ -224,25 +233,25 @@ def _fastest_peer(record: Record, case: Case) -> str:
 
 def _advised(record: Record, figures: Sequence[Figure], dtype: str) -> str:
     """One backend for most sizes, the sizes at which another is clearly faster, what that is worth, and where a peer is faster."""
-    cases = {f.case for f in figures}
-    best = [row for row in advice(record) if row.case in cases]
+    names = {f.case: _label(f.case, _several(figures)) for f in figures}
+    best = [row for row in advice(record) if row.case in names]
     usual = Counter(row.best for row in best).most_common(1)[0][0]
     others: dict[str, list[str]] = {}
     for row in best:
         if row.best != usual and row.clear:
-            others.setdefault(row.best, []).append(row.case.size)
+            others.setdefault(row.best, []).append(names[row.case])
     text = f"In {dtype} choose {usual}"
     if others:
         text += ", but " + " and ".join(f"{name} at {_listed(sizes)}" for name, sizes in others.items()) + ". "
     else:
-        text += " at every size: " if len(best) > 1 else f" at {best[0].case.size}: "
+        text += " at every size: " if len(best) > 1 else f" at {names[best[0].case]}: "
     head = headline(figures, usual, BASELINE, [BASELINE])
     if head is None:
         return text
     text += f"{usual if others else 'it'} is {head.mean.mid:.2f} times as fast as plain NumPy"
     if head.cases > 1:
-        text += f" (geometric mean of {head.cases} shapes), and {head.worst.mid:.2f} times at worst, at {head.worst_case.size}"
-    behind = [f.case.size for f in figures if _is_behind(f, usual, best_peer(f, _rivals(record, f)))]
+        text += f" (geometric mean of {head.cases} shapes), and {head.worst.mid:.2f} times at worst, at {names[head.worst_case]}"
+    behind = [names[f.case] for f in figures if _is_behind(f, usual, best_peer(f, _rivals(record, f)))]
     return text + (f". A peer is faster at {_listed(behind)}. " if behind else ". ")
 
 
