@@ -115,7 +115,7 @@ def _print_table(infos: Sequence[BackendInfo]) -> None:
         for row in infos:
             if row.reason:
                 console.print(Text(f"{row.name}: {row.reason}"))
-        console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
+        console.print(Text("generic is never chosen: it serves the arrays of libraries that no other backend serves"))
     print(captured.get(), end="")
 
 

@@ -191,7 +191,7 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     xp = _namespace(function, first_name, first)
     place = None if xp is np else _device(first)
     for name, array in given[1:]:
-        if _namespace(function, name, array, first) is not xp:
+        if _namespace(function, name, array, first) != xp:
             how = f"rectilinear.to_numpy({name})" if xp is np else f"{_maker(first)}(rectilinear.to_numpy({name}))"
             raise TypeError(
                 f"{function}: {first_name} is {_a(library_name(first))} array but {name} is {_a(library_name(array))} array; "
