@@ -108,6 +108,10 @@ class Backend(Protocol):
     Where the number of threads depends on more than the machine, a method ``threads()`` gives the number of a call made here and now;
     `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's. A backend may also have a method ``sgd_step``,
     as `SGDStep` says.
+
+    Two more attributes are for libraries that compute elsewhere, and may be left out. ``numpy_operands`` is a set of names out of ``w``
+    and ``b``: these may come as NumPy arrays beside operands of this library. ``any_keep = True``: an integer `keep` comes as it is,
+    not as an array of dtype T.
     """
 
     api_version: int
