@@ -11,9 +11,9 @@ import copy
 import os
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from math import isnan
 from typing import Any, NamedTuple
@@ -236,6 +236,7 @@ class _Chunks:
     """x and y in chunks of the same rows, of which the workers hold those that the step under way and the next one need."""
 
     def __init__(self, x: Any, y: Any, client: Any) -> None:
+        import dask
         import dask.array as da
 
         x = x.rechunk(dict.fromkeys(range(1, x.ndim), -1))
@@ -244,7 +245,8 @@ class _Chunks:
         self.client = client
         self.rows: int = x.shape[0]
         self._ends = list(accumulate(x.chunks[0]))
-        self._lazy = list(zip(x.to_delayed().ravel(), y.to_delayed().ravel(), strict=True))
+        x, y = dask.optimize(x, y)  # together, so that what both are made of is made once
+        self._lazy = list(zip(*(array.to_delayed(optimize_graph=False).ravel() for array in (x, y)), strict=True))
         self._held: dict[int, Any] = {}
 
     def parts(self, batch: range) -> list[tuple[Any, Any, slice]]:
@@ -271,24 +273,33 @@ class _Chunks:
         return spans
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What is sent to the workers in a step."""
+
+    net: Module
+    loss: Any
+    name: str
+
+    def __dask_tokenize__(self) -> str:
+        return self.name  # else all parameters would be hashed
+
+
 def _gradient(net: Module, loss: Any, data: _Chunks, batch: range, name: str, backend: str | None) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a batch, added up by the workers."""
-    from dask import delayed
-
-    # In the graph, not scattered: what is scattered is lost with the worker that holds it.
-    model = delayed((copy.deepcopy(net), loss), name=f"net-{name}", traverse=False)
-    work, add = delayed(_part, pure=False), delayed(_total, pure=False)
-    level: deque[Any] = deque(
-        work(model, x, y, rows, len(batch), backend, dask_key_name=f"gradient-{name}-{i}")
-        for i, (x, y, rows) in enumerate(data.parts(batch))
-    )
-    sums = 0
+    # A graph by hand: dask.delayed takes 1 ms of the caller's time for each task. The net is part of it, not scattered: what is scattered
+    # is lost with the worker that holds it.
+    model = f"net-{name}"
+    graph: dict[str, Any] = {model: _Model(copy.deepcopy(net), loss, name)}
+    level = []
+    for i, (x, y, rows) in enumerate(data.parts(batch)):
+        level.append(f"gradient-{name}-{i}")
+        graph[level[-1]] = _part, model, x, y, rows, len(batch), backend
     while len(level) > 1:
-        level = deque(
-            add([level.popleft() for _ in range(min(FAN_IN, len(level)))], dask_key_name=f"sum-{name}-{(sums := sums + 1)}")
-            for _ in range(-(-len(level) // FAN_IN))
-        )
-    total: tuple[float, dict[str, Any]] = data.client.compute(level[0]).result()
+        parts = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
+        level = [f"sum-{name}-{len(level)}-{i}" for i in range(len(parts))]
+        graph |= {key: (_total, part) for key, part in zip(level, parts, strict=True)}
+    total: tuple[float, dict[str, Any]] = data.client.get(graph, level[0], sync=False).result()
     return total
 
 
@@ -301,11 +312,11 @@ def _layers(net: Module) -> Iterator[tuple[str, Layer]]:
             yield prefix, layer
 
 
-def _part(model: tuple[Module, Any], x: Any, y: Any, rows: slice, of: int, backend: str | None) -> tuple[float, dict[str, Any]]:
+def _part(model: _Model, x: Any, y: Any, rows: slice, of: int, backend: str | None) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of some rows, as their share in a batch of so many."""
     # Others may be at work on the same net; the arrays themselves are shared, for nobody writes to them.
-    arrays = {id(array): array for _, layer in _layers(model[0]) for array in layer.params.values()}
-    net, loss = copy.deepcopy(model, arrays)
+    arrays = {id(array): array for _, layer in _layers(model.net) for array in layer.params.values()}
+    net, loss = copy.deepcopy((model.net, model.loss), arrays)
     x, y = x[rows], y[rows]
     share = len(x) / of
     with as_told(backend):
