@@ -287,6 +287,8 @@ class _Model:
 
 def _gradient(net: Module, loss: Any, data: _Chunks, batch: range, name: str, backend: str | None) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a batch, added up by the workers."""
+    import dask
+
     # A graph by hand: dask.delayed takes 1 ms of the caller's time for each task. The net is part of it, not scattered: what is scattered
     # is lost with the worker that holds it.
     model = f"net-{name}"
@@ -299,7 +301,9 @@ def _gradient(net: Module, loss: Any, data: _Chunks, batch: range, name: str, ba
         parts = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
         level = [f"sum-{name}-{len(level)}-{i}" for i in range(len(parts))]
         graph |= {key: (_total, part) for key, part in zip(level, parts, strict=True)}
-    total: tuple[float, dict[str, Any]] = data.client.get(graph, level[0], sync=False).result()
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PiB"}):  # which is about data, where this is the net
+        future = data.client.get(graph, level[0], sync=False)
+    total: tuple[float, dict[str, Any]] = future.result()
     return total
 
 
