@@ -1,7 +1,7 @@
 """What training over a Dask cluster costs beside the kernels: measured here, and worked out for clusters that are not here.
 
-    python tools/scaling.py                measure on this host (3 minutes), write docs/scaling.json and docs/figures/scaling.svg
-    python tools/scaling.py --draw         only the picture, and the tables as Markdown, from docs/scaling.json
+    python tools/scaling.py            measure on this host (3 minutes), into docs/scaling.json, and do the rest
+    python tools/scaling.py --draw     the picture docs/figures/scaling.svg and the tables in docs/scaling.md, from docs/scaling.json
 
 The workers are processes on one host that talk over the loopback device, so times of the network itself are calculated, not measured.
 """
@@ -64,7 +64,7 @@ def measure() -> dict[str, Any]:
 
     cores = available_cores()
     found: dict[str, Any] = {
-        "host": platform.processor() or platform.machine(),
+        "simd": next(row.simd for row in r.list_backends() if row.name == "numba"),
         "cores": cores,
         "python": platform.python_version(),
         "dask": __import__("dask").__version__,
@@ -135,7 +135,10 @@ def step(client: Any) -> dict[str, float]:
 
 
 def moved(client: Any) -> list[dict[str, Any]]:
-    """Bytes between workers in a step, against the least that any way of doing it moves: w to all but one, and as many gradients back."""
+    """Bytes between workers in a step, against the least that any tree moves: parameters to all but one, and as many gradients back.
+
+    Once with chunks dealt out to the workers one by one, once with neighbours on one worker.
+    """
     import dask.array as da
 
     from rectilinear.dask import fit
@@ -144,19 +147,23 @@ def moved(client: Any) -> list[dict[str, Any]]:
         return sum(entry["total"] for entry in dask_worker.transfer_incoming_log)
 
     found = []
-    workers = len(client.nthreads())
-    for chunks in (workers, 4 * workers, 16 * workers):
+    workers = list(client.nthreads())
+    for each, together in ((1, True), (4, False), (4, True), (16, False), (16, True)):
         net = net_of((256, 512, 10))
         size = sum(w.nbytes for w in net.params.values())
-        x = da.ones((8 * chunks, 256), chunks=(8, 256), dtype=np.float32).persist()
-        run = {"loss": nn.SoftmaxCrossEntropy(), "optimizer": nn.SGD(net, lr=1e-3), "batch_size": 8 * chunks, "client": client}
-        fit(net, x, np.zeros(8 * chunks, int), epochs=2, progress=False, **run)
+        chunks = each * len(workers)
+        places = [workers[i // each if together else i % len(workers)] for i in range(chunks)]
+        ones = [client.persist(da.ones((8, 256), dtype=np.float32), workers=[place], allow_other_workers=False) for place in places]
+        x, y = da.concatenate(ones), np.zeros(8 * chunks, int)
+        how = {"loss": nn.SoftmaxCrossEntropy(), "optimizer": nn.SGD(net, lr=1e-3), "batch_size": 8 * chunks}
+        fit(net, x, y, **how, epochs=2, progress=False, client=client)
         before = sum(client.run(received).values())
         steps = 10 // SIZE
-        fit(net, x, np.zeros(8 * chunks, int), epochs=steps, progress=False, **run)
+        fit(net, x, y, **how, epochs=steps, progress=False, client=client)
         between = (sum(client.run(received).values()) - before) / steps
-        least = 2 * (workers - 1) * size
-        found.append({"chunks": chunks, "workers": workers, "parameters": size, "between_workers": between, "least": least})
+        found.append(
+            {"chunks": chunks, "together": together, "parameters": size, "between": between, "least": 2 * (len(workers) - 1) * size}
+        )
     return found
 
 
@@ -250,23 +257,84 @@ def rate(found: dict[str, Any], net: str, workers: int, bandwidth: float, *, gro
     return rows * workers / total, parts["kernels"] / total
 
 
-def tables(found: dict[str, Any]) -> str:
-    lines = []
-    for grows, title in ((True, f"{ROWS} rows a worker"), (False, f"{BATCH} rows in all")):
-        for net in NETS:
-            lines += ["", f"{net}, {title}: rows a second (share of the kernels)", ""]
-            lines += ["| workers | " + " | ".join(NETWORKS) + " |", "| ---: |" + " ---: |" * len(NETWORKS)]
-            for workers in WORKERS:
-                cells = [rate(found, net, workers, bandwidth, grows=grows) for bandwidth in NETWORKS.values()]
-                lines.append(f"| {workers} | " + " | ".join(f"{rows:,.0f} ({share:.0%})" for rows, share in cells) + " |")
+def measured(found: dict[str, Any]) -> str:
+    """The tables of what was measured, as Markdown."""
+    steps, kernels = found["steps"], found["kernels"]
+    lines = [
+        f"On a host of {found['cores']} cores, {found['simd']}, as many worker processes of one thread, dask {found['dask']}; "
+        f"load of the host when it began: {found['load']:.1f}.",
+        "",
+        "| | |",
+        "| --- | ---: |",
+        f"| a task that does nothing, among many | {found['task_s'] * 1e3:.2f} ms |",
+        f"| a step of `fit`, whatever its size | {steps['step_s'] * 1e3:.1f} ms |",
+        f"| each chunk of a step, kernels aside | {steps['chunk_s'] * 1e3:.2f} ms |",
+    ]
+    for net, kernel in kernels.items():
+        lines += [
+            f"| {net}, one thread: forward, loss, backward | {1 / kernel['row_s']:,.0f} rows a second |",
+            f"| {net}: adding up eight gradients of {kernel['bytes'] / 2**20:.1f} MiB | {kernel['sum_of_8_s'] * 1e3:.1f} ms |",
+        ]
+    lines += [
+        "",
+        "| chunks in a step | neighbours lie | bytes between the workers | the least | ratio |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in found["moved"]:
+        where = "on one worker" if row["together"] else "on all workers"
+        between, least = row["between"], row["least"]
+        lines.append(f"| {row['chunks']} | {where} | {between / 2**20:.2f} MiB | {least / 2**20:.2f} MiB | {between / least:.1f} |")
+    lines += [
+        "",
+        "A training step of 784-512-256-10 by the layer functions, one task a chunk, against the generic backend's operations one by "
+        "one on the same dask arrays (in turns; the ratio is the median of theirs), and against one process on NumPy arrays with all cores:",
+        "",
+        "| rows | chunks | tasks | generic: tasks | seconds | generic: seconds | ratio | one process: seconds |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["passes"]:
+        lines.append(
+            f"| {row['rows']:,} | {row['chunks']} | {row['dask_tasks']} | {row['generic_tasks']} "
+            f"| {row['dask_s']:.2f} | {row['generic_s']:.2f} | {row['dask_against_generic']:.2f} | {row['one_process_s']:.2f} |"
+        )
     return "\n".join(lines)
+
+
+def calculated(found: dict[str, Any]) -> str:
+    """The tables of what was calculated: speeds, and up to where the kernels have half of the time."""
+    lines = ["| net | batch | network | kernels have half of the time up to | most rows a second |", "| --- | --- | --- | ---: | ---: |"]
+    for net in NETS:
+        for grows in (True, False):
+            for name, bandwidth in NETWORKS.items():
+                rates = {workers: rate(found, net, workers, bandwidth, grows=grows) for workers in WORKERS}
+                half = max((workers for workers, (_, share) in rates.items() if share >= 0.5), default=1)
+                top = max(rates, key=lambda workers, rates=rates: rates[workers][0])
+                batch = f"{ROWS:,} rows a worker" if grows else f"{BATCH:,} rows"
+                lines.append(f"| {net} | {batch} | {name} | {half} workers | {rates[top][0]:,.0f}, with {top} workers |")
+    for grows in (True, False):
+        heads = [f"{net}, {name}" for net in NETS for name in NETWORKS]
+        lines += ["", f"Rows a second (share of the kernels), {f'{ROWS:,} rows a worker' if grows else f'{BATCH:,} rows in all'}:", ""]
+        lines += ["| workers | " + " | ".join(heads) + " |", "| ---: |" + " ---: |" * len(heads)]
+        for workers in WORKERS:
+            cells = [rate(found, net, workers, bandwidth, grows=grows) for net in NETS for bandwidth in NETWORKS.values()]
+            lines.append(f"| {workers} | " + " | ".join(f"{rows:,.0f} ({share:.0%})" for rows, share in cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Put the tables between the marks of their names."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        head, mark, rest = text.partition(f"<!-- {name}: tools/scaling.py writes what is between these lines -->\n")
+        text = head + mark + "\n" + table + "\n\n" + rest[rest.index("<!-- end -->") :]
+    page.write_text(text, encoding="utf-8")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rectilinear"
+    matplotlib.rcParams |= {"svg.hashsalt": "rectilinear", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
@@ -282,8 +350,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(WORKERS, [str(workers) for workers in WORKERS])
-        ticks = [2.0**i for i in range(-4, 11, 2)]
+        ticks = [2.0**i for i in range(-2, 11, 2)]
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ylim(0.25, 1500)
         axis.set_title(net, fontsize=11)
         axis.set_xlabel("workers of one thread")
         axis.grid(color="0.92")
@@ -305,7 +374,8 @@ def main() -> None:
         record.write_text(json.dumps(measure(), indent=2) + "\n", encoding="utf-8")
     found = json.loads(record.read_text(encoding="utf-8"))
     draw(found, DOCS / "figures" / "scaling.svg")
-    print(json.dumps(found, indent=2), tables(found), sep="\n")
+    fill(DOCS / "scaling.md", {"measured": measured(found), "calculated": calculated(found)})
+    print(f"written: {record}, figures/scaling.svg, and the tables of scaling.md")
 
 
 if __name__ == "__main__":
