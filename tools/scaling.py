@@ -287,7 +287,7 @@ def measured(found: dict[str, Any]) -> str:
     lines += [
         "",
         "A training step of 784-512-256-10 by the layer functions, one task a chunk, against the generic backend's operations one by "
-        "one on the same dask arrays (in turns; the ratio is the median of theirs), and against one process on NumPy arrays with all cores:",
+        "one on the same dask arrays (in turns; the ratio is the median of theirs), and against one process on NumPy arrays, all cores:",
         "",
         "| rows | chunks | tasks | generic: tasks | seconds | generic: seconds | ratio | one process: seconds |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -66,7 +66,7 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None,
             raise DTypeError(f"nn.save: {key} has dtype {value.dtype}, which safetensors files do not have; convert it")
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
-        _safetensors("save").save_file(tensors, part, metadata=None if metadata is None else dict(metadata))
+        _safetensors("save").save_file(tensors, part, **({} if metadata is None else {"metadata": dict(metadata)}))
         os.replace(part, path)
     except BaseException:
         if os.path.exists(part):
