@@ -1,4 +1,4 @@
-"""``python -m rectilinear``: what works here (info), how fast (bench), and what to try on this machine (tune)."""
+"""``python -m rectilinear``: what works here (info), how fast (bench), what to try on this machine (tune), what is kept (conform)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
     commands.add_parser("bench", add_help=False, help="measure the backends here, and write a report; bench --help says more")
     commands.add_parser("tune", add_help=False, help="measure what the numba kernels guess of this machine; tune --help says more")
+    commands.add_parser("conform", add_help=False, help="run every promise of the contract on a backend; conform --help says more")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         from rectilinear.measure import cli
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rectilinear import tuning
 
         return tuning.main(rest)
+    if arguments.command == "conform":
+        from rectilinear.testing import cli as conformance
+
+        return conformance.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info(arguments.json)

@@ -30,7 +30,7 @@ def main() -> None:
             "-c",
             CHECKOUT / "constraints.txt",
         )
-        run(*pip, wheel, "pytest")
+        run(*pip, f"{wheel}[testing]")
         (place / "tests").mkdir()
         shutil.copy(CHECKOUT / "tests" / "test_smoke.py", place / "tests")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -42,6 +42,7 @@ def main() -> None:
         run(
             python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "markers=smoke", "tests/test_smoke.py", cwd=place, env=environment
         )
+        run(python, "-m", "rectilinear", "conform", "numpy", "--only", "sizes", cwd=place, env=environment)
 
 
 def run(*command: object, **options: object) -> None:
