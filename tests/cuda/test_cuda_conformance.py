@@ -19,6 +19,7 @@ NAME = "cupy-standin"
 ELSEWHERE = {
     "test_long_bias_reduction",  # a million rows take the CPU long: once, in test_cuda_backend
     "test_long_sums_of_one_sign_keep_their_digits",  # cuBLAS's sums, which the stand-in has of NumPy
+    "errstate",  # the stand-in's cuBLAS is NumPy, which heeds what NumPy is told
     "memory",  # the stand-in's own
     "threads",  # the kernels built for the CPU know one thread's place in the grid at a time
     "arrays",  # its arrays are not CuPy's: on_standin.py
