@@ -21,7 +21,6 @@ from rectilinear.backends.cupy_loader import SOURCE  # noqa: E402
 from rectilinear.testing import PROMISES, conform, numpy_libs  # noqa: E402
 from rectilinear.testing.cli import record  # noqa: E402
 
-
 LEFT_OUT = ("threads", "errstate")
 
 
