@@ -26,6 +26,10 @@ demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable
 	@echo "== training a two-layer net on handwritten digits under every usable backend"
 	@$(BIN)/python examples/demo.py
 
+demo-dask: $(VENV)/.installed-examples $(VENV)/.installed-dask  ## train over worker processes of a Dask cluster, on more data than they have memory for
+	@echo "== training a two-layer net over worker processes, one of which is killed on the way"
+	@$(BIN)/python examples/two_layer_net_dask.py
+
 # Kernels of the two dtypes compile side by side first, since two processes that test would both compile what they both need.
 test: $(VENV)/.installed-test  ## the tests that need no large library (6 minutes at most)
 	@echo "== compiling kernels, where they are not on disk"
@@ -72,7 +76,7 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
 	@echo "== doctests of docstrings, README and docs"
-	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers rectilinear README.md docs
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers --ignore=rectilinear/dask.py rectilinear README.md docs
 
 wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
 	@echo "== building a wheel and trying it outside of the checkout"
@@ -117,4 +121,4 @@ gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo demo-dask test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean

@@ -55,14 +55,14 @@ class DaskBackend(GenericBackend):
         if not _by_rows(x, w, b):
             return super().affine_forward(x, _lazy(w), _lazy(b), out)
         g = "g" * (x.ndim - 2)
-        return _blockwise(_affine, g + "nm", _whole(x, -1), g + "nd", *_parameters(w, b, g), like=x, backend=_chosen())
+        return _blockwise(_affine, g + "nm", _whole(x, -1), g + "nd", *_parameters(w, b, g), like=x, backend=chosen())
 
     def affine_relu_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> tuple[Array, Keep]:
         if not _by_rows(x, w, b):
             z = self.affine_forward(x, w, b, None)
             return self.relu_forward(z, out), z
         g = "g" * (x.ndim - 2)
-        both = _blockwise(_affine_relu, g + "n", _whole(x, -1), g + "nd", *_parameters(w, b, g), like=None, backend=_chosen())
+        both = _blockwise(_affine_relu, g + "n", _whole(x, -1), g + "nd", *_parameters(w, b, g), like=None, backend=chosen())
         m = {"m": w.shape[-1]}
         return _picked(both, 0, g + "n", g + "nm", m, x), _picked(both, 1, g + "n", g + "nm", m, x, np.int8)
 
@@ -83,9 +83,9 @@ class DaskBackend(GenericBackend):
         keeps = (None, None) if keep is None else (_whole(keep, -1), g + "nm")
         operands = _whole(dout, -1), g + "nm", _whole(x, -1), g + "nd", _whole(_lazy(w), -1, -2), g + "dm", *keeps
         if wanted == (True, False, False):
-            return _blockwise(_input_gradient, g + "nd", *operands, like=dout, backend=_chosen()), None, None
-        parts = _blockwise(_gradients, g + "n", *operands, like=None, wanted=wanted, backend=_chosen())
-        total = _sum(parts, axis=x.ndim - 2)
+            return _blockwise(_input_gradient, g + "nd", *operands, like=dout, backend=chosen()), None, None
+        parts = _blockwise(_gradients, g + "n", *operands, like=None, wanted=wanted, backend=chosen())
+        total = _sum(parts)
         d, m = {"d": w.shape[-2]}, {"m": w.shape[-1]}
         return (
             _picked(parts, 0, g + "n", g + "nd", d, dout) if wanted[0] else None,
@@ -97,19 +97,19 @@ class DaskBackend(GenericBackend):
         if not _by_rows(dout):
             return super().bias_backward(dout, out)
         g = "g" * (dout.ndim - 2)
-        parts = _blockwise(_bias_gradient, g + "n", _whole(dout, -1), g + "nm", like=None, backend=_chosen())
-        return _picked(_sum(parts, axis=dout.ndim - 2), 1, g, g + "m", {"m": dout.shape[-1]}, dout)
+        parts = _blockwise(_bias_gradient, g + "n", _whole(dout, -1), g + "nm", like=None, backend=chosen())
+        return _picked(_sum(parts), 1, g, g + "m", {"m": dout.shape[-1]}, dout)
 
     # ReLU
 
     def relu_forward(self, x: Array, out: Array | None) -> Array:
         index = tuple(range(x.ndim))
-        return _blockwise(_relu, index, x, index, like=x, backend=_chosen())
+        return _blockwise(_relu, index, x, index, like=x, backend=chosen())
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
         _agree(dout, keep)
         index = tuple(range(dout.ndim))
-        return _blockwise(_relu_gradient, index, dout, index, keep, index, like=dout, backend=_chosen())
+        return _blockwise(_relu_gradient, index, dout, index, keep, index, like=dout, backend=chosen())
 
     # softmax
 
@@ -118,8 +118,8 @@ class DaskBackend(GenericBackend):
         if isnan(n) or isnan(y.shape[0]) or not _by_rows(x):
             loss, dx = super().softmax_loss(x, y, out)
             return loss, dx
-        both = _blockwise(_softmax, "n", _whole(x, -1), "nc", y, "n", like=None, n=n, backend=_chosen())
-        return _picked(_sum(both, axis=0), 1, "", "", {}, x), _picked(both, 0, "n", "nc", {"c": x.shape[1]}, x)
+        both = _blockwise(_softmax, "n", _whole(x, -1), "nc", y, "n", like=None, n=n, backend=chosen())
+        return _picked(_sum(both), 1, "", "", {}, x), _picked(both, 0, "n", "nc", {"c": x.shape[1]}, x)
 
     # arrays
 
@@ -184,16 +184,28 @@ def _picked(tuples: Array, i: int, index: str, wanted: str, extents: dict[str, A
     return da.blockwise(_pick, wanted, tuples, index, i, None, new_axes=extents, meta=meta, dtype=meta.dtype)
 
 
-def _sum(tuples: Array, axis: int) -> Array:
-    """The elementwise sum of tuples along an axis of chunks, by a tree of fixed order. First elements, a chunk's own, are left out."""
+def _sum(tuples: Array) -> Array:
+    """The elementwise sum of tuples over the last axis of chunks, by a tree of fixed order. First elements, a chunk's own, are left out."""
     import dask.array as da
+    from dask.base import tokenize
+    from dask.highlevelgraph import HighLevelGraph
 
+    name = f"sum-{tokenize(tuples.name)}"
+    graph: dict[Any, Any] = {}
+    for group in np.ndindex(tuples.numblocks[:-1]):
+        level = [(tuples.name, *group, i) for i in range(tuples.numblocks[-1])]
+        while True:
+            parts = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
+            if len(parts) == 1:
+                graph[name, *group] = (_add, parts[0])
+                break
+            level = [(f"partial-{name}", len(level), *group, i) for i in range(len(parts))]
+            graph.update((key, (_add, part)) for key, part in zip(level, parts, strict=True))
     meta = np.empty((0,) * (tuples.ndim - 1), object)
-    how = {"dtype": object, "meta": meta, "concatenate": False, "split_every": FAN_IN}
-    return da.reduction(tuples, _own, _add, axis=axis, combine=_add, **how)
+    return da.Array(HighLevelGraph.from_collections(name, graph, dependencies=[tuples]), name, tuples.chunks[:-1], meta=meta)
 
 
-def _chosen() -> str | None:
+def chosen() -> str | None:
     """Name of the backend that somebody has chosen here and now."""
     chosen = registry.choice()
     return None if chosen.chosen_by == "auto" else chosen.name
@@ -203,7 +215,7 @@ def _chosen() -> str | None:
 
 
 @contextmanager
-def _as_told(backend: str | None) -> Iterator[None]:
+def as_told(backend: str | None) -> Iterator[None]:
     """Under the chosen backend, on one thread a task, for Dask runs as many tasks at once as it was given threads.
 
     Only where it runs none beside this one, in the main thread of a process that no pool started, are all cores the task's. Whoever set a
@@ -231,17 +243,12 @@ def _pick(made: Any, i: int) -> Any:
     return _block(made)[i]
 
 
-def _own(made: Any, axis: Any, keepdims: bool) -> Any:
-    return made
-
-
-def _add(tuples: Any, axis: Any, keepdims: bool) -> tuple[Any, ...]:
-    """Sums of the elements of tuples but the first, in their order."""
-    flat: list[tuple[Any, ...]] = list(_flat(tuples))
-    return None, *(None if parts[0] is None else add_up(parts) for parts in list(zip(*flat, strict=True))[1:])
+def _add(tuples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return None, *(None if parts[0] is None else add_up(parts) for parts in list(zip(*tuples, strict=True))[1:])
 
 
 def add_up(parts: Sequence[Any]) -> Any:
+    """The sum of arrays, from the first to the last."""
     if len(parts) == 1:
         return parts[0]
     with np.errstate(under="ignore"):
@@ -251,23 +258,15 @@ def add_up(parts: Sequence[Any]) -> Any:
     return total
 
 
-def _flat(nested: Any) -> Iterator[tuple[Any, ...]]:
-    if isinstance(nested, list):
-        for part in nested:
-            yield from _flat(part)
-    else:
-        yield nested
-
-
 def _affine(x: Any, w: Any, b: Any, *, backend: str | None) -> Any:
     x = _block(x)
-    with _as_told(backend):
+    with as_told(backend):
         return layers.affine_forward(x, _block(w, x), _block(b, x))[0]
 
 
 def _affine_relu(x: Any, w: Any, b: Any, *, backend: str | None) -> tuple[Any, Any]:
     x = _block(x)
-    with _as_told(backend):
+    with as_told(backend):
         out, (_, keep) = layers.affine_relu_forward(x, _block(w, x), _block(b, x))
     return out, keep._signs() if isinstance(keep, KeepMask) else 1 - 2 * (keep < 0).astype(np.int8)
 
@@ -275,7 +274,7 @@ def _affine_relu(x: Any, w: Any, b: Any, *, backend: str | None) -> tuple[Any, A
 def _gradients(dout: Any, x: Any, w: Any, keep: Any, *, wanted: Wanted, backend: str | None) -> tuple[Any, ...]:
     dout, x, keep = _block(dout), _block(x), _block(keep)
     affine = x, _block(w, x), _any_bias(dout)
-    with _as_told(backend):
+    with as_told(backend):
         if keep is None:
             return layers.affine_backward(dout, affine, needs=wanted)
         if type(keep) is np.ndarray:  # the kernels read bits with less waiting than bytes, and packing takes next to no time
@@ -290,7 +289,7 @@ def _input_gradient(dout: Any, x: Any, w: Any, keep: Any, *, backend: str | None
 def _bias_gradient(dout: Any, *, backend: str | None) -> tuple[Any, ...]:
     dout = _block(dout)
     b = _any_bias(dout)
-    with _as_told(backend):
+    with as_told(backend):
         db = layers.affine_backward(dout, (dout[..., :0], b[..., None, :][..., :0, :], b), needs=(False, False, True))[2]
     return None, db
 
@@ -301,12 +300,12 @@ def _any_bias(dout: Any) -> Any:
 
 
 def _relu(x: Any, *, backend: str | None) -> Any:
-    with _as_told(backend):
+    with as_told(backend):
         return layers.relu_forward(x)[0]
 
 
 def _relu_gradient(dout: Any, keep: Any, *, backend: str | None) -> Any:
-    with _as_told(backend):
+    with as_told(backend):
         return layers.relu_backward(dout, keep)
 
 
@@ -315,9 +314,10 @@ def _softmax(x: Any, y: Any, *, n: int, backend: str | None) -> tuple[Any, Any]:
     x = _block(x)
     y = _block(y, x)
     wrong = (y < 0) | (y >= x.shape[1])
-    with _as_told(backend):
+    with as_told(backend):
         loss, dx = layers.softmax_loss(x, y * ~wrong)
     dx *= x.dtype.type(len(x) / n) if n else 1
     dx[wrong] = np.nan
-    share = loss * x.dtype.type(len(x) / n) if n and len(x) else loss * 0 if n else loss
-    return dx, share + x.dtype.type(np.nan) if wrong.any() else share
+    if n:
+        loss = loss * x.dtype.type(len(x) / n) if len(x) else x.dtype.type(0)
+    return dx, loss + x.dtype.type(np.nan) if wrong.any() else loss

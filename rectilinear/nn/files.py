@@ -20,7 +20,7 @@ _OPTIMIZER = "optimizer."
 _DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None) -> None:
+def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write `model.state_dict()` to a safetensors file, and the optimiser's with it if it is given.
 
     A file that is there already stays as it is until the new one is complete.
@@ -31,6 +31,8 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     path : str or path-like
     optimizer : SGD, optional
         Its rates and velocity go under names that begin with ``optimizer.``.
+    metadata : mapping of str to str, optional
+        What else the file is to hold, for `metadata` to read.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
             raise DTypeError(f"nn.save: {key} has dtype {value.dtype}, which safetensors files do not have; convert it")
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
-        _safetensors("save").save_file(tensors, part)
+        _safetensors("save").save_file(tensors, part, metadata=None if metadata is None else dict(metadata))
         os.replace(part, path)
     except BaseException:
         if os.path.exists(part):
@@ -98,6 +100,15 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
         optimizer._take(*optimizer._prepared(of_optimizer))
     for parameter, array in changes:
         put(parameter, array)
+
+
+def metadata(path: str | PathLike[str]) -> dict[str, str]:
+    """The metadata that `save` was given for this file."""
+    _safetensors("metadata")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
 
 
 def _safetensors(caller: str) -> Any:
