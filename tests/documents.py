@@ -2,9 +2,10 @@
 
 A block's language says how it runs:
 
-- ``python``: as it stands, or as a doctest where it has ``>>>``. The blocks of a page share their names, in order.
+- ``python``, ``pycon``: as it stands, or as a doctest where it has ``>>>``. The blocks of a page share their names, in order.
 - ``sh``: in bash, in a folder that has what the checkout has. Commands that take minutes, or change the machine, are checked and not
   run: `PRELUDE` says which, and how.
+- ``toml``: is read.
 - ``text``: output, formulas; nothing runs.
 
 A comment on the line before says more: ``<!-- GPU -->``, a block that runs under TESTS_ON_CUPY=1 alone; ``<!-- not run: WHY -->``.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LANGUAGES = ("python", "sh", "text")
+LANGUAGES = ("python", "pycon", "sh", "toml", "text")
 LARGE = re.compile(r"^(?:>>> )?\s*(?:import|from) (?:torch|jax|dask|distributed|rectilinear\.(?:torch|jax|dask))\b", re.M)
 """Imports of the libraries that `make test` does without."""
 
@@ -39,7 +40,7 @@ python() {
         "-m rectilinear bench"*--from* | "-m rectilinear bench"*--compare*) command python "$@" --help > helped ;;
         "-m rectilinear bench"*) command python "$@" --list > listed ;;
         "-m rectilinear tune"*) command python "$@" --help > helped ;;
-        "-m venv "*) ;;
+        "-m venv "*) mkdir -p "$3/bin" && : > "$3/bin/activate" ;;
         *) command python "$@" ;;
     esac
 }
@@ -56,12 +57,16 @@ class Block:
     code: str
 
     @property
+    def is_python(self) -> bool:
+        return self.language in ("python", "pycon")
+
+    @property
     def on_gpu(self) -> bool:
         return self.note == "GPU"
 
     @property
     def runs(self) -> bool:
-        return self.language != "text" and not self.note.startswith("not run: ")
+        return self.language in ("python", "pycon", "sh") and not self.note.startswith("not run: ")
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -112,8 +117,8 @@ def count() -> Counter[str]:
         if block.on_gpu:
             kinds["blocks run on a GPU alone"] += 1
         elif not block.runs:
-            kinds["blocks of text" if block.language == "text" else block.note] += 1
-        elif block.language == "python":
+            kinds[block.note or f"blocks of {block.language}"] += 1
+        elif block.is_python:
             kinds["Python blocks run in make test-all" if needs_large_library(block.page) else "Python blocks run in make test"] += 1
         else:
             kinds["shell blocks run"] += 1

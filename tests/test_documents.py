@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def parameters(wanted) -> list:
 
 
 def is_python(block: Block) -> bool:
-    return block.runs and block.language == "python" and (on_cupy() or not block.on_gpu)
+    return block.runs and block.is_python and (on_cupy() or not block.on_gpu)
 
 
 def is_shell(block: Block) -> bool:
@@ -97,6 +98,9 @@ def test_blocks_say_their_language_and_links_lead_somewhere(page):
     assert len(found) == fences(page)
     assert [str(block) for block in found if block.language not in LANGUAGES] == []
     assert [block.note for block in found if block.note not in ("", "GPU") and not re.match("not run: .{10}", block.note)] == []
+    for block in found:
+        if block.language == "toml":
+            tomllib.loads(block.code)
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     near = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match("https?:", link)]
     assert [link for link in near if not _leads(page, link)] == []

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
-OPTIONAL = {"pytorch.md", "jax.md", "sklearn.md", "scaling.md", "backends.md"}
+OPTIONAL = {"scaling.md"}
 """Guides to parts that a checkout may lack."""
 SOURCES = "source"
 """Folder of the site for files that pages link to and that are no pages."""
@@ -59,7 +59,9 @@ def _exports(file: Path) -> list[str] | None:
 def _named(file: Path, imported: bool) -> list[str]:
     """What a module defines, or imports too, in its order: a forward stands before its backward."""
     names: list[str] = []
-    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    body += [inner for statement in body if isinstance(statement, ast.If) for inner in statement.body]  # TYPE_CHECKING
+    for statement in body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef):
             names.append(statement.name)
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
