@@ -17,8 +17,6 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
-OPTIONAL = {"scaling.md"}
-"""Guides to parts that a checkout may lack."""
 SOURCES = "source"
 """Folder of the site for files that pages link to and that are no pages."""
 
@@ -89,8 +87,6 @@ class Doctests(griffe.Extension):
 
 def on_config(config: Any) -> Any:
     for entry in config.nav:
-        if "Guides" in entry:
-            entry["Guides"] = [page for page in entry["Guides"] if not OPTIONAL.issuperset(page.values()) or _there(*page.values())]
         if entry.get("API reference"):
             entry["API reference"] = [{module: f"{REFERENCE}/{module}.md"} for module in public_modules()]
     return config
@@ -120,10 +116,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     # Fenced blocks show links, and do not have them.
     return "".join(part if part.startswith("```") else _LINK.sub(led, part) for part in _FENCE.split(markdown))
-
-
-def _there(page: str) -> bool:
-    return (ROOT / "docs" / page).exists()
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
