@@ -130,9 +130,11 @@ def test_pages_can_be_read_without_scripts(browser, pages):  # noqa: F811
 @pytest.mark.browser
 def test_the_search_finds_a_function_on_pages_opened_from_disk(browser, pages):  # noqa: F811
     browser.show(SITE / "index.html", DESK)
-    browser.evaluate("document.querySelector('[data-md-component=search-query]').focus(), 0")
-    browser.ask("Input.insertText", text="affine_relu_backward")
-    found = """new Promise(done => { const look = () => { const links = [...document.querySelectorAll('.md-search-result__link')];
-        links.length ? done(links.map(link => link.href)) : setTimeout(look, 100) }; look() })"""
+    # Typed until there is an answer: the page may not listen yet.
+    found = """new Promise(done => { const query = document.querySelector('[data-md-component=search-query]'); query.focus();
+        const look = () => { const links = [...document.querySelectorAll('.md-search-result__link')];
+            if (links.length) return done(links.map(link => link.href));
+            query.value = 'affine_relu_backward'; query.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true }));
+            setTimeout(look, 300) }; look() })"""
     links = browser.ask("Runtime.evaluate", expression=found, awaitPromise=True, returnByValue=True)["result"]["value"]
     assert any("reference/rectilinear" in link for link in links)
