@@ -16,7 +16,7 @@ from rectilinear.measure import turns, worker
 from rectilinear.measure.cases import Case
 from rectilinear.measure.figures import ratio
 from rectilinear.measure.record import Figure
-from rectilinear.measure.subjects import PEERS, Run, Subject, backend_subjects
+from rectilinear.measure.subjects import IN_FRAMEWORKS, PEERS, Run, Subject, backend_subjects
 from rectilinear.measure.turns import environment, started, take_turns
 
 RELU = Case("relu_forward", (10, 100), "float32")
@@ -232,9 +232,9 @@ def test_backends_and_the_baseline_are_right_in_every_pass():
 
 
 @pytest.mark.libraries
-@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "jax", "thinc"])
+@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"])
 def test_peers_are_right_in_every_pass(name):
-    all_right([peer for peer in PEERS if peer.name == name], SMALL)
+    all_right([peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name == name], SMALL)
 
 
 @pytest.mark.libraries
