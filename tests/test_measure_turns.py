@@ -232,9 +232,9 @@ def test_backends_and_the_baseline_are_right_in_every_pass():
 
 
 @pytest.mark.libraries
-@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "jax", "thinc"])
+@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"])
 def test_peers_are_right_in_every_pass(name):
-    all_right([peer for peer in PEERS if peer.name == name], SMALL)
+    all_right([peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name == name], SMALL)
 
 
 @pytest.mark.libraries
