@@ -197,6 +197,14 @@ def test_nothing_traced_leaves_jax(jax: Any, ours: Any, rng: np.random.Generator
     jax.grad(lambda w: ours.affine_relu(args[0], w, args[2]).sum())(args[1])
 
 
+def test_what_no_tracer_comes_to_is_a_constant_of_the_trace(jax: Any, ours: Any, rng: np.random.Generator) -> None:
+    args = list(map(jax.numpy.asarray, arguments(rng, *LARGE)))
+    traced = jax.make_jaxpr(lambda scale: ours.affine(*args) * scale)(2.0)
+    assert "dot_general" not in str(traced)
+    got = jax.jit(lambda scale: ours.affine(*args) * scale)(2.0)
+    np.testing.assert_allclose(got, 2 * ref.affine_forward(*args), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["affine_forward", "relu_forward", "affine_relu_forward"])
 def test_large_eager_calls_go_to_the_kernels_without_a_copy(
     jax: Any, ours: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str
