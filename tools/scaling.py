@@ -153,9 +153,9 @@ def moved(client: Any) -> list[dict[str, Any]]:
         size = sum(w.nbytes for w in net.params.values())
         chunks = each * len(workers)
         places = [workers[i // each if together else i % len(workers)] for i in range(chunks)]
-        ones = [client.persist(da.ones((8, 256), dtype=np.float32), workers=[place], allow_other_workers=False) for place in places]
-        x, y = da.concatenate(ones), np.zeros(8 * chunks, int)
-        how = {"loss": nn.SoftmaxCrossEntropy(), "optimizer": nn.SGD(net, lr=1e-3), "batch_size": 8 * chunks}
+        ones = [client.persist(da.ones((2048, 256), dtype=np.float32), workers=[place], allow_other_workers=False) for place in places]
+        x, y = da.concatenate(ones), np.zeros(2048 * chunks, int)
+        how = {"loss": nn.SoftmaxCrossEntropy(), "optimizer": nn.SGD(net, lr=1e-3), "batch_size": 2048 * chunks}
         fit(net, x, y, **how, epochs=2, progress=False, client=client)
         before = sum(client.run(received).values())
         steps = 10 // SIZE
