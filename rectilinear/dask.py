@@ -285,6 +285,9 @@ class _Model:
     def __dask_tokenize__(self) -> str:
         return self.name  # else all parameters would be hashed
 
+    def __sizeof__(self) -> int:
+        return sum(array.nbytes for _, layer in _layers(self.net) for array in layer.params.values())  # for Dask to know what it moves
+
 
 def _gradient(
     net: Module, loss: Any, rows: int, parts: list[tuple[Any, Any, slice]], name: str, backend: str | None
