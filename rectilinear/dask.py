@@ -130,6 +130,10 @@ def fit(
     losses: list[float] = []
     saved, saved_at = first, time.monotonic()
 
+    def rows_of(step: int) -> range:
+        start = step % per_epoch * batch_size
+        return range(start, min(start + batch_size, data.rows))
+
     def keep(step: int) -> None:
         nonlocal saved, saved_at
         if checkpoint is not None and step != saved:
@@ -139,10 +143,9 @@ def fit(
     run, backend = uuid.uuid4().hex[:8], chosen()
     with _teller(progress, first, epochs * per_epoch) as tell:
         for step in range(first, epochs * per_epoch):
-            start = step % per_epoch * batch_size
-            batch = range(start, min(start + batch_size, data.rows))
+            batch, ahead = rows_of(step), rows_of(step + 1) if step + 1 < epochs * per_epoch else range(0)
             try:
-                value, grads = _gradient(net, loss, data, batch, f"{run}-{step}", backend)
+                value, grads = _gradient(net, loss, len(batch), data.parts(batch, ahead), f"{run}-{step}", backend)
             except BaseException:  # the caller's interrupt, or workers that died too often: net and optimiser are as after the last step
                 keep(step)
                 raise
@@ -249,12 +252,10 @@ class _Chunks:
         self._lazy = list(zip(*(array.to_delayed(optimize_graph=False).ravel() for array in (x, y)), strict=True))
         self._held: dict[int, Any] = {}
 
-    def parts(self, batch: range) -> list[tuple[Any, Any, slice]]:
-        """(x, y, rows) for each chunk that has rows in the batch. Those of the batch after it are sent for."""
+    def parts(self, batch: range, ahead: range) -> list[tuple[Any, Any, slice]]:
+        """(x, y, rows) for each chunk that has rows in the batch. Those of the batch after it, `ahead`, are sent for."""
         here = self._spans(batch)
-        after = batch.stop % self.rows
-        ahead = self._spans(range(after, min(after + len(batch), self.rows)))
-        wanted = [*here, *(i for i in ahead if i not in here)]
+        wanted = [*here, *(i for i in self._spans(ahead) if i not in here)]
         missing = [i for i in wanted if i not in self._held]
         if missing:
             futures = iter(self.client.compute([part for i in missing for part in self._lazy[i]]))
@@ -284,8 +285,13 @@ class _Model:
     def __dask_tokenize__(self) -> str:
         return self.name  # else all parameters would be hashed
 
+    def __sizeof__(self) -> int:
+        return sum(array.nbytes for _, layer in _layers(self.net) for array in layer.params.values())  # for Dask to know what it moves
 
-def _gradient(net: Module, loss: Any, data: _Chunks, batch: range, name: str, backend: str | None) -> tuple[float, dict[str, Any]]:
+
+def _gradient(
+    net: Module, loss: Any, rows: int, parts: list[tuple[Any, Any, slice]], name: str, backend: str | None
+) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a batch, added up by the workers."""
     import dask
 
@@ -294,15 +300,15 @@ def _gradient(net: Module, loss: Any, data: _Chunks, batch: range, name: str, ba
     model = f"net-{name}"
     graph: dict[str, Any] = {model: _Model(copy.deepcopy(net), loss, name)}
     level = []
-    for i, (x, y, rows) in enumerate(data.parts(batch)):
+    for i, (x, y, those) in enumerate(parts):
         level.append(f"gradient-{name}-{i}")
-        graph[level[-1]] = _part, model, x, y, rows, len(batch), backend
+        graph[level[-1]] = _part, model, x, y, those, rows, backend
     while len(level) > 1:
-        parts = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
-        level = [f"sum-{name}-{len(level)}-{i}" for i in range(len(parts))]
-        graph |= {key: (_total, part) for key, part in zip(level, parts, strict=True)}
+        groups = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
+        level = [f"sum-{name}-{len(level)}-{i}" for i in range(len(groups))]
+        graph |= {key: (_total, group) for key, group in zip(level, groups, strict=True)}
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PiB"}):  # which is about data, where this is the net
-        future = data.client.get(graph, level[0], sync=False)
+        future = parts[0][0].client.get(graph, level[0], sync=False)
     total: tuple[float, dict[str, Any]] = future.result()
     return total
 

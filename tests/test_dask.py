@@ -111,7 +111,7 @@ def test_unknown_numbers_of_rows(rng: np.random.Generator) -> None:
     given = arrays(rng)
     y, kept = rng.integers(0, M, N), rng.random(N) < 0.7
     mask = da.from_array(kept, chunks=10)
-    x, dout, labels = (da.from_array(a, chunks=(10, -1)[: a.ndim])[mask] for a in (given[0], given[3], y))
+    x, dout, labels = (da.from_array(a, chunks=(10, 4)[: a.ndim])[mask] for a in (given[0], given[3], y))
     with dask.config.set(scheduler=refuse):
         got = passes(x, given[1], given[2], dout, labels)
     agree(got, passes(given[0][kept], given[1], given[2], given[3][kept], y[kept]))
@@ -169,7 +169,7 @@ def test_a_bad_label_in_one_of_many_chunks(rng: np.random.Generator) -> None:
     import dask.array as da
 
     x, y = rng.standard_normal((9, 3)), np.array([0, 1, 2, 0, 7, 1, -1, 0, 1])
-    loss, dx = r.softmax_loss(da.from_array(x, chunks=(3, 3)), da.from_array(y, chunks=3))
+    loss, dx = r.softmax_loss(da.from_array(x, chunks=(3, 3)), da.from_array(y, chunks=4))
     assert np.isnan(compute(loss))
     np.testing.assert_array_equal(np.isnan(compute(dx)).all(axis=1), (y < 0) | (y > 2))
 
@@ -235,8 +235,7 @@ def test_threads_of_a_task() -> None:
         return seen[0]
 
     assert in_thread() == 1
-    if not (os.environ.get("PYTEST_XDIST_WORKER")):
-        assert inside() == r.get_num_threads()
+    assert inside() == r.get_num_threads()
     r.set_num_threads(3)
     try:
         assert in_thread() == 3
@@ -423,8 +422,8 @@ def test_chunks_are_held_for_two_steps_at_most(client: Any) -> None:
     from rectilinear.dask import _Chunks
 
     data = _Chunks(da.ones((100, 3), chunks=(5, 3)), np.zeros(100, int), client)
-    for start in (*range(0, 100, 10), 0):
-        parts = data.parts(range(start, start + 10))
+    for start in (*range(0, 90, 10), 0):
+        parts = data.parts(range(start, start + 10), range(start + 10, start + 20))
         assert sum(len(range(5)[rows]) for *_, rows in parts) == 10
         assert len(data._held) == 4
 

@@ -141,12 +141,11 @@ def _by_rows(*arrays: Array | None) -> bool:
 
 
 def _agree(*arrays: Array | None) -> None:
-    """Refuse what dask would pair without a look: a number of rows that is known with one that is not."""
-    given = [x.chunks for x in arrays if x is not None]
-    for axis in range(min(map(len, given)) - 1 or 1 if given[0] else 0):
-        unknown = [[isnan(rows) for rows in chunks[axis]] for chunks in given]
+    """Refuse what dask would pair without a look: chunks of known size with chunks of unknown size."""
+    for axis in zip(*(x.chunks for x in arrays if x is not None), strict=False):
+        unknown = [list(map(isnan, sizes)) for sizes in axis]
         if any(map(any, unknown)) and any(one != unknown[0] for one in unknown):
-            raise ValueError(f"chunks of known and unknown size do not go together: {[chunks[axis] for chunks in given]}")
+            raise ValueError(f"chunks of known and unknown size do not go together: {axis}")
 
 
 def _lazy(x: Array | None) -> Array | None:
