@@ -6,6 +6,8 @@ CONSTRAINTS := constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # Two at a time, whatever the host: most tests are one thread's work, and the others use all cores for themselves.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Doctests that need a large library: make test-all runs them, make lint leaves them out.
+LIBRARY_DOCTESTS := rectilinear/torch rectilinear/jax.py rectilinear/dask.py
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -26,12 +28,16 @@ demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable
 	@echo "== training a two-layer net on handwritten digits under every usable backend"
 	@$(BIN)/python examples/demo.py
 
+demo-dask: $(VENV)/.installed-examples $(VENV)/.installed-dask  ## train over worker processes of a Dask cluster, on more data than they have memory for
+	@echo "== training a two-layer net over worker processes, one of which is killed on the way"
+	@$(BIN)/python examples/two_layer_net_dask.py
+
 # Kernels of the two dtypes compile side by side first, since two processes that test would both compile what they both need.
 test: $(VENV)/.installed-test  ## the tests that need no large library (6 minutes at most)
 	@echo "== compiling kernels, where they are not on disk"
 	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
 	@echo "== running the tests"
-	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone' --junitxml=out/test.xml
+	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone and not docs' --junitxml=out/test.xml
 	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml
 
 test-smoke: $(VENV)/.installed-smoke  ## a quick subset of the tests, across all layers
@@ -44,9 +50,6 @@ test-floor:  ## the smoke subset with the lowest versions that pyproject.toml al
 
 .venv-floor/floors.txt: pyproject.toml constraints.txt tools/requirements.py | .venv-floor/.made
 	@.venv-floor/bin/python tools/requirements.py --floors smoke > $@
-
-test-pythons:  ## the smoke subset on every CPython from 3.11 on that is found here
-	@$(PYTHON) tools/pythons.py
 
 test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 minutes, less when compiled)
 	@$(BIN)/python tools/arm.py
@@ -64,6 +67,7 @@ nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 mi
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
 	@$(BIN)/python -m pytest -q -m libraries --junitxml=out/test-all.xml
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules $(LIBRARY_DOCTESTS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@echo "== ruff"
@@ -71,12 +75,19 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
 	@$(BIN)/ruff format --check .
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
-	@echo "== doctests of docstrings, README and docs"
-	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --doctest-glob='*.md' --ignore=rectilinear/measure/peers rectilinear README.md docs
+	@echo "== doctests of docstrings"
+	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules --ignore=rectilinear/measure/peers $(LIBRARY_DOCTESTS:%=--ignore=%) rectilinear
 
-wheel: $(VENV)/.installed-lint  ## build a wheel, install it into an empty environment, try it there
-	@echo "== building a wheel and trying it outside of the checkout"
-	@$(BIN)/python tools/check_wheel.py
+docs: $(VENV)/.installed-test $(VENV)/.installed-docs  ## build the documentation into out/site; warnings are errors
+	@echo "== building the documentation"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/python -m pytest -q -m 'docs and not browser' --junitxml=out/test-docs.xml tests/test_site.py
+	@$(BIN)/python -m tests.documents
+	@echo "== done: out/site/index.html"
+
+release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the wheel
+	@echo "== building sdist and wheel, and trying them outside of the checkout"
+	@$(BIN)/python tools/release_check.py $(RELEASE_CHECK)
 
 # On Linux, pip fetches a PyTorch of several gigabytes unless one is there; the README says how to bring your own.
 bench: $(VENV)/.installed-peers  ## measure the backends against other libraries, quick grid (3 minutes); report in rectilinear-bench/
@@ -97,8 +108,8 @@ fuzz-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the fuzz
 kernel-mutants: $(VENV)/.installed-test  ## plant bugs one by one and see the test that is named for each fail (20 minutes)
 	@$(BIN)/python -m tests.mutants
 
-test-browser: $(VENV)/.installed-test  ## look at the benchmark report in headless Chromium, which has to be installed
-	@echo "== looking at the report in Chromium"
+test-browser: docs  ## look at the documentation and the benchmark report in headless Chromium, which has to be installed
+	@echo "== looking at the documentation and the report in Chromium"
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
 
 # An environment of its own: everything else is to be tested where CuPy is not installed.
@@ -117,4 +128,4 @@ gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo test test-smoke test-floor test-pythons test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint wheel bench bench-full clean
+.PHONY: help demo demo-dask test test-smoke test-floor test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint docs release-check bench bench-full clean

@@ -9,6 +9,8 @@
 array([4., 4.], dtype=float32)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from rectilinear.arrays import asarray, synchronize, to_numpy
 from rectilinear.backends.registry import get_backend, list_backends, set_backend, use_backend
 from rectilinear.buffers import held_memory, release_memory
@@ -27,7 +29,10 @@ from rectilinear.layers import (
 )
 from rectilinear.threads import get_num_threads, num_threads, set_num_threads
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from rectilinear.profiling import profile
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",
@@ -45,6 +50,7 @@ __all__ = [
     "held_memory",
     "list_backends",
     "num_threads",
+    "profile",
     "release_memory",
     "relu_backward",
     "relu_forward",
@@ -56,3 +62,11 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "profile":  # not loaded by those who do not profile
+        from rectilinear.profiling import profile
+
+        return profile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

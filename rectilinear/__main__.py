@@ -1,4 +1,4 @@
-"""``python -m rectilinear``: what works here (info), how fast (bench), and what to try on this machine (tune)."""
+"""``python -m rectilinear``: what works here (info), how fast (bench), what to try on this machine (tune), what is kept (conform)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
     commands.add_parser("bench", add_help=False, help="measure the backends here, and write a report; bench --help says more")
     commands.add_parser("tune", add_help=False, help="measure what the numba kernels guess of this machine; tune --help says more")
+    commands.add_parser("conform", add_help=False, help="run every promise of the contract on a backend; conform --help says more")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         from rectilinear.measure import cli
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rectilinear import tuning
 
         return tuning.main(rest)
+    if arguments.command == "conform":
+        from rectilinear.testing import cli as conformance
+
+        return conformance.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info(arguments.json)
@@ -94,29 +99,22 @@ def _tuned_in_words(tuned: dict[str, dict[str, int]] | None) -> str:
 
 
 def _print_table(infos: Sequence[BackendInfo]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    # As Text throughout: rich would read the brackets of a reason such as "pip install rectilinear[numba]" as markup.
-    where = f"rectilinear {rectilinear.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    table = Table(title=where, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("backend", "state", "version", "device", "threads", "runs on"):
-        table.add_column(column, overflow="fold")
+    """In plain text, since this is what tells a user that a part is missing."""
+    table = [["backend", "state", "version", "device", "threads", "runs on"]]
     for row in infos:
         state = f"active, by {_CHOSEN_BY[row.chosen_by]}" if row.chosen_by else "usable" if row.usable else "not usable"
         cells = (row.name, state, row.version, row.device, row.threads, row.simd)
-        style = "bold" if row.active else None if row.usable else "dim"
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), style=style)
-    console = Console()
-    with console.capture() as captured:  # what becomes of a closed pipe differs between versions of rich, so rich does not write
-        console.print(table)
-        for row in infos:
-            if row.reason:
-                console.print(Text(f"{row.name}: {row.reason}"))
-        console.print(Text("generic is never chosen: it serves the arrays of other libraries by itself"))
-    print(captured.get(), end="")
+        table.append(["" if cell is None else str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    print(f"rectilinear {rectilinear.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}\n")
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
+    for row in infos:
+        if row.reason:
+            print(f"{row.name}: {row.reason}")
+    print("generic is never chosen: it serves the arrays of libraries that no other backend serves")
 
 
 def _run() -> int:

@@ -8,7 +8,7 @@ import array_api_compat as compat
 import numpy as np
 
 from rectilinear.backends import registry
-from rectilinear.backends.contract import Array
+from rectilinear.backends.contract import Array, Backend
 from rectilinear.dispatch import library_name, remedy, type_name
 from rectilinear.errors import DTypeError
 from rectilinear.keepmask import KeepMask
@@ -94,7 +94,17 @@ def to_numpy(x: Any) -> Any:
         import array_api_strict
 
         x = compat.to_device(x, array_api_strict.Device("CPU_DEVICE"))
-    return np.asarray(x)
+    server = _server(x)
+    return np.asarray(x) if server is None else server.to_numpy(x)
+
+
+def _server(x: Any) -> Backend | None:
+    """The backend that is made for arrays of x's library; None for NumPy's, what is no array, and libraries that the generic one serves."""
+    if isinstance(x, np.ndarray | np.generic) or not compat.is_array_api_obj(x):
+        return None
+    library = library_name(x)
+    backend = registry.serving(library)
+    return backend if backend.library == library else None
 
 
 def synchronize(*arrays: Array) -> None:
@@ -113,8 +123,8 @@ def synchronize(*arrays: Array) -> None:
             import torch
 
             torch.cuda.synchronize(x.device)
-        elif compat.is_cupy_array(x):
-            registry.serving("cupy").synchronize()
+        elif (server := _server(x)) is not None:
+            server.synchronize()
 
 
 def _torch_int16(x: Array) -> Any:

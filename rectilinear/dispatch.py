@@ -113,7 +113,7 @@ class Call:
 
     def keep_operand(self, keep: Array | KeepMask | None) -> Array | KeepMask | None:
         if not isinstance(keep, KeepMask):
-            return self.operand(keep)
+            return keep if getattr(self.backend, "any_keep", False) else self.operand(keep)
         return self.backend.asarray(keep) if self.moves else keep
 
     def target(self, out: Array | None, shape: tuple[Any, ...]) -> Array | None:
@@ -191,7 +191,9 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
     xp = _namespace(function, first_name, first)
     place = None if xp is np else _device(first)
     for name, array in given[1:]:
-        if _namespace(function, name, array, first) is not xp:
+        if _namespace(function, name, array, first) != xp:
+            if xp is not np and isinstance(array, np.ndarray) and name in numpy_operands(first):
+                continue
             how = f"rectilinear.to_numpy({name})" if xp is np else f"{_maker(first)}(rectilinear.to_numpy({name}))"
             raise TypeError(
                 f"{function}: {first_name} is {_a(library_name(first))} array but {name} is {_a(library_name(array))} array; "
@@ -205,6 +207,12 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
             )
         place = other if place is None else place
     return xp
+
+
+def numpy_operands(x: Array) -> frozenset[str]:
+    """Names of the arguments that may be NumPy arrays beside this one of another library."""
+    names: frozenset[str] = getattr(registry.serving(library_name(x)), "numpy_operands", frozenset())
+    return names
 
 
 def _namespace(function: str, name: str, x: Any, first: Array = None) -> Any:

@@ -21,12 +21,13 @@ import numpy as np
 from rectilinear.backends import cupy_scratch, registry
 from rectilinear.backends.contract import Array
 from rectilinear.backends.cupy_scratch import PER_THREAD, Scratch
+from rectilinear.extras import how_to_install
 from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.reach import Held, arrays_in, edges_from, held
 
 _MOST_SIGNATURES = 16  # kept for one function; each has memory of its own on the GPU
 _ALIGNED = 16  # bytes that kernels and products move at a time
-_PRODUCTS = "pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]') brings nvmath-python, whose products can be"
+_PRODUCTS = f"with nvmath-python those of the layers can: {how_to_install('cuda13')} (or cuda12)"
 
 
 def capture(function: Callable[..., Any], *, copies: bool = False) -> Callable[..., Any]:
@@ -365,7 +366,7 @@ def _explained() -> Iterator[None]:
             raise
         if "cublas" in text.lower():
             raise RuntimeError(
-                f"rectilinear.capture: CuPy's own products cannot be recorded ({text}); for those of the layers {_PRODUCTS}; "
+                f"rectilinear.capture: CuPy's own products cannot be recorded ({text}); {_PRODUCTS}; "
                 "in place of cupy.matmul call rectilinear.affine_forward(x, w, None)"
             ) from error
         if isinstance(error, NotImplementedError):

@@ -89,6 +89,17 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
     cache : tuple
         ``(x, w, b)``, the caller's own arrays, for `affine_backward`.
 
+    Raises
+    ------
+    ShapeError
+        x has fewer axes than w wants, or another number of features or groups; b or `out` is of another shape.
+    DTypeError
+        The dtypes have no common one to compute in: complex, object, longdouble.
+    TypeError
+        An argument is no array (a list, a matrix, a masked array), or they are of two libraries or devices.
+    ValueError
+        `out` cannot be written to or shares memory with an argument.
+
     Examples
     --------
     >>> import numpy as np
@@ -135,6 +146,15 @@ def affine_backward(
     dw : array of w's shape
     db : array of b's shape; None if b is None
 
+    Raises
+    ------
+    ShapeError
+        `dout` is not of the output's shape, or an array in `out` not of its gradient's.
+    TypeError
+        `cache` is not (x, w, b), or `needs` not three bools; and as for `affine_forward`.
+    ValueError
+        As for `affine_forward`; or `out` has an array for a gradient that is not computed.
+
     Examples
     --------
     >>> import numpy as np
@@ -164,6 +184,11 @@ def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Array]:
     out : array of x's shape
     cache : array
         x itself, for `relu_backward`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, TypeError, ValueError
+        As for `affine_forward`.
 
     Examples
     --------
@@ -197,6 +222,15 @@ def relu_backward(dout: Array, cache: Array | KeepMask, *, out: Array | None = N
     Returns
     -------
     dx : array of x's shape
+
+    Raises
+    ------
+    ShapeError
+        `dout` or `out` is not of x's shape.
+    TypeError
+        `cache` is neither an array nor a mask; and as for `affine_forward`.
+    DTypeError, ValueError
+        As for `affine_forward`.
 
     Examples
     --------
@@ -233,8 +267,11 @@ def affine_relu_forward(
 
     Parameters
     ----------
-    x, w, b, out
-        As for `affine_forward`.
+    x : array of shape (N, d_1, ..., d_k), or (B, N, d_1, ..., d_k) in the stacked form
+    w : array of shape (D, M), or (B, D, M)
+    b : array of shape (M,), or (B, M); or None
+    out : array of shape (N, M) or (B, N, M) and dtype T, optional
+        All as for `affine_forward`.
 
     Returns
     -------
@@ -242,6 +279,11 @@ def affine_relu_forward(
     cache : tuple
         ``(fc_cache, relu_cache)``, for `affine_relu_backward`. The first half serves `affine_backward`, the second `relu_backward`; it
         is ``z = x w + b`` or, where the backend never stores z, a `KeepMask`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, TypeError, ValueError
+        As for `affine_forward`.
 
     Examples
     --------
@@ -280,12 +322,24 @@ def affine_relu_backward(
     dout : array of shape (N, M), or (B, N, M)
     cache : tuple
         ``(fc_cache, relu_cache)``, as `affine_relu_forward` returned it, of this backend or of another for the same library.
-    needs, out
-        As for `affine_backward`.
+    needs : tuple of three bools
+        Which of dx, dw, db to compute; the others come back None.
+    out : tuple of three arrays or None, optional
+        Where dx, dw and db go, as for `affine_backward`.
 
     Returns
     -------
-    dx, dw, db
+    dx : array of x's shape
+    dw : array of w's shape
+    db : array of b's shape; None if b is None
+
+    Raises
+    ------
+    ShapeError
+        `dout`, the ReLU half of `cache` or an array in `out` is not of the shape that it belongs to.
+    TypeError
+        `cache` is not ((x, w, b), relu_cache); and as for `affine_backward`.
+    DTypeError, ValueError
         As for `affine_backward`.
 
     Examples
@@ -333,6 +387,17 @@ def softmax_loss(x: Array, y: Array | Sequence[int], *, out: Array | None = None
     loss : 0-d value of dtype T; a NumPy scalar for NumPy arrays
         NaN for N = 0.
     dx : array of shape (N, C)
+
+    Raises
+    ------
+    ShapeError
+        x has not two axes, or no classes; y is not of shape (N,); `out` is not of x's shape.
+    ValueError
+        A label is outside 0 to C - 1; and as for `affine_forward`.
+    TypeError
+        y is not of integers; and as for `affine_forward`.
+    DTypeError
+        As for `affine_forward`.
 
     Examples
     --------

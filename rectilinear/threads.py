@@ -64,6 +64,11 @@ def call_threads() -> int:
     return _cores.counted if monotonic() < _cores.too_old else _cores.count()
 
 
+def chosen_threads() -> int:
+    """The number that somebody has chosen for calls made here and now, 0 if nobody has."""
+    return _choice.current()
+
+
 def set_num_threads(n: SupportsIndex | None) -> None:
     """Choose the number of threads for the whole process, threads started later included.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 import rectilinear
 from rectilinear.backends.numba_backend import NumbaBackend
+from rectilinear.extras import lacks
 from rectilinear.threads import call_threads
 
 ROUNDS, MORE_ROUNDS = 9, 15
@@ -244,7 +245,7 @@ def _failed(why: str) -> int:
 def _obstacle() -> str | None:
     """Why there is nothing to tune, if so."""
     probe = NumbaBackend().probe()
-    return None if probe.usable else f"it is the numba backend that is tuned, and {probe.reason}"
+    return lacks("rich", "bench") if probe.usable else f"it is the numba backend that is tuned, and {probe.reason}"
 
 
 def _reset() -> int:

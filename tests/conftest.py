@@ -1,7 +1,8 @@
-"""The backends and array libraries that the tests run on, as one parametrised fixture, `lib`.
+"""The backends and array libraries that the tests run on, as parametrised fixtures: `lib`, and those that take some of its variants.
 
-A test that asks for `lib` runs once for every variant. Those of large libraries carry the marker ``libraries``. A backend
-that should work on this machine and does not is a failure, not a skip: nothing passes by being absent.
+A test that asks for `lib` runs once for every variant, `rectilinear.testing`'s above all (test_conformance.py). Those of large libraries
+carry the marker ``libraries``. A backend that should work on this machine and does not is a failure, not a skip: nothing passes by being
+absent.
 
 ``TESTS_ON_CUPY=1`` puts them on a GPU instead: `lib` is real CuPy arrays, and NumPy arrays under the chosen cupy backend. All other tests
 are left out, and so is what makes no sense there, which carries the marker ``no_cupy`` with a reason; the end of the run counts both.
@@ -11,8 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,78 +21,10 @@ import pytest
 import rectilinear
 from rectilinear.backends import registry
 from rectilinear.errors import BackendError
+from rectilinear.testing import Lib, library_lib, numpy_libs
+from rectilinear.testing.kit import FIXTURES
 
 from .loopback import LoopbackBackend
-
-
-@dataclass(frozen=True)
-class Lib:
-    """One way to run the layers: which arrays, under which chosen backend."""
-
-    name: str
-    array: Callable[[Any], Any]
-    """A NumPy array as this library's (a copy)."""
-    backend: str = "numpy"
-    writable: bool = True
-    """Whether the library's arrays can be written to at all, so that ``out`` makes sense."""
-    readonly_inputs: bool = False
-    ours: bool = False
-    """Whether the kernels are ours, so that SPEC's promises about bits hold."""
-
-    def __str__(self) -> str:
-        return self.name
-
-    def numpy(self, x: Any) -> np.ndarray:
-        return np.asarray(rectilinear.to_numpy(x))
-
-    def owns(self, x: Any) -> bool:
-        """Whether x is an array of this library."""
-        return type(x).__module__.partition(".")[0] == type(self.array(np.zeros(1))).__module__.partition(".")[0]
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A writable array full of a value no test expects."""
-        made = self.array(np.full(shape, 77, dtype))
-        if self.readonly_inputs:
-            made.setflags(write=True)
-        return made
-
-
-def _copy(x: Any) -> np.ndarray:
-    return np.array(x)
-
-
-def _readonly(x: Any) -> np.ndarray:
-    """Catches whoever writes into an argument."""
-    made = np.array(x)
-    made.setflags(write=False)
-    return made
-
-
-def _strict(x: Any) -> Any:
-    import array_api_strict
-
-    return array_api_strict.asarray(np.array(x))
-
-
-def _torch(x: Any) -> Any:
-    import torch
-
-    return torch.asarray(np.array(x))
-
-
-def _jax(x: Any) -> Any:
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    return jax.numpy.asarray(np.array(x))
-
-
-def _dask(x: Any) -> Any:
-    import dask.array
-
-    dask.config.set(scheduler="synchronous")
-    return dask.array.from_array(np.array(x), chunks=-1)
-
 
 ON_CUPY = "TESTS_ON_CUPY"
 """The variable: 1, or 0 (as if not set)."""
@@ -105,31 +37,19 @@ def on_cupy() -> bool:
     return given == "1"
 
 
-def _cupy(x: Any) -> Any:
-    with rectilinear.use_backend("cupy"):
-        return rectilinear.asarray(np.array(x))
-
-
 NUMPY_LIBS = [
-    Lib("numpy", _copy),
-    Lib("numpy-readonly", _readonly, readonly_inputs=True),
-    Lib("loopback", _copy, backend="loopback"),
-    Lib("numba", _copy, backend="numba", ours=True),
-    Lib("numba-readonly", _readonly, backend="numba", readonly_inputs=True, ours=True),
+    *numpy_libs("numpy"),
+    numpy_libs("loopback", installed=False)[0],
+    *numpy_libs("numba"),
 ]
 LIBS = [
     *NUMPY_LIBS,
-    Lib("strict", _strict),
-    Lib("torch", _torch),
-    Lib("jax", _jax, writable=False),
-    Lib("dask", _dask),
+    library_lib("strict", "array_api_strict"),
+    *(library_lib(name, name) for name in ("torch", "jax", "dask")),
 ]
 if on_cupy():
-    NUMPY_LIBS = [
-        Lib("cupy-chosen", _copy, backend="cupy"),
-        Lib("cupy-chosen-readonly", _readonly, backend="cupy", readonly_inputs=True),
-    ]
-    LIBS = [*NUMPY_LIBS, Lib("cupy", _cupy)]
+    NUMPY_LIBS = list(numpy_libs("cupy", name="cupy-chosen"))
+    LIBS = [*NUMPY_LIBS, library_lib("cupy", "cupy")]
 LARGE = {"torch", "jax", "dask"}
 
 
@@ -137,17 +57,16 @@ def lib_params(libs: list[Lib]) -> list[Any]:
     return [pytest.param(lib, id=lib.name, marks=[pytest.mark.libraries] if lib.name in LARGE else []) for lib in libs]
 
 
-@pytest.fixture(params=lib_params(LIBS))
-def lib(request: pytest.FixtureRequest) -> Iterator[Lib]:
-    with rectilinear.use_backend(request.param.backend):
-        yield request.param
+def _fixture(name: str) -> Any:
+    @pytest.fixture(name=name, params=lib_params([lib for lib in LIBS if FIXTURES[name](lib)]))
+    def given(request: pytest.FixtureRequest) -> Iterator[Lib]:
+        with rectilinear.use_backend(request.param.backend):
+            yield request.param
+
+    return given
 
 
-@pytest.fixture(params=lib_params(NUMPY_LIBS))
-def numpy_lib(request: pytest.FixtureRequest) -> Iterator[Lib]:
-    """The variants on NumPy arrays, for what only NumPy has: strides, byte order, memory."""
-    with rectilinear.use_backend(request.param.backend):
-        yield request.param
+lib, any_lib, numpy_lib, plain_lib, installed_lib = map(_fixture, FIXTURES)  # `rectilinear.testing` says what each is for
 
 
 @pytest.fixture(autouse=True, scope="session")

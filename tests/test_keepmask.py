@@ -87,26 +87,6 @@ def test_copies_and_pickles(keep: np.ndarray, protocol: int) -> None:
     assert not np.may_share_memory(copy.deepcopy(mask).bits, mask.bits)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-@pytest.mark.parametrize("extents", [(0, 13), (4, 0), (0, 0), (4, 1), (4, 8), (4, 9), (2, 3, 17)], ids=str)
-@pytest.mark.parametrize("layout", ["rows that are longer", "Fortran", "reversed", "one row for all", "every other byte"])
-def test_bits_of_any_layout(rng: np.random.Generator, backend: str, extents: tuple[int, ...], layout: str) -> None:
-    keep = rng.random(extents) < 0.5
-    if layout == "one row for all":
-        keep = np.broadcast_to(keep[..., :1, :], extents)
-    bits = np.packbits(keep, axis=-1, bitorder="little")
-    bits = {
-        "rows that are longer": lambda: np.concatenate([bits, np.zeros_like(bits)], axis=-1),
-        "Fortran": lambda: np.asfortranarray(bits),
-        "reversed": lambda: np.ascontiguousarray(bits[..., ::-1, ::-1])[..., ::-1, ::-1],
-        "one row for all": lambda: np.broadcast_to(bits[..., :1, :], bits.shape),
-        "every other byte": lambda: np.repeat(bits, 2, axis=-1)[..., ::2],
-    }[layout]()
-    dout = rng.standard_normal(extents)
-    with r.use_backend(backend):
-        np.testing.assert_array_equal(r.relu_backward(dout, KeepMask(bits, extents)), np.where(keep, dout, 0))
-
-
 # ---------------------------------------------------------------- it stays what it was
 
 

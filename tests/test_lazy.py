@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import rectilinear as r
-
-from . import reference as ref
+from rectilinear.testing import reference as ref
 
 pytestmark = pytest.mark.libraries
 

@@ -140,6 +140,16 @@ def test_no_text_of_a_chart_is_cut_off(browser, page):
     assert browser.evaluate(outside) == []
 
 
+def test_the_opening_is_in_sight_and_what_is_folded_unfolds_without_a_script(browser, page):
+    browser.show(page, DESK)
+    assert browser.evaluate("document.querySelector('figure').getBoundingClientRect().top") < 450
+    hidden = "[...document.querySelectorAll('details table')].map(t => t.checkVisibility())"
+    assert not any(browser.evaluate(hidden))
+    browser.evaluate("document.querySelectorAll('summary').forEach(s => s.click()), true")
+    assert all(browser.evaluate(hidden))
+    assert browser.evaluate("document.scripts.length") == 0
+
+
 def test_the_page_prints(browser, page):
     browser.show(page, DESK)
     assert base64.b64decode(browser.ask("Page.printToPDF")["data"]).startswith(b"%PDF")

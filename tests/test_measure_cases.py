@@ -10,12 +10,15 @@ from rectilinear.measure.cases import (
     AFFINE_SHAPES,
     ITEMSIZE,
     NET,
+    NET_BATCHES,
+    NETS,
     PASSES,
     ROW_SHAPES,
     STACKED_SHAPES,
     Case,
     full_grid,
     named,
+    net_grid,
     quick_grid,
     small,
 )
@@ -59,6 +62,20 @@ def test_training_step_counts_by_hand():
     assert NET == (784, 512, 256, 10)
     assert case.flops == 2407424 + 778 + 40 + 1071636
     assert (case.bytes_read, case.bytes_written) == (4292824, 4286544)
+
+
+def test_another_net_is_counted_by_its_own_widths():
+    # 2-3-4: weights 6 + 12, biases 7, P = 25. N = 5: forward 2 * 5 * 18 = 180; dw the same, dx of layer two 2 * 5 * 12 = 120; db 5 * 7;
+    # softmax 4 * 5 * 4 = 80; update 50. x 10 elements, labels 40 bytes, scores 20 elements.
+    infer, train = (Case(kind, (5, 2, 3, 4), "float32") for kind in ("infer", "train"))
+    assert infer.name == "infer-5x2x3x4-float32"
+    assert (infer.flops, infer.bytes_read, infer.bytes_written) == (180, 35 * 4, 20 * 4)
+    assert (train.flops, train.bytes_read, train.bytes_written) == (480 + 35 + 80 + 50, 35 * 4 + 40, 25 * 4)
+
+
+def test_the_grid_of_nets_has_every_batch_of_both():
+    assert {case.widths for case in net_grid()} == {(784, 512, 256, 10), (1024, 1024, 1024, 10)}
+    assert len(net_grid()) == len({case.name for case in net_grid()}) == 2 * 2 * len(NET_BATCHES)
 
 
 def test_float64_moves_twice_the_bytes():
@@ -105,10 +122,11 @@ def test_the_sign_of_z_is_exact_in_float32(shape):
     assert np.abs(wide).min() > 0
 
 
-def test_the_hidden_layers_of_the_training_step_are_exact_in_float32():
-    data = inputs(Case("train", (128,), "float32"))
+@pytest.mark.parametrize("net", NETS)
+def test_the_hidden_layers_of_the_nets_are_exact_in_float32(net):
+    data = inputs(Case("train", (128, *net), "float32"))
     narrow, wide = data["x"], data["x"].astype("f8")
-    for i in range(len(NET) - 2):
+    for i in range(len(net) - 2):
         w, b = data[f"w{i}"], data[f"b{i}"]
         narrow, wide = narrow @ w + b, wide @ w.astype("f8") + b
         assert np.array_equal(narrow, wide)

@@ -164,6 +164,7 @@ KINDS = {
     "relu_backward": (10, 100),
     "db": (100, 100),
     "softmax": (128, 10),
+    "infer": (32,),
     "train": (32,),
 }
 

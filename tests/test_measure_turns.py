@@ -16,7 +16,7 @@ from rectilinear.measure import turns, worker
 from rectilinear.measure.cases import Case
 from rectilinear.measure.figures import ratio
 from rectilinear.measure.record import Figure
-from rectilinear.measure.subjects import PEERS, Run, Subject, backend_subjects
+from rectilinear.measure.subjects import IN_FRAMEWORKS, PEERS, Run, Subject, backend_subjects
 from rectilinear.measure.turns import environment, started, take_turns
 
 RELU = Case("relu_forward", (10, 100), "float32")
@@ -206,7 +206,10 @@ SMALL = [
         ("relu_backward", (10, 100)),
         ("db", (100, 100)),
         ("softmax", (128, 10)),
+        ("infer", (32,)),
+        ("infer", (4, 24, 16, 16, 10)),
         ("train", (32,)),
+        ("train", (4, 24, 16, 16, 10)),
     )
 ]
 
@@ -225,16 +228,22 @@ def test_backends_and_the_baseline_are_right_in_every_pass():
     # loopback is registered by these tests, in this process only
     backends = [subject for subject in backend_subjects()[0] if subject.backend != "loopback"]
     assert {"numpy", "numpy-out"} <= {s.name for s in backends}
-    all_right([*backends, *(p for p in PEERS if p.name in ("cs231n", "sklearn"))], SMALL)
+    all_right([*backends, *(p for p in (*PEERS, *IN_FRAMEWORKS) if p.name in ("cs231n", "sklearn", "sklearn-accelerated"))], SMALL)
 
 
 @pytest.mark.libraries
-@pytest.mark.parametrize("name", ["torch", "torch-lean", "jax", "thinc"])
+@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"])
 def test_peers_are_right_in_every_pass(name):
-    all_right([peer for peer in PEERS if peer.name == name], SMALL)
+    all_right([peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name == name], SMALL)
 
 
 @pytest.mark.libraries
-def test_torch_compile_is_right():
-    cases = [case for case in SMALL if case.kind in ("softmax", "train") or case.shape == (16, 128, 128)]
-    all_right([peer for peer in PEERS if peer.name == "torch-compile"], [case for case in cases if case.dtype == "float32"])
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("torch-compile", [c for c in SMALL if c.kind == "softmax" or c.shape == (16, 128, 128) or c.name == "train-32-float32"]),
+        ("torch-nn-compile", [Case("infer", (32,), "float32")]),
+    ],
+)
+def test_torch_compile_is_right(name, cases):
+    all_right([peer for peer in PEERS if peer.name == name], [case for case in cases if case.dtype == "float32"])

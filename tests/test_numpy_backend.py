@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import rectilinear
 from rectilinear.backends import numpy_backend
 from rectilinear.backends.numpy_backend import NumpyBackend
 
@@ -171,3 +172,13 @@ def test_long_sums_keep_their_digits(rng: np.random.Generator, m: int) -> None:
     for a in (np.full((n, m), 0.1, np.float32), rng.random((n, m), np.float32)):
         want = a.sum(axis=0, dtype=np.float64)
         np.testing.assert_allclose(BACKEND.bias_backward(a, None), want, rtol=1e-5)
+
+
+def test_overflow_is_the_callers_and_follows_errstate() -> None:
+    """Underflow is nobody's: rectilinear.testing asks that of every backend."""
+    with rectilinear.use_backend("numpy"):
+        x = np.full((2, 2), 1e200)
+        with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
+            rectilinear.affine_forward(x, x, None)
+        with np.errstate(all="ignore"):
+            assert np.isinf(rectilinear.affine_forward(x, x, None)[0]).all()

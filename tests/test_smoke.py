@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,36 @@ def test_errors_speak() -> None:
 def test_the_command_line() -> None:
     done = subprocess.run((sys.executable, "-m", "rectilinear", "info", "--json"), capture_output=True, text=True, check=True, timeout=120)
     assert '"numpy"' in done.stdout
+
+
+WITHOUT_EXTRAS = """
+import contextlib, sys
+sys.modules |= dict.fromkeys(("numba", "rich", "safetensors", "threadpoolctl"))
+import numpy, rectilinear
+from rectilinear import nn
+from rectilinear.__main__ import main
+assert main(["info"]) == 0
+print("refusals")
+layer = nn.Affine(2, 3, rng=numpy.random.default_rng(0))
+for call in (lambda: nn.save(layer, "net"), rectilinear.warmup, lambda: main(["tune"]), lambda: main(["bench"])):
+    with contextlib.redirect_stderr(sys.stdout):
+        try:
+            call()
+        except (ImportError, rectilinear.BackendError, SystemExit) as error:
+            print(error)
+"""
+
+
+def test_what_is_not_installed_says_what_to_install() -> None:
+    """With none of the extras `info` shows what there is, and each part that needs one names it."""
+    done = subprocess.run((sys.executable, "-c", WITHOUT_EXTRAS), capture_output=True, text=True, check=True, timeout=120)
+    info, _, refusals = done.stdout.partition("refusals\n")
+    how = "pip install 'rectilinear[{0}]', or '.[{0}]' in a checkout".format
+    assert re.search(r"^numpy +active, by auto", info, re.MULTILINE)
+    assert f"BLAS kernel and threads are not known without threadpoolctl: {how('bench')}" in info
+    said = [line for line in refusals.splitlines() if "pip install" in line]
+    for wanted, line in zip(("files", "numba", "numba", "bench"), said, strict=True):
+        assert line.endswith(how(wanted)), line
 
 
 def test_type_hints_are_shipped() -> None:

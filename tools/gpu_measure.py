@@ -318,7 +318,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 # ---------------------------------------------------------------- the project's tests, on CuPy
 
-TESTED = ("accuracy", "layers", "out_needs", "errors", "arrays", "processes", "nn", "nn_state", "nn_sgd", "nn_sequential")
+TESTED = ("conformance", "errors", "nn", "nn_state", "nn_sgd", "nn_sequential", "documents")
 NEEDED = ("pytest", "pytest_timeout", "pytest_benchmark", "hypothesis", "array_api_compat", "array_api_strict", "safetensors", "ml_dtypes")
 
 _TEST = re.compile(r"(?P<name>\S+\.py::.*) (?P<state>PASSED|FAILED|ERROR|SKIPPED)\b")

@@ -10,19 +10,38 @@ The rules, for every primitive:
 3. n, d, m and the number of groups may be 0 or 1. Sums over nothing are 0.
 4. ``out`` is None (the backend allocates a fresh array of dtype T) or a writable array of exactly the result's
    shape and T, of any strides, that shares no memory with an operand. The primitive fills and returns it.
-   Results share no memory with the operands or with one another.
+   Results share no memory with the operands or with one another. A backend for another library than NumPy and
+   CuPy is given None always, and the caller copies, for only those two say where their arrays lie.
 5. Stacked form: every operand has one more leading axis, the groups; the same primitive serves both.
 6. One predicate, ``keep = not (z < 0)``: NaN, -0.0 and +inf are kept, -inf is not. Where keep is false the
    result is exactly 0, also when the other operand is NaN or inf.
 7. Primitives may be called from many threads at once and must give the same bits for the same values, shape,
    dtype and strides, whatever the number of threads, as far as the arithmetic is the backend's own.
+8. What is lazy stays lazy: nothing but `to_numpy` and `synchronize` waits for values. An extent may be unknown then
+   (None or NaN, as the library has it), and whether unknown extents fit together has not been checked.
+9. Results lie on the device of the operands. Underflow is no error, whatever the caller's `np.errstate`.
+10. What a primitive raises reaches the caller as it is, but for arrays of unknown extent: there it becomes a ShapeError.
 
 ``keep`` in backward is what a forward of any backend for the same library has returned: the pre-activations z
 (an array of dtype T), or a `KeepMask`. A backend reads both.
 
-A backend is an instance of a class with these methods. Built-in ones are listed in `registry`; others are found
-through the entry-point group ``rectilinear.backends`` (the entry point's object is called without arguments and
-returns the backend).
+A backend is an instance of a class with these attributes and methods. Built-in ones are listed in `registry`; others are
+plug-ins, found through two groups of entry points, of which ``examples/backend_plugin`` is a complete example::
+
+    [project.entry-points."rectilinear.backends"]
+    tiny = "tiny_rectilinear:TinyBackend"  # called without arguments when first needed; returns the backend
+
+    [project.entry-points."rectilinear.libraries"]
+    tinyarray = "tiny"  # arrays whose class is defined in the package tinyarray are served by the backend tiny
+
+The name in the first group is the one that users choose and tables show. With the first group alone the backend is for NumPy arrays,
+where a user has chosen it; if its `library` is another one, NumPy operands are brought there by its `asarray` and results back by
+`to_numpy`. With the second, it is the one that serves the arrays of its `library`, without being chosen, and is imported when the
+first of them is met. Their class has to have ``__array_namespace__``, and the namespace a ``__name__``, as modules have. Dtypes are
+promoted by that namespace's ``result_type``; it is asked for ``reshape``, ``astype`` and ``asarray``, as the array API standard
+defines them. Two plug-ins that claim one library, or one that claims NumPy or a library of a built-in backend: those plug-ins do not
+serve it. That, and whatever is wrong with a plug-in, is a row of `rectilinear.list_backends` and of ``python -m rectilinear info``,
+and harms no one else. ``python -m rectilinear conform NAME`` tries a backend on every promise made here.
 """
 
 from __future__ import annotations
@@ -91,20 +110,25 @@ class Backend(Protocol):
     Where the number of threads depends on more than the machine, a method ``threads()`` gives the number of a call made here and now;
     `rectilinear.list_backends` asks it, if there is one, instead of showing the probe's. A backend may also have a method ``sgd_step``,
     as `SGDStep` says.
+
+    Two more attributes are for libraries that compute elsewhere, and may be left out. ``numpy_operands`` is a set of names out of ``w``
+    and ``b``: these may come as NumPy arrays beside operands of this library. ``any_keep = True``: an integer `keep` comes as it is,
+    not as an array of dtype T.
     """
 
     api_version: int
-    """`API_VERSION` that the backend was written for."""
+    """`API_VERSION` that the backend was written for, as a number of its own: another one is refused before anything else is asked."""
     name: str
     library: str
     """Import name of the array library it computes in: ``"numpy"``, ``"cupy"``. NumPy operands are moved there and back."""
     half: bool
-    """Takes float16 and bfloat16 operands itself."""
+    """Takes float16 and bfloat16 operands itself, rather than float32 ones that the caller has made of them."""
 
     def probe(self) -> Probe:
         """Say whether this backend can work here, running something small where that is the only honest way.
 
-        Called once per process and the answer kept. Never raises for a missing or broken installation.
+        Called once per process and the answer kept. Never raises for a missing or broken installation. It must not call rectilinear's
+        functions on arrays of its own library, which would ask for this very answer.
         """
         ...
 
@@ -152,13 +176,22 @@ class Backend(Protocol):
         ...
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
-        """x (an array of any library, nested lists, a scalar) as an array of this backend's library on its device; no copy if it is one."""
+        """x as an array of this backend's library on its device; no copy if it is one.
+
+        x is a NumPy array of any layout (rectilinear makes one of lists, scalars and other libraries' arrays), or an array of this
+        backend's library. dtype is None (x's own), a name such as ``"float32"``, or a dtype of NumPy or of this library. Where
+        the library is not NumPy, x may also be a `KeepMask` over NumPy bits, without a dtype: a cache of another backend. What is
+        wanted then is a KeepMask over this library's.
+        """
         ...
 
     def to_numpy(self, x: Array) -> Any:
-        """An array of this backend's library as a NumPy array."""
+        """An array of this backend's library as a NumPy array on the host; a `KeepMask` over its bits as one over NumPy's.
+
+        Waits for the values. float16 and bfloat16 keep their bits (the latter as `ml_dtypes`' type).
+        """
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the backend's device has been done."""
+        """Wait until everything asked of the backend's device has been done; where nothing is pending, return."""
         ...

@@ -7,6 +7,7 @@ the driver first, which is quick, and then lets the backend itself compute a sma
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from rectilinear.backends.cupy_backend import CupyBackend, Runtime
 from rectilinear.backends.cupy_gemm import Gemm, Products
 from rectilinear.backends.cupy_lt import Plans
 from rectilinear.backends.cupy_scratch import Scratches
+from rectilinear.extras import how_to_install
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "cuda" / "layers.cu"
+
+_log = logging.getLogger(__name__)
 
 _NO_DEVICE = 100  # cudaErrorNoDevice
 _OLD_DRIVER = 35  # cudaErrorInsufficientDriver
 
-_INSTALL = "pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]' for a driver of CUDA 12)"
+_INSTALL = f"{how_to_install('cuda13')} (cuda12 in its place for a driver of CUDA 12)"
 
 
 def make() -> CupyBackend:
@@ -50,6 +54,7 @@ def products(cp: Any, scratches: Scratches) -> Products:
     except Exception as error:  # no module, no library, no memory: each has an error type of its own, some of them private
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "nvmath"
         why = "without nvmath-python" if missing else f"since nvmath-python does not work here: {_first_line(error)}"
+        _log.debug("products on the GPU are CuPy's, %s", why)
         return Gemm(cp, scratches, _tf32(), why)
 
 
@@ -113,7 +118,7 @@ def _driver_reason(cp: Any) -> str | None:
             built = _dotted(runtime.runtimeGetVersion())
             return (
                 f"the NVIDIA driver is too old: it serves CUDA {_dotted(driver)}, this CuPy is built for CUDA {built}; "
-                "update the driver, or pip install 'rectilinear[cuda12]' in place of cuda13"
+                f"update the driver, or put cuda12 in place of cuda13: {how_to_install('cuda12')}"
             )
         if error.status != _NO_DEVICE:
             return f"CUDA does not start ({_first_line(error)}); see whether nvidia-smi works"
@@ -127,7 +132,7 @@ def _incomplete_reason(error: Exception) -> str:
     text = str(error)
     for missing, sign in (("NVRTC", "nvrtc"), ("the CUDA headers", "headers"), ("cuBLAS", "cublas")):
         if sign in text:
-            return f"CuPy is installed without {missing} ({_first_line(error)}); {_INSTALL} brings it"
+            return f"CuPy is installed without {missing} ({_first_line(error)}); install it: {_INSTALL}"
     return f"CuPy cannot compute on this GPU ({type(error).__name__}: {_first_line(error)}); see whether nvidia-smi works, or {_INSTALL}"
 
 

@@ -15,6 +15,7 @@ from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wante
 from rectilinear.backends.generic import may_underflow
 from rectilinear.backends.numpy_backend import NumpyBackend
 from rectilinear.buffers import empty, with_scratch
+from rectilinear.extras import how_to_install
 from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.kernels.runtime import forks, numba_private
 from rectilinear.threads import call_threads, get_num_threads
@@ -44,7 +45,7 @@ class NumbaBackend:
         try:
             import numba
         except ImportError as error:
-            return Probe(False, f"numba cannot be imported ({error}); install it, for example with pip install rectilinear[numba]")
+            return Probe(False, f"numba cannot be imported ({error}); install it: {how_to_install('numba')}")
         except Exception as error:  # numba checks NumPy's version, llvmlite its library, with errors of their own
             return Probe(False, f"numba is installed but broken ({error}); reinstall numba and llvmlite")
         if numba.config.DISABLE_JIT:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rectilinear.backends.contract import Array, Keep, Probe, Wanted
 from rectilinear.backends.generic import SUM_BLOCK, GenericBackend, may_underflow
+from rectilinear.extras import how_to_install
 
 
 class NumpyBackend(GenericBackend):
@@ -20,8 +21,11 @@ class NumpyBackend(GenericBackend):
     library = "numpy"
 
     def probe(self) -> Probe:
-        from threadpoolctl import threadpool_info
-
+        try:
+            from threadpoolctl import threadpool_info
+        except ImportError:
+            note = f"its BLAS kernel and threads are not known without threadpoolctl: {how_to_install('bench')}"
+            return Probe(True, note, version=np.__version__, device="cpu")
         blas: dict[str, Any] = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
         kernel = " ".join(str(blas[key]) for key in ("internal_api", "architecture") if blas.get(key))
         return Probe(True, version=np.__version__, device="cpu", threads=blas.get("num_threads"), simd=kernel or None)

@@ -21,7 +21,10 @@ ITEMSIZE = {"float32": 4, "float64": 8}
 HALF_ITEMSIZE = {"float16": 2, "bfloat16": 2}
 """The dtypes that only subjects on a GPU are asked for, by tools/gpu_check.py. bfloat16 needs ml_dtypes."""
 NET = (784, 512, 256, 10)
-"""Widths of the net of the training step: 784 features, 10 classes."""
+"""Widths of the net of `infer` and `train`, where a case names no other: 784 features, 10 classes."""
+NETS = (NET, (1024, 1024, 1024, 10))
+"""The nets of `net_grid`: of equally many layers, which the subjects rely on."""
+NET_BATCHES = (1, 8, 32, 128, 512, 1024, 4096)
 
 PASSES = {
     "affine": "affine forward",
@@ -34,7 +37,8 @@ PASSES = {
     "relu_backward": "ReLU backward",
     "db": "bias reduction, db = dout.sum(0)",
     "softmax": "softmax loss and its gradient",
-    "train": "one SGD training step, " + "-".join(map(str, NET)),
+    "infer": "inference, a net of three layers",
+    "train": "one SGD training step, a net of three layers",
 }
 
 AFFINE_SHAPES = (
@@ -67,7 +71,8 @@ TRAIN_SHAPES = ((32,), (128,), (1024,))
 class Case:
     """One pass at one shape and dtype.
 
-    `shape` is (N, D, M) for the affine passes, (B, N, D, M) stacked, (N, M) for `db` and ReLU, (N, C) for `softmax`, (N,) for `train`.
+    `shape` is (N, D, M) for the affine passes, (B, N, D, M) stacked, (N, M) for `db` and ReLU, (N, C) for `softmax`; for `infer` and
+    `train` (N,), which means the net `NET`, or (N, D, ..., C), the widths of another one.
 
     Examples
     --------
@@ -90,6 +95,11 @@ class Case:
         return "x".join(map(str, self.shape))
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of the net of `infer` and `train`, from the features to the classes."""
+        return self.shape[1:] or NET
+
+    @property
     def itemsize(self) -> int:
         return (ITEMSIZE | HALF_ITEMSIZE)[self.dtype]
 
@@ -101,26 +111,49 @@ class Case:
 
     @property
     def flops(self) -> int:
-        return _flops(self.kind, self.shape)
+        return _net_flops(self) if self.kind in _OF_A_NET else _flops(self.kind, self.shape)
 
     @property
     def bytes_read(self) -> int:
-        return _traffic(self.kind, self.shape, self.itemsize)[0]
+        return self._traffic[0]
 
     @property
     def bytes_written(self) -> int:
-        return _traffic(self.kind, self.shape, self.itemsize)[1]
+        return self._traffic[1]
+
+    @property
+    def _traffic(self) -> tuple[int, int]:
+        return _net_traffic(self) if self.kind in _OF_A_NET else _traffic(self.kind, self.shape, self.itemsize)
 
     def _operands(self) -> tuple[int, ...]:
-        if self.kind == "train":
-            return (self.shape[0] * NET[0], parameters())
+        if self.kind in _OF_A_NET:
+            return (self.shape[0] * max(self.widths), parameters(self.widths))
         g, n, d, m = (1, *self.shape)[-4:]
         return g * n * d, g * d * m, g * n * m
 
 
-def parameters() -> int:
-    """The number of weights and biases of the net."""
-    return sum(d * m + m for d, m in itertools.pairwise(NET))
+_OF_A_NET = ("infer", "train")
+
+
+def parameters(widths: tuple[int, ...] = NET) -> int:
+    """The number of weights and biases of a net."""
+    return sum(d * m + m for d, m in itertools.pairwise(widths))
+
+
+def _net_flops(case: Case) -> int:
+    n, widths = case.shape[0], case.widths
+    layers = list(itertools.pairwise(widths))
+    if case.kind == "infer":
+        return sum(2 * n * d * m for d, m in layers)
+    products = sum(2 * n * d * m * (2 if i == 0 else 3) for i, (d, m) in enumerate(layers))  # the first layer needs no dx
+    return products + n * sum(widths[1:]) + 4 * n * widths[-1] + 2 * parameters(widths)
+
+
+def _net_traffic(case: Case) -> tuple[int, int]:
+    """(bytes read, bytes written). What lies between the layers is nobody's argument nor result."""
+    n, widths, itemsize = case.shape[0], case.widths, case.itemsize
+    read = (n * widths[0] + parameters(widths)) * itemsize
+    return (read, n * widths[-1] * itemsize) if case.kind == "infer" else (read + n * 8, parameters(widths) * itemsize)
 
 
 def _flops(kind: str, shape: tuple[int, ...]) -> int:
@@ -130,11 +163,6 @@ def _flops(kind: str, shape: tuple[int, ...]) -> int:
         return prod(shape)
     if kind == "softmax":
         return 4 * prod(shape)
-    if kind == "train":
-        (n,) = shape
-        layers = list(itertools.pairwise(NET))
-        products = sum(2 * n * d * m * (2 if i == 0 else 3) for i, (d, m) in enumerate(layers))  # the first layer needs no dx
-        return products + n * sum(NET[1:]) + 4 * n * NET[-1] + 2 * parameters()
     gemm = 2 * prod(shape)
     db = prod(shape) // shape[-2]
     return {"affine": gemm, "forward": gemm, "backward": 2 * gemm + db}.get(kind, 3 * gemm + db)
@@ -151,8 +179,6 @@ def _traffic(kind: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, int
         return size * itemsize, shape[-1] * itemsize
     if kind == "softmax":
         return size * itemsize + shape[0] * 8, (size + 1) * itemsize
-    if kind == "train":
-        return (shape[0] * NET[0] + parameters()) * itemsize + shape[0] * 8, parameters() * itemsize
     g, n, d, m = (1, *shape)[-4:]
     x, w, b, out = g * n * d, g * d * m, g * m, g * n * m
     if kind in ("affine", "forward"):
@@ -173,7 +199,7 @@ def full_grid() -> list[Case]:
             if kind.startswith("step") or prod(shape) <= PARTS_UP_TO
         ]
         cases += [Case("stacked", shape, dtype) for shape in STACKED_SHAPES]
-        cases += [Case("train", shape, dtype) for shape in TRAIN_SHAPES]
+        cases += [Case(kind, shape, dtype) for shape in TRAIN_SHAPES for kind in _OF_A_NET]
         cases += [Case("softmax", shape, dtype) for shape in SOFTMAX_SHAPES]
         cases += [Case(kind, shape, dtype) for shape in ROW_SHAPES for kind in ("db", "relu_forward", "relu_backward")]
     return cases
@@ -187,6 +213,7 @@ _QUICK = {
     "step_fortran": ((128, 784, 256),),
     "stacked": ((64, 128, 64, 64),),
     "train": ((128,),),
+    "infer": ((128,),),
     "softmax": ((16384, 10),),
     "db": ((100, 100), (10000, 100), (100000, 100)),
     "relu_forward": ((10000, 100), (100000, 100)),
@@ -204,6 +231,11 @@ def quick_grid() -> list[Case]:
         for kind, shapes in grid.items()
         if i < len(shapes)
     ]
+
+
+def net_grid() -> list[Case]:
+    """Inference and training of whole nets in float32, as users of PyTorch and scikit-learn have them."""
+    return [Case(kind, (n,) if widths == NET else (n, *widths), "float32") for kind in _OF_A_NET for widths in NETS for n in NET_BATCHES]
 
 
 def named(cases: Iterable[Case], patterns: Iterable[str]) -> list[Case]:

@@ -11,13 +11,16 @@ Run as a process of its own: ``python -m rectilinear.measure.ceilings [threads [
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -65,6 +68,35 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
             if other["copy"] > level["copy"]:
                 level["copy"], level["copy_by"] = other["copy"], other["copy_by"]
     return best
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Keep the ceilings of this machine for `kept`, beside the compiled kernels; where that cannot be, nothing is kept."""
+    with contextlib.suppress(ImportError, OSError):  # no numba, nothing writable
+        from rectilinear.kernels.runtime import cache
+
+        place, key = _place(cache.directory())
+        if place is not None and found["threads"] == available_cpus():
+            cache.write(place, key, json.dumps(found).encode())
+
+
+def kept() -> dict[str, Any] | None:
+    """What the last benchmark on this machine has kept; None where there was none, or fewer processors may be used now."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        from rectilinear.kernels.runtime import cache
+
+        place, key = _place(cache.directory())
+        if place is not None:
+            return dict(json.loads(cache.read(place, key)))
+    return None
+
+
+def _place(folder: Path | None) -> tuple[Path | None, bytes]:
+    """Where they are kept, by what the machine is."""
+    machine = describe()
+    del machine["python"]
+    key = hashlib.sha256(json.dumps(machine).encode())
+    return folder and folder / f"ceilings-{key.hexdigest()[:32]}", key.digest()
 
 
 def _levels(sizes: dict[str, int], threads: int) -> Iterator[tuple[str, int | None, int]]:

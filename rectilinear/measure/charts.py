@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: lines over a logarithmic axis, and bars. No script, no font, nothing fetched.
+"""Small charts as inline SVG: lines and dots over logarithmic axes, and bars. No script, no font, nothing fetched.
 
 The view box is narrow, so that its text can still be read when a phone shrinks it; series differ in colour, marker and dash.
 """
@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 44
 
 
 class Series(NamedTuple):
-    """A line of a chart. `style` chooses colour and marker; None draws a grey dashed line without markers, for a ceiling."""
+    """A line of a chart; without points, its marks alone. `style` chooses colour and marker; None is a grey dashed line, for a ceiling."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -43,6 +43,30 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, title: str) -> s
     return _figure(parts, _HEIGHT, title, series)
 
 
+def dots(rows: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], x_label: str, even: str, title: str) -> str:
+    """A row for each (label, marks), with a mark for each (name, ratio, style) on a logarithmic axis, and a line at 1, called `even`."""
+    marks = [mark for _, given in rows for mark in given]
+    if not marks:
+        return ""
+    row, top = 19, 22
+    left, bottom = 14 + 8.0 * max(len(label) for label, _ in rows), top + row * len(rows)
+    x = _Axis([1.0, *(value for _, value, _ in marks)], left, _WIDTH - _RIGHT, log10(4))
+    parts = []
+    for tick in x.ticks():
+        parts.append(f'<path d="M{x.at(tick):.1f} {top}V{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x.at(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_short(tick)}</text>')
+    middles = [top + row * (i + 0.5) for i in range(len(rows))]
+    parts += [f'<path d="M{left:.1f} {middle}H{_WIDTH - _RIGHT}" stroke="#eee"/>' for middle in middles]
+    parts.append(f'<path d="M{x.at(1):.1f} {top - 4}V{bottom}" stroke="#333" stroke-width="2"/>')
+    parts.append(f'<text x="{x.at(1):.1f}" y="{top - 9}" text-anchor="middle" font-weight="bold">{escape(even)}</text>')
+    for middle, (label, given) in zip(middles, rows, strict=True):
+        parts.append(f'<text x="{left - 8:.1f}" y="{middle + 4}" text-anchor="end">{escape(label)}</text>')
+        parts += [_marker(style, x.at(value), middle, f"{label}: {name} {value:.2f}") for name, value, style in given]
+    parts.append(f'<text x="{(left + _WIDTH - _RIGHT) / 2:.1f}" y="{bottom + 35}" text-anchor="middle">{escape(x_label)}</text>')
+    legend = {name: Series(name, [], style) for name, _, style in marks}
+    return _figure(parts, bottom + 42, title, list(legend.values()))
+
+
 def bars(values: Sequence[tuple[str, float, int]], unit: str, title: str) -> str:
     """Horizontal bars from 0, each (name, value, style), the shortest first, with the value beside the bar."""
     row, left, right = 19, 104, 76
@@ -64,21 +88,21 @@ def shade(value: float, extreme: float = 4.0) -> str:
 
 
 class _Axis:
-    """A logarithmic axis from `start` to `end` in pixels; covers at least a factor of ten."""
+    """A logarithmic axis from `start` to `end` in pixels; covers at least `least` powers of ten."""
 
-    def __init__(self, values: Iterable[float], start: float, end: float) -> None:
+    def __init__(self, values: Iterable[float], start: float, end: float, least: float = 1.0) -> None:
         logs = [log10(value) for value in values]
         low, high = min(logs), max(logs)
-        pad = max(0.04 * (high - low), (1 - (high - low)) / 2)
+        pad = max(0.04 * (high - low), (least - (high - low)) / 2)
         self.low, self.high, self.start, self.end = low - pad, high + pad, start, end
 
     def at(self, value: float) -> float:
         return self.start + (log10(value) - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Powers of ten; thinned out on long axes, with 2 and 5 between on short ones."""
+        """Powers of ten; thinned out on long axes, with more between on short ones."""
         span = self.high - self.low
-        steps = (1, 2, 5) if span < 2.5 else (1,)
+        steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 2.5 else (1,)
         every = 1 if span < 7 else 2
         ticks = [s * 10.0**e for e in range(floor(self.low), ceil(self.high) + 1) if e % every == 0 for s in steps]
         return [tick for tick in ticks if self.low <= log10(tick) <= self.high]
@@ -130,7 +154,8 @@ def _figure(parts: Iterable[str], height: float, title: str, series: Sequence[Se
         if s.style is None:
             line = '<path d="M0 6H22" stroke="#555" stroke-width="1.6" stroke-dasharray="4 3"/>'
         else:
-            line = f'<path d="M0 6H22" stroke="{PALETTE[s.style % len(PALETTE)]}" stroke-width="1.6"/>{_marker(s.style, 11, 6)}'
+            stroke = f'<path d="M0 6H22" stroke="{PALETTE[s.style % len(PALETTE)]}" stroke-width="1.6"/>' if s.points else ""
+            line = stroke + _marker(s.style, 11, 6)
         swatches.append(f'<span><svg class="swatch" viewBox="0 0 22 12" aria-hidden="true">{line}</svg>{escape(s.name)}</span>')
     legend = f'<div class="legend">{" ".join(swatches)}</div>' if swatches else ""
     drawing = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from rectilinear.measure import compare, isa, report
-from rectilinear.measure.cases import PASSES, Case, full_grid, named, quick_grid
+from rectilinear.extras import lacks
+from rectilinear.measure import ceilings, compare, isa, report
+from rectilinear.measure.cases import PASSES, Case, full_grid, named, net_grid, quick_grid
 from rectilinear.measure.figures import advice, blas_kernels, broken_ceilings, headline, not_held
 from rectilinear.measure.record import Record, load
 from rectilinear.measure.run import Plan, Watch, run
-from rectilinear.measure.subjects import BASELINE, PEERS, Subject, backend_subjects
+from rectilinear.measure.subjects import BASELINE, IN_FRAMEWORKS, PEERS, Subject, backend_subjects
 
-GRIDS = {"quick": (quick_grid, 5, 0.02, 165.0), "full": (full_grid, 5, 0.05, 1740.0)}
+GRIDS = {"quick": (quick_grid, 5, 0.02, 165.0), "full": (full_grid, 5, 0.05, 1740.0), "nets": (net_grid, 5, 0.2, 0.0)}
 """Cases, rounds, seconds per turn, and the budget in seconds, less the second look at the ceilings."""
 
 SCREENFUL = 40
@@ -32,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    missing = lacks("rich", "bench") or lacks("threadpoolctl", "bench")
+    if missing:
+        parser.error(missing)
     try:
         old = load(options.compare) if options.compare else None
         record = load(options.source) if options.source else None
@@ -44,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             with _progress(plan) as watch:
                 record = run(plan, save=lambda r: r.save(_json_path(options)), watch=watch)
+            if record.ceilings and record.isa == "host":
+                ceilings.keep(record.ceilings)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     _write(record, options)
@@ -58,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m rectilinear bench", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("grid", nargs="?", choices=GRIDS, default="quick", help="quick: under 3 minutes (default); full: the whole grid, under 30 minutes")
+    add(
+        "grid",
+        nargs="?",
+        choices=GRIDS,
+        default="quick",
+        help="quick: under 3 minutes (default); full: the whole grid, under 30 minutes; nets: inference and training of two nets",
+    )
     add(
         "--peers",
         action="store_true",
@@ -74,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         action="append",
         default=[],
-        help="only cases so named, e.g. 'step-*-float32'; of the whole grid; repeatable",
+        help="only cases so named, e.g. 'step-*-float32'; of the whole grid and the nets; repeatable",
     )
     add("--rounds", type=_positive, help="rounds of turns")
     add("--seconds", type=float, help="seconds per turn")
@@ -107,7 +119,7 @@ def _positive(text: str) -> int:
 
 def _plan(options: argparse.Namespace) -> Plan:
     grid, rounds, seconds, budget = GRIDS[options.grid]
-    cases: list[Case] = named(full_grid(), options.only) if options.only else grid()
+    cases: list[Case] = named(dict.fromkeys([*full_grid(), *net_grid()]), options.only) if options.only else grid()
     chosen, missing = _subjects(options)
     if options.budget is not None:
         budget = options.budget
@@ -130,7 +142,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _subjects(options: argparse.Namespace) -> tuple[list[Subject], dict[str, str]]:
     backends, missing = backend_subjects()
-    everyone = {subject.name: subject for subject in (*backends, *PEERS)}
+    everyone = {subject.name: subject for subject in (*backends, *PEERS, *IN_FRAMEWORKS)}
     if options.subjects:
         names = [name.strip() for name in options.subjects.split(",")]
         unknown = [name for name in names if name not in everyone]
@@ -159,7 +171,7 @@ def _cost(case: Case, plan: Plan) -> float:
     """Roughly how many seconds a case takes, so that the time left is told by work and not by the number of cases."""
     call = case.flops / 1e11 + (case.bytes_read + case.bytes_written) / 1e10
     subjects = [subject for subject in plan.subjects if subject.covers(case)]
-    compiles = 6.0 * sum(subject.name == "torch-compile" for subject in subjects)
+    compiles = 6.0 * sum(subject.name.endswith("-compile") for subject in subjects)
     return compiles + len(subjects) * (0.2 + 10 * call + plan.rounds * max(plan.seconds, call))
 
 

@@ -151,9 +151,15 @@ class Advice(NamedTuple):
     clear: bool
 
 
+def choices(record: Record) -> list[str]:
+    """The backends that one can choose, as called by default; where only other ways to them were measured, those."""
+    called = [name for name in record.backends if not name.endswith("-out")]
+    return [name for name in called if record.subjects[name]["backend"] == name] or called
+
+
 def advice(record: Record) -> list[Advice]:
     """For each case the fastest backend as called by default; smallest cases first."""
-    names = [name for name in record.backends if not name.endswith("-out")]
+    names = choices(record)
     rows = []
     for figure in record.figures:
         ranked = sorted((n for n in names if n in figure.seconds), key=lambda n: median(figure.seconds[n]))

@@ -31,7 +31,14 @@ def build_out(case: Case, data: dict[str, Any]) -> Run:
 
 def _build(case: Case, data: dict[str, Any], allocated: bool) -> Run:
     arrays = {name: rl.asarray(a) for name, a in data.items()}
-    make = {"train": _train, "softmax": _softmax, "db": _db, "relu_forward": _relu_forward, "relu_backward": _relu_backward}.get(case.kind)
+    make = {
+        "train": _train,
+        "infer": _infer,
+        "softmax": _softmax,
+        "db": _db,
+        "relu_forward": _relu_forward,
+        "relu_backward": _relu_backward,
+    }.get(case.kind)
     return _ready(make(arrays, allocated) if make else _affine(case, arrays, allocated), list(arrays.values()))
 
 
@@ -116,15 +123,30 @@ def _softmax(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
     return lambda: rl.softmax_loss(x, y, out=out)
 
 
+def _infer(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
+    x = arrays["x"]
+    params = [(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(_LAYERS)]
+    outs = [_like(np.empty((len(x), len(b)), str(x.dtype)), allocated) for _, b in params]
+
+    def infer() -> Any:
+        h = x
+        for i, (w, b) in enumerate(params):
+            forward: Any = rl.affine_relu_forward if i < _LAYERS - 1 else rl.affine_forward
+            h, _ = forward(h, w, b, out=outs[i])
+        return (h,)
+
+    return infer
+
+
 def _train(arrays: dict[str, Any], allocated: bool) -> Callable[[], Any]:
     x, y = arrays["x"], arrays["y"]
-    n = len(x)
+    n, widths = len(x), [len(x[0]), *(len(arrays[f"b{i}"]) for i in range(_LAYERS))]
     layers = [_layer_of(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(_LAYERS)]
     optimizer = nn.SGD(nn.Sequential(layers), lr=LEARNING_RATE)
-    outs = [_like(np.empty((n, m), str(x.dtype)), allocated) for m in NET[1:]]
-    dscores = _like(np.empty((n, NET[-1]), str(x.dtype)), allocated)
+    outs = [_like(np.empty((n, m), str(x.dtype)), allocated) for m in widths[1:]]
+    dscores = _like(np.empty((n, widths[-1]), str(x.dtype)), allocated)
     grads_out = [
-        None if allocated else (None if i == 0 else _like(np.empty((n, NET[i]), str(x.dtype)), False), _like(w, False), _like(b, False))
+        None if allocated else (None if i == 0 else _like(np.empty((n, widths[i]), str(x.dtype)), False), _like(w, False), _like(b, False))
         for i, (w, b) in enumerate(layer.params.values() for layer in layers)
     ]
 

@@ -30,6 +30,8 @@ class Section:
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     charts: list[str] = field(default_factory=list)
+    folded: dict[str, list[Table]] = field(default_factory=dict)
+    """Tables that most readers can do without, by the line that unfolds them."""
     alarm: bool = False
 
 
@@ -47,6 +49,7 @@ figure { margin: 0; flex: 1 1 min(100%, 26rem); max-width: 36rem }
 figure svg { width: 100%; height: auto; font: 12.5px system-ui, sans-serif } figcaption { font-weight: bold }
 .legend { font-size: .86rem } .legend span { white-space: nowrap; margin-right: 1rem }
 svg.swatch { width: 22px; height: 12px; margin-right: .3rem }
+summary { cursor: pointer; color: #005a8c; padding: .3rem 0 }
 .alarm { border: 3px solid #D55E00; padding: 0 1rem } .alarm h2 { border: 0; margin-top: .6rem }
 @media (max-width: 40rem) { body { padding: .6rem } table { font-size: .76rem } th, td { padding: .15rem .3rem } }
 @media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } table { font-size: 8px }
@@ -67,6 +70,8 @@ def html(title: str, subtitle: str, sections: Iterable[Section]) -> str:
         parts.append(f"<p>{escape(section.text)}</p>" if section.text else "")
         parts.append(f'<div class="charts">{"".join(section.charts)}</div>' if section.charts else "")
         parts += [_html_table(table) for table in section.tables]
+        for summary, tables in section.folded.items():
+            parts.append(f"<details><summary>{escape(summary)}</summary>{''.join(map(_html_table, tables))}</details>")
         parts.append("</section>")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -94,9 +99,14 @@ def markdown(title: str, subtitle: str, sections: Iterable[Section]) -> str:
     parts = [f"# {title}", subtitle]
     for section in sections:
         parts += [f"## {section.title}"] + ([section.text.strip()] if section.text else [])
-        for table in section.tables:
-            parts += ([f"**{table.title}**"] if table.title else []) + [_markdown_table(table)]
+        parts += _markdown_tables(section.tables)
+        for summary, tables in section.folded.items():
+            parts += [f"<details><summary>{escape(summary)}</summary>", *_markdown_tables(tables), "</details>"]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_tables(tables: Iterable[Table]) -> list[str]:
+    return [text for table in tables for text in ([f"**{table.title}**"] if table.title else []) + [_markdown_table(table)]]
 
 
 def _markdown_table(table: Table) -> str:

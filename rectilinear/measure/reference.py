@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rectilinear.measure.cases import HALF_ITEMSIZE, NET, Case
+from rectilinear.measure.cases import HALF_ITEMSIZE, Case
 
 Arrays = dict[str, Any]
 Results = tuple[np.ndarray, ...]
@@ -67,11 +67,11 @@ def _layer_data(
     return w, b, x_unit * w_unit / 2
 
 
-def _train_data(rng: np.random.Generator, n: int, dtype: str) -> Arrays:
+def _net_data(rng: np.random.Generator, n: int, widths: tuple[int, ...], dtype: str) -> Arrays:
     """Here x has 7 bits only, so that the second hidden layer is still exact in float32."""
     unit = 2.0**-5
-    data = {"x": _fill(lambda k: rng.integers(-64, 65, k) * unit, (n, NET[0]), dtype), "y": rng.integers(0, NET[-1], n)}
-    for i, (d, m) in enumerate(itertools.pairwise(NET)):
+    data = {"x": _fill(lambda k: rng.integers(-64, 65, k) * unit, (n, widths[0]), dtype), "y": rng.integers(0, widths[-1], n)}
+    for i, (d, m) in enumerate(itertools.pairwise(widths)):
         data[f"w{i}"], data[f"b{i}"], unit = _layer_data(rng, (), d, m, dtype, unit)
     return data
 
@@ -80,8 +80,8 @@ def inputs(case: Case) -> Arrays:
     """The arguments of a case by name, NumPy arrays, the same for every subject and run; C-contiguous but for w of `step_fortran`."""
     rng = np.random.default_rng(20240501)
     normal = rng.standard_normal
-    if case.kind == "train":
-        return _train_data(rng, case.shape[0], case.dtype)
+    if case.kind in ("infer", "train"):
+        return _net_data(rng, case.shape[0], case.widths, case.dtype)
     if case.kind == "softmax":
         return {"x": _fill(normal, case.shape, case.dtype), "y": rng.integers(0, case.shape[1], case.shape[0])}
     if case.kind in ("db", "relu_forward", "relu_backward"):
@@ -106,9 +106,11 @@ def expected(case: Case, data: Arrays) -> tuple[Results, tuple[int, ...]]:
         return (_sum_rows(dout),), (case.shape[0],)
     if case.kind == "softmax":
         return _softmax(_f64(x), data["y"]), (case.shape[0], case.shape[1])
+    if case.kind == "infer":  # the hidden layers are exact
+        return (_net_forward(data)[1][-1],), (case.widths[-2],)
     if case.kind == "train":
         params = _train(data)
-        return params, tuple(case.shape[0] + max(NET) for _ in params)
+        return params, tuple(case.shape[0] + max(case.widths) for _ in params)
     n, d, m = case.shape[-3:]
     z, out, dx, dw, db = _affine_relu(case.shape, data)
     terms = {"z": d, "out": d, "dx": m, "dw": n, "db": n}
@@ -141,14 +143,23 @@ def _softmax(x: np.ndarray, y: np.ndarray) -> Results:
     return np.asarray(loss), p / len(x)
 
 
+def _net_params(data: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(_f64(data[f"w{i}"]), _f64(data[f"b{i}"])) for i in range(sum(name.startswith("w") for name in data))]
+
+
+def _net_forward(data: Arrays) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each layer's input, and its output before the ReLU."""
+    hidden, zs = [_f64(data["x"])], []
+    for w, b in _net_params(data):
+        zs.append(hidden[-1] @ w + b)
+        hidden.append(np.where(zs[-1] < 0, 0.0, zs[-1]))
+    return hidden[:-1], zs
+
+
 def _train(data: Arrays) -> Results:
     """The parameters after one step, w0, b0, w1, b1, ..."""
-    count = len(NET) - 1
-    params = [(_f64(data[f"w{i}"]), _f64(data[f"b{i}"])) for i in range(count)]
-    hidden, zs = [_f64(data["x"])], []
-    for i, (w, b) in enumerate(params):
-        zs.append(hidden[-1] @ w + b)
-        hidden.append(zs[-1] if i == count - 1 else np.where(zs[-1] < 0, 0.0, zs[-1]))
+    params, (hidden, zs) = _net_params(data), _net_forward(data)
+    count = len(params)
     _, dz = _softmax(zs[-1], data["y"])
     after: list[np.ndarray] = []
     for i in reversed(range(count)):

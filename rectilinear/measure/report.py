@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
@@ -9,9 +10,22 @@ from typing import Any
 
 from rectilinear.measure import charts, isa, page
 from rectilinear.measure.cases import ITEMSIZE, PASSES, Case
-from rectilinear.measure.figures import Headline, Spread, advice, broken_ceilings, headline, not_held, on_host, ratio, roof
+from rectilinear.measure.figures import (
+    Headline,
+    Spread,
+    advice,
+    best_peer,
+    broken_ceilings,
+    choices,
+    headline,
+    not_held,
+    on_host,
+    ratio,
+    roof,
+)
 from rectilinear.measure.page import Cell, Section, Table
 from rectilinear.measure.record import Figure, Record
+from rectilinear.measure.subjects import BASELINE
 
 MEMORY_BOUND = ("db", "relu_forward", "relu_backward")
 BUSY = 0.1
@@ -24,7 +38,7 @@ HOST_BOUND = 0.8
 
 def sections(record: Record) -> list[Section]:
     """Everything the report says, in its order; what was not measured is not there."""
-    made = [_alarms(record), _headlines(record), _choice(record), _heatmaps(record), _fortran(record), _throughput(record)]
+    made = [_alarms(record), _choice(record), _headlines(record), _heatmaps(record), _fortran(record), _throughput(record)]
     made += [
         _latency(record),
         _memory_bound(record),
@@ -35,7 +49,7 @@ def sections(record: Record) -> list[Section]:
         _machine(record),
     ]
     made.append(_absent(record))
-    return [section for section in made if section.tables or section.charts or section.text]
+    return [section for section in made if section.tables or section.charts or section.folded or section.text]
 
 
 # ---------------------------------------------------------------- what is said
@@ -99,18 +113,31 @@ def _headlines(record: Record) -> Section:
         section.text += " On a GPU and on the processor there is a best peer each. Copies to a GPU and back are in no ratio."
     groups = [("the whole step, " + d, [f for f in record.figures if f.kind == "step" and f.dtype == d]) for d in ITEMSIZE]
     groups.append(("everything", record.figures))
-    for subject in record.backends:
-        for name, figures in groups:
-            heads = [headline(figures, subject, peer, record.peers) for peer in (*record.peers, "best")]
-            rows = [_headline_row(h) for h in heads if h]
-            if rows:
-                section.tables.append(Table(["against", "cases", "geometric mean", "worst", "where"], rows, f"{subject}: {name}"))
-    by_pass = [
-        _pass_row(record, subject, kind) for subject in record.backends for kind in PASSES if any(f.kind == kind for f in record.figures)
-    ]
-    if by_pass and record.peers:
-        section.tables.append(Table(["subject", "pass", *record.peers, "best peer"], by_pass, "Geometric means by pass"))
-    return section if section.tables else Section("")
+    kinds = [kind for kind in PASSES if any(f.kind == kind for f in record.figures)]
+    folded: list[Table] = []
+    for tables, subjects in ((section.tables, _by_default(record)), (folded, _with_out(record))):
+        for subject in subjects:
+            for name, figures in groups:
+                heads = [headline(figures, subject, peer, record.peers) for peer in (*record.peers, "best")]
+                rows = [_headline_row(h) for h in heads if h]
+                if rows:
+                    tables.append(Table(["against", "cases", "geometric mean", "worst", "where"], rows, f"{subject}: {name}"))
+        by_pass = [_pass_row(record, subject, kind) for subject in subjects for kind in kinds]
+        if by_pass and record.peers:
+            tables.append(Table(["subject", "pass", *record.peers, "best peer"], by_pass, "Geometric means by pass"))
+    section.folded = {_OUT: folded} if folded else {}
+    return section if section.tables or folded else Section("")
+
+
+_OUT = "The same into preallocated arrays (out=)"
+
+
+def _by_default(record: Record) -> list[str]:
+    return [name for name in record.backends if not name.endswith("-out")]
+
+
+def _with_out(record: Record) -> list[str]:
+    return [name for name in record.backends if name.endswith("-out")]
 
 
 def _headline_row(h: Headline) -> list[Cell | str]:
@@ -125,13 +152,21 @@ def _pass_row(record: Record, subject: str, kind: str) -> list[Cell | str]:
 
 
 def _choice(record: Record) -> Section:
+    """The opening: a sentence, a picture, and the table for those who want their own shape."""
     rows = advice(record)
     if not rows:
         return Section("")
-    names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
     section = Section("Which backend to choose here, by size")
+    names = choices(record)
     if len(names) == 1:
-        section.text = f"Only the {names[0]} backend is usable here."
+        section.text = f"Only the {names[0]} backend was measured. "
+    for dtype in ITEMSIZE:
+        figures = _pictured(record, dtype)
+        if figures:
+            section.text += _advised(record, figures, dtype)
+            section.charts.append(_picture(record, figures, dtype))
+    if section.charts:
+        section.text += "Each row is a shape, the smallest first. Further right is faster; at the line, as fast as plain NumPy."
     if _gpus(record):
         section.text += " On a GPU the arrays are there already: what copies take is told apart, below."
     table = [
@@ -140,18 +175,95 @@ def _choice(record: Record) -> Section:
             row.case.size,
             row.case.dtype,
             *(_time(row.microseconds[n] * 1e-6) if n in row.microseconds else "" for n in names),
+            _fastest_peer(record, row.case),
             row.best if row.clear or len(row.microseconds) == 1 else f"either ({row.best} by {row.ahead - 1:.0%})",
         ]
         for row in rows
     ]
-    section.tables.append(Table(["pass", "shape", "dtype", *names, "choose"], table))
+    header = ["pass", "shape", "dtype", *names, "fastest peer", "choose"]
+    section.folded = {"The times of every pass, and what to choose for it": [Table(header, table)]}
     return section
+
+
+def _pictured(record: Record, dtype: str) -> list[Figure]:
+    """What the opening shows: whole steps beside plain NumPy, smallest first; where none were measured, all there is."""
+    names = choices(record)
+    beside = [f for f in record.figures if f.dtype == dtype and BASELINE in f.seconds and any(name in f.seconds for name in names)]
+    steps = [f for f in beside if f.kind == "step"]
+    order = list(PASSES)
+    return sorted(steps or beside, key=lambda f: (order.index(f.kind), f.case.flops, f.case.elements))
+
+
+def _picture(record: Record, figures: Sequence[Figure], dtype: str) -> str:
+    styles, several = _styles(record), len({f.kind for f in figures}) > 1
+    rows = []
+    for f in figures:
+        marks = [(name, ratio(f, name, BASELINE).mid, styles[name]) for name in choices(record) if name in f.seconds]
+        peer = best_peer(f, _rivals(record, f))
+        if peer:
+            marks.insert(0, ("fastest peer", ratio(f, peer, BASELINE).mid, _PEER_STYLE))
+        rows.append((f"{f.kind} {f.case.size}" if several else f.case.size, marks))
+    title = f"{'Every pass' if several else PASSES[figures[0].kind]}, {dtype}"
+    return charts.dots(rows, "times as fast as plain NumPy", "plain NumPy", title)
+
+
+_PEER_STYLE = 7
+"""Hollow, and of no backend's colour."""
+
+
+def _rivals(record: Record, figure: Figure) -> list[str]:
+    """The peers other than plain NumPy that ran where it did."""
+    return [peer for peer in record.peers if peer != BASELINE and on_host(figure, peer)]
+
+
+def _fastest_peer(record: Record, case: Case) -> str:
+    figure = next(f for f in record.figures if f.case == case)
+    peer = best_peer(figure, [*_rivals(record, figure), BASELINE])
+    return f"{peer} {_time(median(figure.seconds[peer]))}" if peer else ""
+
+
+def _advised(record: Record, figures: Sequence[Figure], dtype: str) -> str:
+    """One backend for most sizes, the sizes at which another is clearly faster, what that is worth, and where a peer is faster."""
+    cases = {f.case for f in figures}
+    best = [row for row in advice(record) if row.case in cases]
+    usual = Counter(row.best for row in best).most_common(1)[0][0]
+    others: dict[str, list[str]] = {}
+    for row in best:
+        if row.best != usual and row.clear:
+            others.setdefault(row.best, []).append(row.case.size)
+    text = f"In {dtype} choose {usual}"
+    if others:
+        text += ", but " + " and ".join(f"{name} at {_listed(sizes)}" for name, sizes in others.items()) + ". "
+    else:
+        text += " at every size: " if len(best) > 1 else f" at {best[0].case.size}: "
+    head = headline(figures, usual, BASELINE, [BASELINE])
+    if head is None:
+        return text
+    text += f"{usual if others else 'it'} is {head.mean.mid:.2f} times as fast as plain NumPy"
+    if head.cases > 1:
+        text += f" (geometric mean of {head.cases} shapes), and {head.worst.mid:.2f} times at worst, at {head.worst_case.size}"
+    behind = [f.case.size for f in figures if _is_behind(f, usual, best_peer(f, _rivals(record, f)))]
+    return text + (f". A peer is faster at {_listed(behind)}. " if behind else ". ")
+
+
+def _is_behind(figure: Figure, subject: str, peer: str | None) -> bool:
+    return peer is not None and subject in figure.seconds and ratio(figure, subject, peer).mid < 1
+
+
+def _listed(sizes: Sequence[str]) -> str:
+    if len(sizes) > _MOST_LISTED:
+        return f"{', '.join(sizes[: _MOST_LISTED - 1])} and {len(sizes) - _MOST_LISTED + 1} more"
+    return " and ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
+
+
+_MOST_LISTED = 4
 
 
 def _heatmaps(record: Record) -> Section:
     section = Section(
         "Ratios by shape", "The peer's time over the subject's, the median of the rounds; blue: the subject is faster, orange: slower."
     )
+    folded: list[Table] = []
     for subject in record.backends:
         for dtype in ITEMSIZE:
             figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.dtype == dtype and subject in f.seconds]
@@ -161,8 +273,10 @@ def _heatmaps(record: Record) -> Section:
                 for f in figures
             ]
             if peers:
-                section.tables.append(Table(["pass", "shape", *peers], rows, f"{subject}, {dtype}"))
-    return section if section.tables else Section("")
+                tables = folded if subject in _with_out(record) else section.tables
+                tables.append(Table(["pass", "shape", *peers], rows, f"{subject}, {dtype}"))
+    section.folded = {_OUT: folded} if folded else {}
+    return section if section.tables or folded else Section("")
 
 
 def _ratio_cell(figure: Figure, subject: str, peer: str) -> Cell | str:
@@ -220,7 +334,9 @@ def _latency(record: Record) -> Section:
     styles = _styles(record)
     drawn = [
         charts.bars(
-            [(name, median(seconds) * 1e6, styles[name]) for name, seconds in f.seconds.items()], "µs", f"{PASSES[f.kind]}, {f.case.size}"
+            [(name, median(f.seconds[name]) * 1e6, styles[name]) for name in _drawn(record) if name in f.seconds],
+            "µs",
+            f"{PASSES[f.kind]}, {f.case.size}",
         )
         for f in sorted(figures, key=lambda f: (f.case.flops, f.kind))
     ]
@@ -302,6 +418,7 @@ def _least_work(record: Record) -> Section:
         ("relu_backward", (n, m), "0", "2NM s", "NM s"),
         ("db", (n, m), "NM", "NM s", "M s"),
         ("softmax", (n, m), "4NC", "NC s + 8N", "(NC + 1) s"),
+        ("infer", (n,), "2N sum of D M", "(784 N + P) s", "10 N s"),
         ("train", (n,), "sum of its passes without the first dx, + 2P", "(784 N + P) s + 8N", "P s"),
     ]
     rows = []
@@ -318,10 +435,16 @@ def _everything(record: Record) -> Section:
     section.text += ", and the share of the roofline that it reaches." if record.ceilings else "."
     section.text += " The roofline is the processor's: a subject on a GPU has no share of it." if record.ceilings and _gpus(record) else ""
     figures = [f for kind in PASSES for f in record.figures if f.kind == kind and f.seconds]
-    rows = [[f.case.name, *_bound(record, f.case), *(_share(record, f, name) for name in record.subjects)] for f in figures]
-    header = ["case", *(["roofline", "bound by"] if record.ceilings else []), *record.subjects]
-    section.tables.append(Table(header, rows))
-    return section if rows else Section("")
+    limits = ["roofline", "bound by"] if record.ceilings else []
+
+    def table(names: Sequence[str]) -> Table:
+        return Table(
+            ["case", *limits, *names], [[f.case.name, *_bound(record, f.case), *(_share(record, f, n) for n in names)] for f in figures]
+        )
+
+    section.tables.append(table(_drawn(record)))
+    section.folded = {_OUT: [table(_with_out(record))]} if _with_out(record) else {}
+    return section if figures else Section("")
 
 
 def _bound(record: Record, case: Case) -> list[str]:
@@ -389,10 +512,16 @@ def _styles(record: Record) -> dict[str, int]:
     return {name: i for i, name in enumerate(record.subjects)}
 
 
+def _drawn(record: Record) -> list[str]:
+    """Whom charts show: everyone as called by default, in the order of the subjects."""
+    return [name for name in record.subjects if name not in _with_out(record)]
+
+
 def _series(record: Record, figures: Sequence[Figure], x: Any, y: Any) -> list[charts.Series]:
     made = [
         charts.Series(name, [(float(x(f)), y(f, median(f.seconds[name]))) for f in figures if name in f.seconds], style)
         for name, style in _styles(record).items()
+        if name in _drawn(record)
     ]
     return [series for series in made if series.points]
 

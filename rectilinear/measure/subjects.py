@@ -55,6 +55,8 @@ _GPU = f"{_HERE}.peers.torch_gpu"
 ON_GPU = (*ITEMSIZE, *HALF_ITEMSIZE)
 """The dtypes of a subject on a GPU."""
 
+_NETS = ("infer", "train")
+
 PEERS = (
     Subject(BASELINE, f"{_HERE}.peers.cs231n:build", about="CS231n's layers in plain NumPy"),
     Subject("torch", f"{_HERE}.peers.torch_eager:build", about="PyTorch eager with autograd"),
@@ -63,12 +65,26 @@ PEERS = (
         "torch-compile",
         f"{_HERE}.peers.torch_compile:build",
         about="torch.compile with autograd",
-        passes=("step", "stacked", "softmax", "train"),
+        passes=("step", "stacked", "softmax", "infer", "train"),
         dtypes=("float32",),
         note="compiles for seconds per case, so it takes part in float32 and the passes where fusing can show",
     ),
+    Subject("torch-nn", f"{_HERE}.peers.torch_nn:eager", passes=_NETS, about="PyTorch eager, a Sequential of its own modules"),
+    Subject(
+        "torch-nn-compile",
+        f"{_HERE}.peers.torch_nn:compiled",
+        passes=_NETS,
+        dtypes=("float32",),
+        about="the same modules by torch.compile",
+        note="compiles for seconds per case, so it takes part in float32 alone",
+    ),
     Subject("jax", f"{_HERE}.peers.jax_jit:build", about="JAX jit", environment={"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}),
-    Subject("sklearn", f"{_HERE}.peers.sklearn_mlp:build", about="scikit-learn MLPClassifier.partial_fit", passes=("train",)),
+    Subject(
+        "sklearn",
+        f"{_HERE}.peers.sklearn_mlp:build",
+        passes=_NETS,
+        about="scikit-learn, MLPRegressor.predict and MLPClassifier.partial_fit",
+    ),
     Subject("cs231n-cupy", f"{_HERE}.peers.cs231n_cupy:build", about="CS231n's layers, CuPy in NumPy's place, on the GPU", dtypes=ON_GPU),
     Subject("torch-cuda", f"{_GPU}:eager", dtypes=ON_GPU, about="PyTorch eager with autograd, on the GPU"),
     Subject("torch-lean-cuda", f"{_GPU}:lean", dtypes=ON_GPU, about="PyTorch in inference mode, into preallocated arrays, on the GPU"),
@@ -83,7 +99,7 @@ PEERS = (
     Subject(
         "torch-compile-cuda",
         f"{_GPU}:compiled",
-        passes=("step", "stacked", "softmax", "train"),
+        passes=("step", "stacked", "softmax", "infer", "train"),
         dtypes=("float32", *HALF_ITEMSIZE),
         about="torch.compile with autograd, on the GPU",
         note="compiles for seconds per case, so it takes no part in float64, nor where nothing can be fused",
@@ -104,6 +120,23 @@ PEERS = (
     Subject("thinc", f"{_HERE}.peers.thinc_net:build", about="thinc, Relu and Softmax layers", passes=("train",), dtypes=("float32",)),
 )
 
+IN_FRAMEWORKS = (
+    Subject(
+        "torch-accelerated",
+        f"{_HERE}.peers.torch_nn:accelerated",
+        backend="auto",
+        passes=_NETS,
+        about="the same modules after rectilinear.torch.accelerate",
+    ),
+    Subject(
+        "sklearn-accelerated",
+        f"{_HERE}.peers.sklearn_mlp:accelerated",
+        backend="auto",
+        passes=_NETS,
+        about="the same estimators of rectilinear.sklearn",
+    ),
+)
+"""rectilinear as users of other frameworks meet it; with the peers, since these have to be installed."""
 
 CAPTURED = Subject(
     "cupy-captured",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rectilinear.errors import DTypeError
+from rectilinear.extras import how_to_install
 from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import put
 from rectilinear.nn.sgd import SGD
@@ -20,7 +21,7 @@ _OPTIMIZER = "optimizer."
 _DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None) -> None:
+def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write `model.state_dict()` to a safetensors file, and the optimiser's with it if it is given.
 
     A file that is there already stays as it is until the new one is complete.
@@ -31,11 +32,15 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     path : str or path-like
     optimizer : SGD, optional
         Its rates and velocity go under names that begin with ``optimizer.``.
+    metadata : mapping of str to str, optional
+        What else the file is to hold, for `metadata` to read.
 
     Raises
     ------
     DTypeError
         A parameter is of a dtype that the files do not have, such as longdouble.
+    ImportError
+        safetensors is not installed (extra ``files``).
 
     Examples
     --------
@@ -64,7 +69,7 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
             raise DTypeError(f"nn.save: {key} has dtype {value.dtype}, which safetensors files do not have; convert it")
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
-        _safetensors("save").save_file(tensors, part)
+        _safetensors("save").save_file(tensors, part, **({} if metadata is None else {"metadata": dict(metadata)}))
         os.replace(part, path)
     except BaseException:
         if os.path.exists(part):
@@ -80,6 +85,8 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     ShapeError, DTypeError, ValueError
         As `Module.load_state_dict` and `SGD.load_state_dict` raise them, or the file holds no optimiser's state but one is asked for.
         Neither the model nor the optimiser has been changed then.
+    ImportError
+        safetensors is not installed (extra ``files``).
     """
     tensors = _safetensors("load").load_file(path)
     state = {key: value for key, value in tensors.items() if not key.startswith(_OPTIMIZER)}
@@ -100,9 +107,18 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
         put(parameter, array)
 
 
+def metadata(path: str | PathLike[str]) -> dict[str, str]:
+    """The metadata that `save` was given for this file."""
+    _safetensors("metadata")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
 def _safetensors(caller: str) -> Any:
     try:
         import safetensors.numpy
     except ImportError:
-        raise ImportError(f"nn.{caller}: the package safetensors is not installed; pip install safetensors") from None
+        raise ImportError(f"nn.{caller}: safetensors is not installed; {how_to_install('files')}") from None
     return safetensors.numpy

@@ -5,9 +5,10 @@ All tests here carry the marker `cuda`: they need g++ and, some, CuPy with NVRTC
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that is filled once a run: by the first of pytest-xdist's processes that asks for it; the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        place = base / name
+        place.mkdir(exist_ok=True)
+        with (place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / "filled").exists():
+                fill(place)
+                (place / "filled").touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def libraries(made_once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
     """dtype -> the kernels built for the CPU."""
-    source = SOURCE.read_text(encoding="utf-8")
-    return host_build.build_all(source, tmp_path_factory.mktemp("kernels"), sanitize="RECTILINEAR_CUDA_SANITIZE" in os.environ)
+    source, sanitize = SOURCE.read_text(encoding="utf-8"), "RECTILINEAR_CUDA_SANITIZE" in os.environ
+    place = made_once("kernels", lambda place: host_build.build_all(source, place, sanitize=sanitize))
+    return {dtype: host_build.library(place, dtype, sanitize) for dtype in host_build.DTYPES}
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from rectilinear.backends import cupy_loader  # noqa: E402
 from rectilinear.backends.cupy_backend import CupyBackend  # noqa: E402
 from rectilinear.measure.subjects import BASELINE, PEERS, Subject  # noqa: E402
 
-TESTS = ("-p", "on_standin", "tests/test_layers.py", "-k", "test_without_bias or test_relu_at_the_edges")
+TESTS = ("-p", "on_standin", "tests/test_conformance.py", "-k", "test_without_bias or test_relu_at_the_edges")
 
 
 def pretend(patch: Callable[..., None] = setattr) -> None:

@@ -38,6 +38,11 @@ def kernel_names(source: str, dtype: str = "float32") -> list[str]:
     return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM|SGD_STEP)\((\w+),", source, re.MULTILINE)
 
 
+def library(folder: Path, dtype: str, sanitize: bool = False) -> Path:
+    """Where `build` puts it."""
+    return folder / f"{dtype}{'_sanitized' if sanitize else ''}.so"
+
+
 def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path:
     """Compile kernel source for one dtype into a shared library in `folder`."""
     compiler = shutil.which("g++")
@@ -46,12 +51,12 @@ def build(source: str, dtype: str, folder: Path, sanitize: bool = False) -> Path
     exports = "".join(f"EXPORT({name})\n" for name in kernel_names(source, dtype))
     unit = folder / f"{dtype}.cc"
     unit.write_text(f'#include "cuda_host.h"\n#line 1 "layers.cu"\n{source}\n{exports}')
-    library = folder / f"{dtype}{'_sanitized' if sanitize else ''}.so"
+    built = library(folder, dtype, sanitize)
     flags = [*_FLAGS, *_QUIET, *(_SANITIZE if sanitize else []), f"-DDTYPE_{dtype}", "-I", str(HERE)]
-    done = subprocess.run([compiler, *flags, str(unit), "-o", str(library)], capture_output=True, text=True, check=False)
+    done = subprocess.run([compiler, *flags, str(unit), "-o", str(built)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"g++ refuses the kernels for {dtype}:\n{done.stderr}")
-    return library
+    return built
 
 
 def build_all(source: str, folder: Path, dtypes: Iterable[str] = DTYPES, sanitize: bool = False) -> dict[str, Path]:

@@ -6,6 +6,7 @@ nowhere else. The option list is the one of CuPy 14.2 (`core.compile_with_cache`
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import subprocess
@@ -13,12 +14,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_cases
 from cupy._core import core
 from cupy.cuda import compiler
 
 from rectilinear.backends.cupy_loader import SOURCE, compile_options
-
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,20 @@ class Resources:
     spills: int
 
 
-def compile_cubin(dtype: str, arch: int, source: str | None = None, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
-    """(cubin, compiler log) of the kernel file for one dtype and architecture; raises CuPy's CompileException."""
-    log = io.StringIO()
-    options = (
+def options(dtype: str, arch: int) -> tuple[str, ...]:
+    """What NVRTC is given for one dtype and architecture."""
+    return (
         *core.assemble_cupy_compiler_options(compile_options(dtype)),
         *("-ftz=true", f"-arch=sm_{arch}", "--device-as-default-execution-space"),
         *("--ptxas-options=-v", "-Werror", "all-warnings"),
-        *extra,
     )
+
+
+def compile_cubin(dtype: str, arch: int, source: str | None = None, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """(cubin, compiler log) of the kernel file for one dtype and architecture; raises CuPy's CompileException."""
+    log = io.StringIO()
     program = compiler._NVRTCProgram(source or SOURCE.read_text(), SOURCE.name, name_expressions=None, method="cubin")
-    cubin, _ = program.compile(options, log)
+    cubin, _ = program.compile((*options(dtype, arch), *extra), log)
     # nvrtc.getCUBIN of CuPy drops the last byte, taking it for a string's terminator; the disassemblers want it.
     return cubin + b"\0", log.getvalue()
 
@@ -82,6 +85,12 @@ def version() -> str:
     from importlib.metadata import version
 
     return version("nvidia-cuda-nvrtc")
+
+
+def digest(architectures: tuple[int, ...]) -> str:
+    """Of what the compiler is given, less the folders in which this machine has its headers: equal digests, equal machine code."""
+    given = [[option for option in options(dtype, 0) if not option.startswith("-I")] for dtype in gpu_cases.DTYPES]
+    return hashlib.sha256(SOURCE.read_bytes() + repr((given, architectures)).encode()).hexdigest()
 
 
 def table(compiled: dict[tuple[str, int], tuple[bytes, str]], architectures: tuple[int, ...]) -> dict[str, dict[str, list[int]]]:

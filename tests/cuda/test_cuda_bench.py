@@ -174,7 +174,11 @@ SMALL = [
 ]
 
 
-def test_a_run_with_subjects_on_a_gpu(libraries: dict[str, Path], tmp_path: Path) -> None:
+# A training step takes over a second here, and is called some thirty times by each subject.
+@pytest.mark.parametrize(
+    "cases", [pytest.param([c for c in SMALL if c.kind != "train"], id="passes"), pytest.param(SMALL, id="all", marks=pytest.mark.nightly)]
+)
+def test_a_run_with_subjects_on_a_gpu(libraries: dict[str, Path], tmp_path: Path, cases: list[Case]) -> None:
     environment = {"RECTILINEAR_BACKEND": "cupy", "KERNELS": str(libraries["float32"].parent)}
     subjects = [
         Subject(name, f"bench_standin:{function}", backend="cupy", environment=environment)
@@ -182,11 +186,11 @@ def test_a_run_with_subjects_on_a_gpu(libraries: dict[str, Path], tmp_path: Path
     ]
     subjects.append(next(peer for peer in PEERS if peer.name == BASELINE))
     file = tmp_path / "run.json"
-    record = run(Plan(SMALL, subjects, {}, rounds=2, seconds=0.001, ceilings=False), save=lambda r: r.save(file))
+    record = run(Plan(cases, subjects, {}, rounds=2, seconds=0.001, ceilings=False), save=lambda r: r.save(file))
     assert not record.refused
     assert not record.left_out
     assert not record.missing
-    assert [f.case for f in record.figures] == SMALL
+    assert [f.case for f in record.figures] == cases
     for f in record.figures:
         assert set(f.seconds) == {"cupy", "cupy-out", BASELINE}
         assert set(f.gpu) == {"cupy", "cupy-out"}

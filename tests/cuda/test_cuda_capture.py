@@ -18,7 +18,7 @@ import standin
 from host_backend import Host
 
 import rectilinear
-from rectilinear import graphs, nn
+from rectilinear import graphs, nn, profiling
 from rectilinear.backends import cupy_scratch, registry
 from rectilinear.backends.cupy_backend import CupyBackend
 from rectilinear.backends.cupy_gemm import Gemm
@@ -723,7 +723,7 @@ def test_without_nvmath_it_says_what_brings_products(cp: Any, monkeypatch: pytes
     captured = rectilinear.capture(layer)
     given = [cp.asarray(values(i, *shape), gpu_cases.numpy_dtype(dtype)) for i, shape in enumerate(SHAPES)]
     captured(*given)
-    with pytest.raises(RuntimeError, match=r"CuPy's own products cannot be recorded.*rectilinear\[cuda13\].*nvmath-python"):
+    with pytest.raises(RuntimeError, match=r"CuPy's own products cannot be recorded.*with nvmath-python.*rectilinear\[cuda13\]"):
         captured(*given)
 
 
@@ -921,3 +921,20 @@ def test_the_example_trains_captured_as_it_does_otherwise(cp: Any, monkeypatch: 
     plain, captured = (example.run(build, 0, 32, 2, capture=capture) for capture in (False, True))
     assert captured.losses == plain.losses
     assert captured.predicted == plain.predicted
+
+
+# ---------------------------------------------------------------- profiles
+
+
+def test_a_profile_sees_replays_and_nothing_of_what_is_recorded(cp: Any) -> None:
+    layer = rectilinear.capture(lambda x, w: rectilinear.affine_forward(x, w, None)[0])
+    x, w = cp.asarray(values(0, 4, 8)), cp.asarray(values(1, 8, 4))
+    with rectilinear.profile() as p:
+        for _ in range(5):  # as it is, recorded and replayed, replayed
+            layer(x, w)
+    rows = {row.function: row for row in p.rows()}
+    assert {name: row.calls for name, row in rows.items()} == {"affine_forward": 1, "replay of a capture": 4}
+    assert {(row.backend, row.flops, row.bandwidth, row.share) for row in rows.values()} == {("cupy", None, None, None)}
+    assert rows["affine_forward"].shape == (4, 8, 4)
+    layer(x, w)
+    assert graphs._Graph.replay is profiling._replay

@@ -178,12 +178,12 @@ def test_the_tests_on_cupy_fail_where_a_kernel_is_wrong(
     status, report = run(make, tmp_path, "--part", "tests")
     row = report["parts"]["tests"]["rows"]["pytest"]
     assert (status, row["state"]) == (1, "WRONG")
-    assert "tests/test_layers.py::test_without_bias[cupy-stack0]" in row["wrong"]
+    assert "tests/test_conformance.py::test_without_bias[cupy-stack0]" in row["wrong"]
     assert row["found"]["said"]
 
 
 def test_without_a_gpu_the_switch_says_what_is_missing() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_conformance.py"]
     variables = {**os.environ, "TESTS_ON_CUPY": "1", "PYTHONPATH": str(gpu_check.ROOT)}
     done = subprocess.run(command, cwd=gpu_check.ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -18,6 +18,8 @@ from rectilinear.backends.cupy_backend import CupyBackend, Runtime
 
 ROOT = Path(cupy_loader.__file__).parents[2]
 
+INSTALL = "pip install 'rectilinear[cuda13]', or '.[cuda13]' in a checkout (cuda12 in its place for a driver of CUDA 12)"
+
 
 class CUDARuntimeError(RuntimeError):
     """Has the shape of CuPy's."""
@@ -60,7 +62,7 @@ def test_not_installed() -> None:
 
     found = CupyBackend(connect, cupy_loader.examine).probe()
     assert not found.usable
-    assert found.reason == "CuPy is not installed; pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]' for a driver of CUDA 12)"
+    assert found.reason == f"CuPy is not installed; {INSTALL}"
 
 
 def test_installed_but_broken() -> None:
@@ -78,7 +80,7 @@ def test_installed_but_broken() -> None:
         (
             12040,
             CUDARuntimeError(35, "cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
-            "the NVIDIA driver is too old: it serves CUDA 12.4, this CuPy is built for CUDA 13.2; update the driver, or pip install",
+            "the NVIDIA driver is too old: it serves CUDA 12.4, this CuPy is built for CUDA 13.2; update the driver, or put cuda12 in",
         ),
         (13020, CUDARuntimeError(999, "cudaErrorUnknown: unknown error"), "CUDA does not start (cudaErrorUnknown: unknown error)"),
     ],
@@ -122,7 +124,7 @@ def test_incomplete(host: Host, error: Exception, words: str) -> None:
 
     reason = probe(host, fake(host), kernels).reason
     assert reason.startswith(words)
-    assert reason.endswith("pip install 'rectilinear[cuda13]' (or 'rectilinear[cuda12]' for a driver of CUDA 12) brings it")
+    assert reason.endswith(f"install it: {INSTALL}")
 
 
 def test_a_kernel_that_cannot_be_launched(host: Host) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 import rectilinear as r
 from rectilinear.nn import SGD, ReLU, Sequential
-from tests import reference
+from rectilinear.testing import reference
 from tests.fuzz.layouts import Layouts, Operand
 from tests.guard import Allocator, Memory
 

@@ -70,12 +70,17 @@ def _step_fortran(x: Any, w: Any, b: Any, dout: Any) -> tuple[Any, ...]:
     return out, dz @ w.T, (dz.T @ x).T, dz.sum(axis=0)
 
 
-def _train(x: Any, y: Any, params: list[Any]) -> list[Any]:
+def _net(x: Any, params: list[Any]) -> tuple[Any, list[Any]]:
     caches, h = [], x
     for i in range(_LAYERS):
         layer = affine_relu_forward if i < _LAYERS - 1 else affine_forward
         h, cache = layer(h, params[2 * i], params[2 * i + 1])
         caches.append(cache)
+    return h, caches
+
+
+def _train(x: Any, y: Any, params: list[Any]) -> list[Any]:
+    h, caches = _net(x, params)
     _, dh = softmax_loss(h, y)
     for i in reversed(range(_LAYERS)):
         if i == 0:  # dx of the data is not needed
@@ -91,7 +96,7 @@ def _train(x: Any, y: Any, params: list[Any]) -> list[Any]:
 
 def build(case: Case, data: dict[str, Any]) -> Run:
     x, w, b, dout, y = (data.get(k) for k in ("x", "w", "b", "dout", "y"))
-    params = [data[f"{k}{i}"] for i in range(_LAYERS) for k in ("w", "b")] if case.kind == "train" else []
+    params = [data[f"{k}{i}"] for i in range(_LAYERS) for k in ("w", "b")] if case.kind in ("infer", "train") else []
     cache = affine_relu_forward(x, w, b)[1] if case.kind == "backward" else None
     calls: dict[str, Callable[[], Any]] = {
         "affine": lambda: affine_forward(x, w, b)[:1],
@@ -104,6 +109,7 @@ def build(case: Case, data: dict[str, Any]) -> Run:
         "relu_backward": lambda: (relu_backward(dout, x),),
         "db": lambda: (np.sum(dout, axis=0),),  # type: ignore[arg-type]
         "softmax": lambda: softmax_loss(x, y),
+        "infer": lambda: (_net(x, params)[0],),
         "train": lambda: _train(x, y, params),
     }
     return Run(calls[case.kind], lambda value: tuple(np.asarray(a) for a in value))

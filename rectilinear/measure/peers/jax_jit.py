@@ -40,10 +40,14 @@ def _loss(scores: Any, y: Any) -> Any:
     return -jnp.take_along_axis(log_probs, y[:, None], axis=1).mean()
 
 
-def _net_loss(params: Any, x: Any, y: Any) -> Any:
+def _net(params: Any, x: Any) -> Any:
     for w, b in params[:-1]:
         x = _layer(x, w, b)
-    return _loss(_affine(x, *params[-1]), y)
+    return _affine(x, *params[-1])
+
+
+def _net_loss(params: Any, x: Any, y: Any) -> Any:
+    return _loss(_net(params, x), y)
 
 
 def _sgd(params: Any, x: Any, y: Any) -> Any:
@@ -51,9 +55,13 @@ def _sgd(params: Any, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
 
 
+def _params(data: dict[str, Any]) -> list[tuple[Any, Any]]:
+    return [(jnp.array(data[f"w{i}"]), jnp.array(data[f"b{i}"])) for i in range(_LAYERS)]
+
+
 def _train(data: dict[str, Any], done: Callable[[Any], Any]) -> Callable[[], Any]:
     sgd = jax.jit(_sgd, donate_argnums=0)
-    state = [[(jnp.array(data[f"w{i}"]), jnp.array(data[f"b{i}"])) for i in range(_LAYERS)]]
+    state = [_params(data)]
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
 
     def step() -> Any:
@@ -68,6 +76,9 @@ def build(case: Case, data: dict[str, Any], done: Callable[[Any], Any] = jax.blo
     results = lambda value: tuple(np.asarray(a) for a in value)  # noqa: E731
     if case.kind == "train":
         return Run(_train(data, done), results)
+    if case.kind == "infer":
+        net, params, x = jax.jit(_net), _params(data), jnp.asarray(data["x"])
+        return Run(lambda: done((net(params, x),)), results)
     arrays = {name: jnp.asarray(a) for name, a in data.items()}
     if case.kind == "step_fortran":
         step = jax.jit(_step_fortran)

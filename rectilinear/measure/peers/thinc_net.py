@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from thinc.api import SGD, Relu, Softmax, chain
 
-from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.cases import Case
 from rectilinear.measure.reference import LEARNING_RATE
 from rectilinear.measure.subjects import Run
 
 
 def build(case: Case, data: dict[str, Any]) -> Run:
     x, y = data["x"], data["y"]
-    sizes = list(itertools.pairwise(NET))
+    sizes = list(itertools.pairwise(case.widths))
     layers: list[Any] = [Relu(nO=m, nI=d) for d, m in sizes[:-1]] + [Softmax(nO=sizes[-1][1], nI=sizes[-1][0])]
     model: Any = chain(*layers)
     model.initialize(X=x)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from rectilinear.measure.cases import Case
-from rectilinear.measure.peers.torch_eager import affine_relu, autograd, net_loss
+from rectilinear.measure.peers.torch_eager import Differentiated, affine_relu, autograd, net, net_loss
 from rectilinear.measure.subjects import Run
 
 if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
@@ -18,5 +18,5 @@ if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
 
 def build(case: Case, data: dict[str, Any], device: str = "cpu") -> Run:
     torch._dynamo.reset()  # each shape is compiled for itself, as a program that has one shape would
-    layer, loss, net = (torch.compile(f, dynamic=False) for f in (affine_relu, functional.cross_entropy, net_loss))
-    return autograd(case, data, (layer, loss, net), device)
+    functions = (affine_relu, functional.cross_entropy, net_loss, net)
+    return autograd(case, data, Differentiated(*(torch.compile(f, dynamic=False) for f in functions)), device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,16 +55,25 @@ def results(value: Any) -> tuple[np.ndarray, ...]:
 
 
 def build(case: Case, data: dict[str, Any], device: str = "cpu") -> Run:
-    return autograd(case, data, (affine_relu, functional.cross_entropy, net_loss), device)
+    return autograd(case, data, Differentiated(affine_relu, functional.cross_entropy, net_loss, net), device)
 
 
 def net_loss(x: Any, y: Any, params: Any) -> Any:
     return functional.cross_entropy(net(x, params), y)
 
 
-def autograd(case: Case, data: dict[str, Any], differentiated: tuple[Any, Any, Any], device: str) -> Run:
-    """The passes by autograd; what is differentiated (layer, loss, loss of a net) is given, so that torch.compile can be given the same."""
-    layer, cross_entropy, net_loss = differentiated
+class Differentiated(NamedTuple):
+    """The functions that the passes call and differentiate, which torch.compile may have been given first."""
+
+    layer: Any
+    loss: Any
+    net_loss: Any
+    net: Any
+
+
+def autograd(case: Case, data: dict[str, Any], functions: Differentiated, device: str) -> Run:
+    """The passes by autograd."""
+    layer, cross_entropy, net_loss, whole = functions
     grad = torch.autograd.grad
     if case.kind == "train":
         names = tuple(f"{k}{i}" for i in range(LAYERS) for k in ("w", "b"))
@@ -79,6 +88,16 @@ def autograd(case: Case, data: dict[str, Any], differentiated: tuple[Any, Any, A
             return params
 
         return Run(train, results)
+
+    if case.kind == "infer":
+        t = tensors(data, device=device)
+        params = [t[f"{k}{i}"] for i in range(LAYERS) for k in ("w", "b")]
+
+        def infer() -> Any:
+            with torch.no_grad():
+                return (whole(t["x"], params),)
+
+        return Run(infer, results)
 
     affine_kinds = ("affine", "forward", "backward", "step", "step_fortran", "stacked")
     t = tensors(data, ("w", "b", "x") if case.kind in affine_kinds else ("x",), device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rectilinear.measure.cases import NET, Case
+from rectilinear.measure.cases import Case
 from rectilinear.measure.peers.torch_eager import LAYERS, results, tensors
 from rectilinear.measure.reference import LEARNING_RATE
 from rectilinear.measure.subjects import Run
@@ -58,14 +58,29 @@ class _Softmax:
         return self.log_probs.gather(1, self.index).mean().neg_(), self.dx
 
 
-def _train(t: dict[str, Any]) -> Callable[[], Any]:
+def _infer(t: dict[str, Any]) -> Callable[[], Any]:
+    layers = _layers(t)
+
+    def infer() -> Any:
+        for layer in layers[:-1]:
+            layer.forward()
+        return (layers[-1].affine(),)
+
+    return infer
+
+
+def _layers(t: dict[str, Any]) -> list[_Layer]:
     layers: list[_Layer] = []
     for i in range(LAYERS):
         layers.append(_Layer(layers[-1].out if i else t["x"], t[f"w{i}"], t[f"b{i}"]))
+    return layers
+
+
+def _train(t: dict[str, Any]) -> Callable[[], Any]:
+    layers = _layers(t)
     loss = _Softmax(layers[-1].out, t["y"])
     params = [p for layer in layers for p in (layer.w, layer.b)]
     grads = [g for layer in layers for g in (layer.dw, layer.db)]
-    assert len(params) == 2 * (len(NET) - 1)
 
     def step() -> Any:
         for layer in layers[:-1]:
@@ -96,6 +111,8 @@ def _calls(case: Case, t: dict[str, Any]) -> Callable[[], Any]:
     x, dout = t.get("x"), t.get("dout")
     if case.kind == "train":
         return _train(t)
+    if case.kind == "infer":
+        return _infer(t)
     if case.kind == "softmax":
         return _Softmax(x, t["y"])
     if case.kind == "db":

@@ -1,0 +1,294 @@
+"""`accelerate`: a model that is there already, on rectilinear's kernels.
+
+A layer that is served gets another class, a subclass of its own, and nothing else changes: it is the same object in the same place, with
+the same parameters, hooks and ``state_dict``. A ``Sequential`` with a Linear and a ReLU side by side gets one whose ``forward`` runs both
+in one kernel; called by itself, each of the two does what it did.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules import module as modules_of_torch
+
+from rectilinear.torch import timing
+from rectilinear.torch.functions import computed, relu_of_torch, served, traceable, traced
+from rectilinear.torch.primitives import Tensor, backend_for
+
+COMPILED_WORK = 1 << 20
+"""Products n d m of a layer from which on its operator stands in a graph of torch.compile, where nothing can be measured: calling one takes
+some 20 us, in which a core does a million multiplications and additions."""
+
+_GLOBAL_HOOKS = tuple(
+    vars(modules_of_torch)[f"_global_{name}"] for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
+_compiling, _grad_enabled, _deterministic = torch.compiler.is_compiling, torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
+_SERVED_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one module: its name in the model, its class there, and why it was left alone (None: it was not)."""
+
+    name: str
+    kind: str
+    left_alone: str | None = None
+
+
+class Handle:
+    """What `accelerate` did, and the way back.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+        Each module that was looked at: its name, its class, and why it was left alone, if it was.
+    report : str
+        The same to be read, and for each shape and batch seen so far the times measured and who serves it.
+    """
+
+    def __init__(self, rows: list[Row], changed: list[tuple[nn.Module, type]]) -> None:
+        self.rows = tuple(rows)
+        self._changed = changed
+
+    @property
+    def report(self) -> str:
+        lines = [f"{row.name or 'the model'} ({row.kind}): {row.left_alone or 'accelerated'}" for row in self.rows]
+        shapes = {module.weight.shape for module, _ in self._changed if isinstance(module, nn.Linear)}
+        for asked, answer in timing.answers().items():
+            if (asked.outputs, asked.features) in shapes:
+                lines.append(_sentence(asked, answer))
+        return "\n".join(lines)
+
+    def undo(self) -> None:
+        """Give every module back the class that it had; one that has been given another since (parametrizations do) keeps that.
+
+        Parameters and buffers stay as they are now.
+        """
+        for module, kind in self._changed:
+            if type(module) in _PLAIN:
+                module.__class__ = kind
+        self._changed.clear()
+
+    def __repr__(self) -> str:
+        return f"<{len(self._changed)} of {len(self.rows)} modules accelerated>"
+
+
+def _sentence(asked: timing.Question, answer: timing.Answer) -> str:
+    what = "training" if any(asked.gradients) else "inference"
+    name = "Linear+ReLU" if asked.relu else "Linear"
+    who = "the kernels" if answer.take_kernels else "PyTorch"
+    times = f"{answer.kernels * 1e6:.0f} us with the kernels, {answer.pytorch * 1e6:.0f} with PyTorch"
+    return f"{name} {asked.features}-{asked.outputs}, batches up to {asked.batch}, {what}: {times}: {who}"
+
+
+def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
+    """Run a model's ``nn.Linear`` layers, and the ``nn.ReLU`` right after them, on rectilinear's kernels.
+
+    Layers are changed in place. Parameters stay the same objects, so that optimizers, hooks and ``state_dict`` go on as before. Each
+    call goes to the kernels only where they are faster here than PyTorch itself: the first call of a shape, dtype and batch, for inference
+    and for training, measures both on its own operands, in some twenty calls' time. Under
+    ``torch.use_deterministic_algorithms(True)`` nothing is measured and the kernels serve, so that results never depend on a measurement.
+
+    Linear and ReLU become one kernel where they are neighbours in an ``nn.Sequential`` and neither has hooks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It may be a Linear itself.
+    relu_at_zero : {1, 0}
+        The gradient of a fused ReLU at 0: 1 is rectilinear's, 0 is PyTorch's. With 0 training computes the ReLU apart.
+
+    Returns
+    -------
+    Handle
+        With ``report``, ``rows`` and ``undo()``.
+
+    Raises
+    ------
+    TypeError
+        `model` is no ``nn.Module``.
+    ValueError
+        `relu_at_zero` is neither 0 nor 1.
+
+    Notes
+    -----
+    Left alone are modules with hooks, parametrizations, another dtype than float32 or float64, on a device without a backend,
+    quantized ones, and subclasses of ``nn.Linear`` and ``nn.Sequential``, which may do something else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> handle = accelerate(model)
+    >>> print(handle.report)
+    the model (Sequential): accelerated
+    0 (Linear): accelerated
+    2 (Linear): accelerated
+    >>> handle.undo()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is a {type(model).__name__}; it takes a torch.nn.Module")
+    if relu_at_zero not in (0, 1):
+        raise ValueError(f"accelerate: relu_at_zero is {relu_at_zero!r}; it takes 1 (rectilinear's gradient at 0) or 0 (PyTorch's)")
+    rows, changed = [], []
+    for name, module, kind in list(_candidates(model)):
+        reason = _why_not(module)
+        rows.append(Row(name, kind.__name__, reason))
+        if reason is None:
+            module.__class__ = _ACCELERATED[kind, int(relu_at_zero)]
+            changed.append((module, kind))
+    return Handle(rows, changed)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
+    """Modules that may be meant, each once, with the class that they have without us."""
+    for name, module in model.named_modules():
+        kind = _PLAIN.get(type(module), type(module))
+        if kind is nn.Sequential:
+            if any(_neighbours(module)):
+                yield name, module, kind
+        elif isinstance(module, nn.Linear) or kind.__name__.endswith("Linear"):
+            yield name, module, kind
+
+
+def _neighbours(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
+    return (pair for pair in itertools.pairwise(sequential) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module is left alone; None if it is not."""
+    kind = _PLAIN.get(type(module), type(module))
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "left alone: its parameters are parametrized"
+    if kind not in (nn.Linear, nn.Sequential):
+        return f"left alone: {kind.__module__}.{kind.__qualname__} may do something else than nn.Linear"
+    if "forward" in vars(module):
+        return "left alone: its forward has been replaced"
+    if _has_hooks(module):
+        return "left alone: it has hooks"
+    if isinstance(module, nn.Sequential):
+        return None
+    weight = module.weight
+    if weight.dtype not in _SERVED_DTYPES:
+        return f"left alone: {str(weight.dtype).removeprefix('torch.')}; the kernels take float32 and float64"
+    if backend_for(weight) is None:
+        return f"left alone: no backend serves tensors on {weight.device.type} here; python -m rectilinear info says why"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    state = module.__dict__
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"])
+
+
+class AcceleratedLinear(nn.Linear):  # type: ignore[misc]  # torch is Any to mypy
+    """What an accelerated ``nn.Linear`` is, under this name in pickles."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _layer(self, input, None)
+
+
+class AcceleratedSequential(nn.Sequential):  # type: ignore[misc]
+    """What an accelerated ``nn.Sequential`` is: a Linear and the ReLU after it are one call, as long as nobody looks between them."""
+
+    _relu_at_zero = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        fuse = not any(_GLOBAL_HOOKS)
+        waiting = None  # a Linear whose ReLU may come next
+        for child in self._modules.values():
+            if waiting is not None:
+                if type(child) is nn.ReLU and not _has_hooks(child):
+                    input = _layer(waiting, input, self._relu_at_zero)
+                    waiting = None
+                    continue
+                input = waiting(input)
+            waiting = child if fuse and type(child) is AcceleratedLinear and not _has_hooks(child) else None
+            if waiting is None:
+                input = child(input)
+        return input if waiting is None else waiting(input)
+
+
+class AcceleratedSequentialZero(AcceleratedSequential):
+    """The same with PyTorch's gradient at 0."""
+
+    _relu_at_zero = 0
+
+
+_ACCELERATED = {
+    (nn.Linear, 0): AcceleratedLinear,
+    (nn.Linear, 1): AcceleratedLinear,
+    (nn.Sequential, 0): AcceleratedSequentialZero,
+    (nn.Sequential, 1): AcceleratedSequential,
+}
+"""By a module's class, and the gradient of a fused ReLU at 0: in the class, so that parts and copies have it too."""
+_PLAIN = {accelerated: kind for (kind, _), accelerated in _ACCELERATED.items()}
+
+MOST_CHOICES = 10_000
+_choices: dict[tuple[Any, ...], bool] = {}
+"""By what can be had in a microsecond of a call, whether the kernels are faster: where they are not, a call may take 10 us."""
+
+
+def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
+    """A Linear, and the ReLU after it unless `at_zero`, its gradient at 0, is None."""
+    try:
+        parameters = linear._parameters  # found at once, where attributes are looked for in three places
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # a replica of DataParallel, pruning and the like have them elsewhere
+        weight, bias = linear.weight, linear.bias
+    if _compiling():
+        return _compiled(x, weight, bias, at_zero)
+    key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, _grad_enabled() and (x.requires_grad, weight.requires_grad))
+    choice = True if _deterministic() else _choices.get(key)
+    if choice is False or not served(x, weight, bias):
+        return _THEIRS[at_zero](x, weight, bias)
+    if choice is None:
+        choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero])
+        if choice is not None:
+            if len(_choices) >= MOST_CHOICES:  # batches of ever new lengths
+                _choices.clear()
+            _choices[key] = choice
+    return (_OURS if choice else _THEIRS)[at_zero](x, weight, bias)
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, at_zero: int | None) -> Tensor:
+    if not traceable(x, weight, bias) or x.numel() * weight.shape[0] < COMPILED_WORK:
+        return _THEIRS[at_zero](x, weight, bias)
+    out = traced(x, weight, bias, at_zero == 1)
+    return torch.relu(out) if at_zero == 0 else out
+
+
+def _their_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def _their_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.relu(functional.linear(x, weight, bias))
+
+
+def _their_linear_our_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return relu_of_torch(functional.linear(x, weight, bias))
+
+
+def _our_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return computed(x, weight, bias, False)
+
+
+def _our_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return computed(x, weight, bias, True)
+
+
+def _our_linear_their_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return torch.relu(computed(x, weight, bias, False))
+    return computed(x, weight, bias, True)
+
+
+_THEIRS: dict[int | None, Any] = {None: _their_linear, 0: _their_linear_relu, 1: _their_linear_our_relu}
+_OURS: dict[int | None, Any] = {None: _our_linear, 0: _our_linear_their_relu, 1: _our_linear_relu}

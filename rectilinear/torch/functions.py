@@ -1,0 +1,243 @@
+"""`affine`, `relu` and `affine_relu` of tensors, and who computes them.
+
+In eager mode the kernels are called at once, or by one autograd function where a gradient may be asked for: an operator takes 10 to 30 us
+more a call than that. Code that torch.compile traces gets the operators. What the kernels do not take (16-bit types, other devices,
+subclasses of Tensor, autocast, torch.func, modes, traces) PyTorch's own operations compute, with the same gradient at 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from rectilinear.torch import operators, primitives
+from rectilinear.torch.primitives import Tensor
+
+_Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
+_NATIVE = (torch.float32, torch.float64)
+_LARGEST_BELOW_ZERO = {torch.float32: -(2.0**-149), torch.float64: -5e-324, torch.float16: -(2.0**-24), torch.bfloat16: -(2.0**-133)}
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.functional.jacobian(vectorize=True)
+_tracing, _autocast = torch._C._get_tracing_state, torch.is_autocast_enabled
+_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Affine layer, ``x weight.T + bias``: `torch.nn.functional.linear` on rectilinear's kernels.
+
+    Parameters
+    ----------
+    x : Tensor of shape (..., D)
+    weight : Tensor of shape (M, D)
+    bias : Tensor of shape (M,), optional
+
+    Returns
+    -------
+    Tensor of shape (..., M)
+        With gradients of any order.
+
+    Raises
+    ------
+    RuntimeError
+        Shapes, dtypes or devices do not fit together: PyTorch's own error.
+
+    Examples
+    --------
+    >>> import torch
+    >>> affine(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([0.5, 0.0]))
+    tensor([[1.5000, 2.0000]])
+    """
+    return _layer(x, weight, bias, False)
+
+
+def affine_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Affine layer followed by ReLU, fused.
+
+    Parameters
+    ----------
+    x, weight, bias
+        As for `affine`.
+
+    Returns
+    -------
+    Tensor of shape (..., M)
+        Where x weight.T + bias is 0, ReLU's gradient is 1, as everywhere in rectilinear, where `torch.relu` has 0.
+
+    Raises
+    ------
+    RuntimeError
+        As for `affine`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    >>> affine_relu(x, torch.eye(2), torch.tensor([-1.0, -3.0])).sum().backward()
+    >>> x.grad  # the first output is 0, and its gradient passes
+    tensor([[1., 0.]])
+    """
+    return _layer(x, weight, bias, True)
+
+
+def relu(x: Tensor) -> Tensor:
+    """Rectified linear unit: x where ``not (x < 0)``, else 0. At 0 its gradient is 1, where `torch.relu` has 0.
+
+    Parameters
+    ----------
+    x : Tensor of any shape
+
+    Returns
+    -------
+    Tensor of x's shape
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    >>> relu(x).sum().backward()
+    >>> x.grad
+    tensor([0., 1., 1.])
+    """
+    if _compiling():
+        return operators.relu(x) if x.dtype in _NATIVE and _has_kernels(x) and not _exporting() else relu_of_torch(x)
+    if not ordinary() or not _plain(x) or primitives.backend_for(x) is None:
+        return relu_of_torch(x)
+    return _ReLU.apply(x) if x.requires_grad and _grad_enabled() else primitives.relu_forward(x)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
+    if _compiling():
+        if traceable(x, weight, bias):
+            return traced(x, weight, bias, with_relu)
+    elif served(x, weight, bias):
+        return computed(x, weight, bias, with_relu)
+    z = functional.linear(x, weight, bias)
+    return relu_of_torch(z) if with_relu else z
+
+
+# ---------------------------------------------------------------- who computes
+
+
+def ordinary() -> bool:
+    """Whether a call is what it seems: no autocast, torch.func, forward-mode gradient, dispatch mode or trace looks on."""
+    return not (
+        _modes()
+        or _transform() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+        or _autocast("cpu")
+        or _autocast("cuda")
+    )
+
+
+def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels take these, here and now."""
+    dtype, on_cpu = x.dtype, x.is_cpu
+    return (
+        ordinary()  # first, since extents are tensors while a trace is recorded
+        and _plain(x)
+        and _plain(weight)
+        and weight.dtype is dtype
+        and weight.is_cpu is on_cpu
+        and weight.ndim == 2
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or (_plain(bias) and bias.dtype is dtype and bias.is_cpu is on_cpu and bias.shape == weight.shape[:1]))
+        and (on_cpu or (weight.device == x.device and (bias is None or bias.device == x.device)))
+        and primitives.backend_for(x) is not None
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    kind = type(x)
+    return (kind is _Tensor or kind is _Parameter) and x.dtype in _NATIVE and x.layout is _strided and not x._is_zerotensor()
+
+
+def computed(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
+    """The layer by the kernels, of what is `served`."""
+    if x.ndim != 2:
+        return computed(x.reshape(-1, x.shape[-1]), weight, bias, with_relu).view(*x.shape[:-1], weight.shape[0])
+    if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Affine.apply(x, weight, bias, with_relu)
+    return primitives.forward(x, weight, bias, with_relu)[0]
+
+
+def traceable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the operators are to stand in the graph that torch.compile makes; one that is exported is to run without rectilinear."""
+    return (
+        x.dtype in _NATIVE
+        and weight.dtype == x.dtype
+        and (bias is None or bias.dtype == x.dtype)
+        and weight.ndim == 2
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and _has_kernels(x)
+        and not _autocast(x.device.type)
+        and not _exporting()
+    )
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return bool(x.is_cpu or (x.is_cuda and _cupy_works()))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cupy_works() -> bool:
+    return primitives.backend_for(torch.empty(0, device="cuda")) is not None
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
+def traced(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
+    """The layer by the operators."""
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    out = operators.affine_relu(flat, weight, bias)[0] if with_relu else operators.affine(flat, weight, bias)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def relu_of_torch(x: Tensor) -> Tensor:
+    """ReLU in PyTorch's own operations, with gradient 1 at 0: what is above the largest number below 0 stays, NaN too."""
+    below = _LARGEST_BELOW_ZERO.get(x.dtype)
+    return torch.where(x < 0, 0, x) if below is None else torch.threshold(x, below, 0)
+
+
+# ---------------------------------------------------------------- eager gradients
+
+
+class _Affine(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
+        out, ctx.keep = primitives.forward(x, weight, bias, with_relu)
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if _kernels_differentiate(dout):
+            return (*primitives.backward(dout, x, weight, ctx.keep, needs), None)
+        kept = None if ctx.keep is None else primitives.kept(ctx.keep)
+        return (*operators.gradients(dout, x, weight, kept, needs), None)
+
+
+class _ReLU(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return primitives.relu_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return primitives.relu_backward(dout, x) if _kernels_differentiate(dout) else torch.where(x < 0, 0, dout)
+
+
+def _kernels_differentiate(dout: Tensor) -> bool:
+    """Whether a gradient is asked for as such: not one that is to be differentiated again, or a batch of them."""
+    return not _grad_enabled() and _plain(dout) and not _batched(dout) and ordinary()

@@ -1,0 +1,132 @@
+"""From tensors to a backend's primitives and back, without a copy. Nothing here knows of autograd, and nothing is checked.
+
+Operands are ``x`` (n, d), ``weight`` (m, d) and ``bias`` (m,) or None, of one native dtype and device. The kernels take w = weight.T, which
+is in Fortran order, as it lies there, and write dw in that layout. Tensors of a CPU go to the backend that is chosen for NumPy
+arrays; those of a GPU to the cupy backend, on PyTorch's current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from rectilinear.backends import registry
+from rectilinear.backends.contract import Backend, Keep, Wanted
+from rectilinear.buffers import empty
+from rectilinear.errors import BackendError
+from rectilinear.keepmask import KeepMask
+
+Tensor: TypeAlias = Any
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+_tensor = torch.from_numpy
+
+
+def backend_for(x: Tensor) -> Backend | None:
+    """The backend that serves tensors of x's device; None where PyTorch has to."""
+    if x.is_cpu:
+        backend = registry.active()
+        return backend if backend.library == "numpy" else None
+    if x.is_cuda:
+        try:
+            return registry.serving("cupy")
+        except BackendError:
+            return None
+    return None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
+    """``x weight.T + bias``, with ReLU if asked for, and then what backward has to know of it."""
+    if x.is_cuda:
+        return _forward_on_device(x, weight, bias, relu)
+    backend = registry.active()
+    samples, w, b = x.numpy(force=True), weight.numpy(force=True).T, None if bias is None else bias.numpy(force=True)
+    if relu:
+        out, keep = backend.affine_relu_forward(samples, w, b, None)
+        return _tensor(out), keep
+    return _tensor(backend.affine_forward(samples, w, b, None)), None
+
+
+def backward(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: Sequence[bool]) -> Gradients:
+    """The gradients of x, weight and bias that are needed."""
+    want_dx, want_dw, want_db = needs
+    if x.is_cuda:
+        return _backward_on_device(dout, x, weight, keep, (want_dx, want_dw, want_db))
+    samples, w = x.numpy(force=True), weight.numpy(force=True).T
+    d_weight = empty(w.shape[::-1], samples.dtype) if want_dw else None
+    dx, _, db = registry.active().affine_backward(
+        dout.numpy(force=True),
+        samples,
+        w,
+        keep,
+        (want_dx, want_dw, want_db),
+        (None, None if d_weight is None else d_weight.T, None),
+    )
+    return (
+        None if dx is None else _tensor(dx),
+        None if d_weight is None else _tensor(d_weight),
+        None if db is None else _tensor(db),
+    )
+
+
+def relu_forward(x: Tensor) -> Tensor:
+    if x.is_cuda:
+        out = torch.empty_like(x)
+        with _device(x) as (backend, view):
+            backend.relu_forward(view(x), view(out))
+        return out
+    return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None)))
+
+
+def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
+    if x.is_cuda:
+        dx = torch.empty_like(x)
+        with _device(x) as (backend, view):
+            backend.relu_backward(view(dout), view(x), view(dx))
+        return dx
+    return _tensor(_base(registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None)))
+
+
+def _base(result: Any) -> np.ndarray:
+    """A backend's result as an array; NumPy's ufuncs make scalars of what has no axes."""
+    return np.asarray(result)
+
+
+def kept(keep: Keep) -> Tensor:
+    """Where the ReLU kept z, as a bool tensor (n, m)."""
+    where = keep.to_bool() if isinstance(keep, KeepMask) else ~(keep < 0)
+    return _tensor(where) if isinstance(where, np.ndarray) else torch.as_tensor(where, device=f"cuda:{where.device.id}")
+
+
+# On a GPU. Results are PyTorch's memory, so that its allocator knows which stream uses them.
+
+
+@contextmanager
+def _device(x: Tensor) -> Iterator[tuple[Backend, Any]]:
+    """The cupy backend on PyTorch's current stream, and what makes a CuPy array of a tensor's memory."""
+    import cupy as cp
+
+    with cp.cuda.Device(x.device.index), cp.cuda.ExternalStream(torch.cuda.current_stream(x.device).cuda_stream):
+        yield registry.serving("cupy"), lambda t: None if t is None else cp.asarray(t.detach())
+
+
+def _forward_on_device(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    with _device(x) as (backend, view):
+        if relu:
+            return out, backend.affine_relu_forward(view(x), view(weight.T), view(bias), view(out))[1]
+        backend.affine_forward(view(x), view(weight.T), view(bias), view(out))
+    return out, None
+
+
+def _backward_on_device(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, wanted: Wanted) -> Gradients:
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    dx, dw, db = (x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+    with _device(x) as (backend, view):
+        outs = view(dx), None if dw is None else view(dw.T), view(db)
+        backend.affine_backward(view(dout), view(x), view(weight.T), keep, wanted, outs)
+    return dx, dw, db

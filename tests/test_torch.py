@@ -1,0 +1,587 @@
+"""rectilinear.torch: gradients, modules and `accelerate`, against PyTorch itself, and where its transforms and modes look on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rectilinear
+
+pytestmark = pytest.mark.libraries
+
+torch: Any = None
+rt: Any = None
+F: Any = None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported() -> None:
+    """PyTorch is imported where these tests run, and not where they are only collected."""
+    global torch, rt, F
+    torch = __import__("torch")
+    F = torch.nn.functional
+    rt = __import__("rectilinear.torch").torch
+    __import__("rectilinear.torch.acceleration")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "pytorch"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What is found faster, in place of measuring it."""
+    choose(monkeypatch, request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, True)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.timing, "kernels_are_faster", lambda *_: kernels)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the kernels were called, forward and backward."""
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(name: str, run: Any) -> Any:
+        def call(*args: Any) -> Any:
+            counts[name] += 1
+            return run(*args)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(rt.primitives, name, counted(name, getattr(rt.primitives, name)))
+    return counts
+
+
+def leaves(n: int = 5, d: int = 7, m: int = 9) -> list[Any]:
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((n, d), (m, d), (m,))]
+
+
+def net(dtype: Any = None) -> Any:
+    torch.manual_seed(1)
+    nn = torch.nn
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(inplace=True), nn.Linear(12, 3)).to(dtype)
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def gradients(model: Any, x: Any) -> list[Any]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+# ---------------------------------------------------------------- functions, operators, modules
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("name", ["affine", "affine_relu"])
+def test_first_and_second_gradients(name: str, backend: str, count: dict[str, int]) -> None:
+    layer, (x, w, b) = getattr(rt, name), leaves()
+    operator = {"affine": torch.ops.rectilinear.affine, "affine_relu": lambda *a: torch.ops.rectilinear.affine_relu(*a)[0]}[name]
+    with rectilinear.use_backend(backend):
+        for function, arguments in ((layer, (x, w, b)), (layer, (x, w)), (operator, (x, w, b)), (operator, (x, w, None))):
+            before = count["backward"]
+            assert torch.autograd.gradcheck(function, arguments)
+            assert count["backward"] > before
+            assert torch.autograd.gradgradcheck(function, arguments)
+            given = [t for t in arguments if t is not None]
+            once, again = (torch.autograd.grad(function(*arguments).sum(), given, create_graph=more) for more in (False, True))
+            for one, other in zip(once, again, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_relu_first_and_second_gradients() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    for function in (rt.relu, torch.ops.rectilinear.relu):
+        assert torch.autograd.gradcheck(function, (x,))
+        assert torch.autograd.gradgradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["kernels", "pytorch"])
+def test_at_zero_the_gradient_passes(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not served:
+        monkeypatch.setattr(rt.primitives, "backend_for", lambda _: None)
+    for dtype in (torch.float32, torch.float64, *(() if served else (torch.float16, torch.bfloat16))):
+        tiny = float(torch.finfo(dtype).smallest_normal)
+        x = torch.tensor([[-1.0, -tiny, -0.0, 0.0, tiny, float("nan")]], dtype=dtype, requires_grad=True)
+        out = rt.relu(x)
+        out.sum().backward()
+        assert x.grad.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0, 1.0]]
+        torch.testing.assert_close(out, torch.relu(x), equal_nan=True)
+        clean = torch.tensor([[-1.0, -0.0, 0.0, 2.0]], dtype=dtype, requires_grad=True)
+        rt.affine_relu(clean, torch.eye(4, dtype=dtype)).sum().backward()
+        assert clean.grad.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
+def test_operators_keep_pytorchs_rules() -> None:
+    x, w, b = leaves()
+    dout = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    ops = torch.ops.rectilinear
+    bits = ops.affine_relu(x, w, b)[1]
+    calls = [(ops.affine, (x, w, b)), (ops.affine_relu, (x, w, None)), (ops.relu, (x,)), (ops.relu_backward, (x, x.detach()))]
+    calls += [(ops.affine_backward, (dout, x, w, bits, [True, False, True])), (ops.affine_backward, (dout, x, w, None, [True] * 3))]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_any_layout_and_number_of_axes() -> None:
+    wide, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((10, 4, 14), (7, 9), (18,)))
+    w, b = w.T, b[::2]
+    for x in (wide[:, 0, ::2], wide[..., ::2], wide.transpose(0, 1)[..., :7], wide[0, 0, :7], wide[:0, 0, :7], wide[0, :, :7].T[:, :].T):
+        close(rt.affine(x, w, b), F.linear(x, w, b))
+        close(rt.relu(x), F.relu(x))
+        leaf = x.detach().clone().requires_grad_()
+        for f in (lambda *a: F.relu(F.linear(*a)), rt.affine_relu):
+            leaf.grad = None
+            f(leaf, w, b).square().sum().backward()
+            want = leaf.grad if f is not rt.affine_relu else want  # noqa: F821  # the first one's
+        close(leaf.grad, want)
+
+
+def test_what_does_not_fit_is_pytorchs_error() -> None:
+    w, b = torch.ones(2, 3), torch.ones(2)
+    for x, weight, bias in (
+        (torch.ones(4, 5), w, b),
+        (torch.ones(4, 3, dtype=torch.float64), w, b),
+        (torch.ones(4, 3, dtype=torch.float64), w, None),
+        (torch.ones(4, 3), w, torch.ones(3)),
+        (torch.ones(4, 3), torch.ones(1, 2, 3), b),
+    ):
+        with pytest.raises(RuntimeError):
+            rt.affine(x, weight, bias)
+
+
+def test_nothing_is_copied_and_nothing_needless_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read the weight where it lies, write its gradient in that layout, and the first layer gets no dx."""
+    seen: dict[str, Any] = {}
+    backend = rectilinear.backends.registry.active()
+
+    class Spy:
+        library = "numpy"
+
+        def affine_relu_forward(self, x: Any, w: Any, b: Any, out: Any) -> Any:
+            seen["w"] = w
+            return backend.affine_relu_forward(x, w, b, out)
+
+        def affine_backward(self, dout: Any, x: Any, w: Any, keep: Any, wanted: Any, out: Any) -> Any:
+            seen.update(wanted=wanted, dw=out[1], w_again=w)
+            return backend.affine_backward(dout, x, w, keep, wanted, out)
+
+    monkeypatch.setattr(rt.primitives.registry, "active", Spy)
+    layer = rt.AffineReLU(8, 4)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert seen["w"].ctypes.data == seen["w_again"].ctypes.data == layer.weight.data_ptr()
+    assert seen["w"].shape == (8, 4)
+    assert seen["wanted"] == (False, True, True)
+    assert seen["dw"].ctypes.data == layer.weight.grad.data_ptr()
+    assert layer.weight.grad.is_contiguous()
+
+
+def test_modules_have_a_linears_state() -> None:
+    plain = torch.nn.Linear(6, 4)
+    for kind, want in ((rt.Affine, plain), (rt.AffineReLU, lambda x: F.relu(plain(x)))):
+        layer = kind(6, 4)
+        assert {k: v.shape for k, v in layer.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+        layer.load_state_dict(plain.state_dict())
+        x = torch.randn(5, 6)
+        close(layer(x), want(x))
+        assert kind(6, 4, bias=False).bias is None
+
+
+def test_the_way_to_a_gpu_writes_into_pytorchs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NumPy's arrays in the place of CuPy's: operands, order and outputs of what is otherwise only called with CUDA tensors."""
+
+    @contextmanager
+    def device(_: Any) -> Any:
+        yield rectilinear.backends.registry.active(), lambda t: None if t is None else t.detach().numpy()
+
+    monkeypatch.setattr(rt.primitives, "_device", device)
+    x, w, b = (t.detach() for t in leaves())
+    dout = torch.randn(5, 9, dtype=torch.float64)
+    for relu in (False, True):
+        out, keep = rt.primitives._forward_on_device(x, w, b, relu)
+        want, want_keep = rt.primitives.forward(x, w, b, relu)
+        assert torch.equal(out, want)
+        for needs in ((True, True, True), (False, True, False)):
+            got = rt.primitives._backward_on_device(dout, x, w, keep, needs)
+            for one, other in zip(got, rt.primitives.backward(dout, x, w, want_keep, needs), strict=True):
+                assert (one is None) == (other is None)
+                assert one is None or torch.equal(one, other)
+
+
+# ---------------------------------------------------------------- accelerate: the same results
+
+
+def test_forward_and_gradients_are_the_models(chosen: bool, count: dict[str, int]) -> None:
+    model, plain, x = net(), net(), torch.randn(10, 6)
+    before = dict(model.named_parameters())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    rt.accelerate(model)
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    for got, want in zip(gradients(model, x), gradients(plain, x), strict=True):
+        close(got, want)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            close(model(x), plain(x))
+    assert (count["forward"] > 0) == (count["backward"] > 0) == chosen
+
+
+def test_undo_gives_back_what_there_was(kernels: None) -> None:
+    model, x = net(), torch.randn(4, 6)
+    kinds = [type(m) for m in model.modules()]
+    want = model(x)
+    handle = rt.accelerate(model)
+    assert [type(m) for m in model.modules()] != kinds
+    assert isinstance(model[0], torch.nn.Linear)
+    handle.undo()
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(x), want)
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in net().modules()]
+    handle = rt.accelerate(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    torch.testing.assert_close(model(x), want)
+    handle.undo()
+    torch.testing.assert_close(model(x), want)
+    assert type(model[2]) is torch.nn.Linear
+    linear = torch.nn.Linear(3, 3)
+    first, second = rt.accelerate(linear), rt.accelerate(linear)
+    second.undo()
+    first.undo()
+    assert type(linear) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("at_zero", [0, 1])
+def test_the_gradient_at_zero_is_as_asked(at_zero: int, chosen: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+    rt.accelerate(model, relu_at_zero=at_zero)
+    x = torch.tensor([[-1.0, 0.0, -0.0, 2.0]], requires_grad=True)
+    for f in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        x.grad = None
+        f(x).sum().backward()
+        assert x.grad.tolist() == [[0.0, at_zero, at_zero, 1.0]]
+
+
+def test_parts_of_a_sequential_do_what_they_did(kernels: None) -> None:
+    model, x = net(), torch.randn(4, 6) - 5
+
+    def parts() -> list[Any]:
+        return [model[:1](x), model[0](x), model[:2](x), model[2:](model[:2](x)), model[1](x), (model[:1] + model[1:2])(x)]
+
+    want = parts()
+    rt.accelerate(model, relu_at_zero=0)
+    for got, was in zip(parts(), want, strict=True):
+        close(got, was)
+    assert (want[0] < 0).any()
+
+
+def test_hooks_added_later_see_what_they_would(kernels: None) -> None:
+    model, plain, x = net(), net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    seen: list[list[Any]] = [[], []]
+    for m, log in zip((model, plain), seen, strict=True):
+        m[0].register_forward_hook(lambda _m, _i, out, log=log: log.append(out.detach().clone()))
+        m[3].register_forward_pre_hook(lambda _m, given, log=log: log.append(given[0].detach().clone()))
+        m(x)
+    assert len(seen[0]) == len(seen[1]) == 2
+    for got, want in zip(*seen, strict=True):
+        close(got, want)
+    every: list[Any] = []
+    model = net()
+    rt.accelerate(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: every.append(m))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert every == [*model, model]
+
+
+def test_changes_of_the_parameters_are_seen(kernels: None) -> None:
+    model, plain, x = net(), net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    for m in (model, plain):
+        m(x)
+        m[0].weight.data = m[0].weight.data.repeat(1, 2)[:, ::2]  # other memory and strides
+        with torch.no_grad():
+            m[2].weight.mul_(2)
+        m[4].weight.requires_grad_(False)
+    for got, want in zip(gradients(model, x), gradients(plain, x), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.double()(x.double()), rt.accelerate(copy.deepcopy(model)) and model(x.double()))
+    close(model.to(torch.bfloat16)(x.bfloat16()), plain.to(torch.bfloat16)(x.bfloat16()))
+
+
+def test_what_cannot_be_served_is_left_alone() -> None:
+    nn = torch.nn
+
+    class Own(nn.Linear):
+        pass
+
+    hooked, replaced = nn.Linear(3, 3), nn.Linear(3, 3)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x
+    cases = {
+        "hooks": hooked,
+        "replaced": replaced,
+        "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+        "Own": Own(3, 3),
+        "bfloat16": nn.Linear(3, 3, dtype=torch.bfloat16),
+        "meta": nn.Linear(3, 3, device="meta"),
+        "Lazy": nn.LazyLinear(3),
+        "NonDynamicallyQuantizableLinear": nn.MultiheadAttention(4, 2),
+    }
+    for reason, module in cases.items():
+        kinds = [type(m) for m in module.modules()]
+        handle = rt.accelerate(module)
+        assert [type(m) for m in module.modules()] == kinds
+        assert len(handle.rows) == 1
+        assert reason in handle.report
+        assert "left alone" in handle.report
+    inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    inner.register_forward_pre_hook(lambda *_: None)
+    assert [row.left_alone is None for row in rt.accelerate(inner).rows] == [False, True]
+
+
+def test_wrong_arguments_say_what_is_wanted() -> None:
+    with pytest.raises(TypeError, match=r"accelerate: model is a Tensor; it takes a torch.nn.Module"):
+        rt.accelerate(torch.ones(2))
+    with pytest.raises(ValueError, match=r"relu_at_zero is 2; it takes 1 .* or 0"):
+        rt.accelerate(net(), relu_at_zero=2)
+
+
+# ---------------------------------------------------------------- accelerate: what looks on
+
+
+def test_copies_and_files_are_the_model(kernels: None) -> None:
+    model, x = net(), torch.randn(4, 6)
+    rt.accelerate(model, relu_at_zero=0)
+    want = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), want)
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert other[0].weight.data_ptr() != model[0].weight.data_ptr()
+        rt.accelerate(other).undo()
+        assert type(other[0]) is torch.nn.Linear
+    plain = net()
+    plain.load_state_dict(model.state_dict())
+    close(plain(x), want)
+
+
+def test_autocast_computes_as_it_says(kernels: None, count: dict[str, int]) -> None:
+    model, plain, x = net(), net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    with torch.autocast("cpu"):
+        got, want = model(x), plain(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+    assert count["forward"] == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graphs_have_no_break(dynamic: bool, monkeypatch: pytest.MonkeyPatch, count: dict[str, int]) -> None:
+    monkeypatch.setattr(rt.acceleration, "COMPILED_WORK", 0)
+    torch._dynamo.reset()
+    model, plain = net(), net()
+    rt.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (4, 5, 1):
+        x = torch.randn(n, 6)
+        for got, want in zip(gradients(compiled, x), gradients(plain, x), strict=True):
+            close(got, want)
+    assert count["forward"] >= 3 * 3
+    assert count["backward"] >= 3 * 3
+    with torch.no_grad():
+        close(compiled(x), plain(x))
+    function = torch.compile(lambda x: rt.relu(rt.affine_relu(x[None], model[0].weight)), fullgraph=True, backend="aot_eager")
+    close(function(x), F.relu(F.linear(x[None], model[0].weight)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated")
+def test_exported_and_traced_programs_need_no_rectilinear(kernels: None) -> None:
+    model, x = net(), torch.randn(4, 6)
+    want = model(x)
+    rt.accelerate(model)
+    traced = torch.jit.trace(model, x)
+    assert "aten::linear" in str(traced.inlined_graph)
+    close(traced(x + 1), model(x + 1))
+    program = torch.export.export(model, (x,))
+    assert "rectilinear" not in str(program.graph)
+    close(program.module()(x), want)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, in forward mode
+def test_transforms_and_modes_get_what_they_ask_for(kernels: None) -> None:
+    model, plain, x = net(), net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    func = torch.func
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(module: Any) -> Any:
+        return lambda p, x: func.functional_call(module, p, (x,)).square().sum()
+
+    for ask in (
+        lambda m: func.grad(loss(m))(parameters, x)["0.weight"],
+        lambda m: func.vmap(func.grad(loss(m)), in_dims=(None, 0))(parameters, x)["2.weight"],
+        lambda m: func.jacrev(m)(x),
+        lambda m: func.jvp(m, (x,), (x,))[1],
+        lambda m: torch.autograd.functional.jacobian(m, x, vectorize=True),
+        lambda m: torch.autograd.functional.hessian(lambda x: m(x).square().sum(), x),
+        lambda m: torch.autograd.functional.hvp(lambda x: m(x).pow(3).sum(), x, x)[1],
+    ):
+        torch.testing.assert_close(ask(model), ask(plain), rtol=1e-4, atol=1e-5)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+        model(x)
+    assert flops.get_total_flops() == 2 * 4 * (6 * 16 + 16 * 12 + 12 * 3)
+    with torch.device("meta"):
+        assert model.to_empty(device="meta")(torch.ones(4, 6)).shape == (4, 3)
+
+
+def test_gradient_checkpoints_and_accumulation(kernels: None) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, plain, x = net(), net(), torch.randn(4, 6, requires_grad=True)
+    rt.accelerate(model)
+    for m in (model, plain):
+        for _ in range(2):
+            checkpoint(m, x, use_reentrant=False).square().sum().backward()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        close(got.grad, want.grad)
+    out = model(x)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_replicas_in_threads(kernels: None) -> None:
+    """As DataParallel has it: replicas whose parameters are no Parameters, one thread each."""
+    model, x = net(), torch.randn(64, 6)
+    want = model(x)
+    rt.accelerate(model)
+    replicas = []
+    for _ in range(4):
+        replica = copy.copy(model)
+        replica.__dict__ = model.__dict__ | {"_modules": {}}
+        for name, child in model._modules.items():
+            part = child._replicate_for_data_parallel()
+            for key, p in child._parameters.items():
+                setattr(part, key, p * 1)
+            replica._modules[name] = part
+        replicas.append(replica)
+    results: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: replicas[i](x)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        close(results[i], want)
+    results[0].sum().backward()
+    assert model[0].weight.grad is not None
+
+
+# ---------------------------------------------------------------- who is faster
+
+
+def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.timing, "_answers", {})
+    model, x = net(), torch.randn(4, 6)
+    handle = rt.accelerate(model)
+    assert "batches" not in handle.report
+    model.train()
+    gradients(model, x)
+    before = [p.grad.clone() for p in model.parameters()]
+    with torch.no_grad():
+        model(x)
+        model(torch.randn(3, 6))  # up to 4 as well
+    asked = rt.timing.answers()
+    assert {(q.features, q.outputs, q.relu, any(q.gradients), q.batch) for q in asked} == {
+        (d, m, relu, training, 4) for d, m, relu in ((6, 16, True), (16, 12, True), (12, 3, False)) for training in (False, True)
+    }
+    assert handle.report.count("batches up to 4") == 6
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+    monkeypatch.setattr(rt.timing, "_measured", None)
+    gradients(model, x)
+
+
+def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: each way takes the time that it is said to take."""
+    now = [0.0]
+    monkeypatch.setattr(rt.timing, "perf_counter", lambda: now[0])
+    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+
+    def taking(seconds: float) -> Any:
+        def layer(x: Any, weight: Any, bias: Any) -> Any:
+            now[0] += seconds
+            return F.linear(x, weight, bias)
+
+        return layer
+
+    for ours, theirs, better in ((1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.05, False)):
+        monkeypatch.setattr(rt.timing, "_answers", {})
+        assert rt.timing.kernels_are_faster(x, weight, None, False, taking(ours), taking(theirs)) is better
+
+
+def test_nobody_waits_for_a_measurement_nor_keeps_its_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.timing, "_answers", {})
+    linear, x = torch.nn.Linear(6, 3), torch.randn(4, 6)
+    want = linear(x)
+    rt.accelerate(linear)
+    with rt.timing._measuring:
+        close(linear(x), want)
+    assert not rt.acceleration._choices
+    assert not rt.timing.answers()
+    linear(x)
+    assert rt.timing.answers()
+
+
+def test_deterministic_algorithms_measure_nothing(monkeypatch: pytest.MonkeyPatch, count: dict[str, int]) -> None:
+    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.timing, "kernels_are_faster", None)
+    model, x = net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert count["forward"] == 3
+
+
+def test_other_backends_serve_too(kernels: None) -> None:
+    model, plain, x = net(torch.float64), net(torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    rt.accelerate(model)
+    with rectilinear.use_backend("numpy"):
+        for got, want in zip(gradients(model, x), gradients(plain, x), strict=True):
+            torch.testing.assert_close(got, want)
+        assert isinstance(rt.primitives.forward(x, plain[0].weight, None, True)[1], np.ndarray)
