@@ -78,7 +78,6 @@ class DaskBackend(GenericBackend):
         if not _by_rows(x, w, dout) or (keep is not None and not _by_rows(keep)):
             grads: tuple[Any, Any, Any] = super().affine_backward(dout, x, _lazy(w), keep, wanted, out)
             return grads
-        _agree(dout, x, keep)
         g = "g" * (x.ndim - 2)
         keeps = (None, None) if keep is None else (_whole(keep, -1), g + "nm")
         operands = _whole(dout, -1), g + "nm", _whole(x, -1), g + "nd", _whole(_lazy(w), -1, -2), g + "dm", *keeps
@@ -107,7 +106,6 @@ class DaskBackend(GenericBackend):
         return _blockwise(_relu, index, x, index, like=x, backend=chosen())
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        _agree(dout, keep)
         index = tuple(range(dout.ndim))
         return _blockwise(_relu_gradient, index, dout, index, keep, index, like=dout, backend=chosen())
 
@@ -138,14 +136,6 @@ class DaskBackend(GenericBackend):
 def _by_rows(*arrays: Array | None) -> bool:
     """Whether all extents but the number of rows are known."""
     return not any(isnan(extent) for x in arrays if x is not None for i, extent in enumerate(x.shape) if i != x.ndim - 2 or x.ndim < 2)
-
-
-def _agree(*arrays: Array | None) -> None:
-    """Refuse what dask would pair without a look: chunks of known size with chunks of unknown size."""
-    for axis in zip(*(x.chunks for x in arrays if x is not None), strict=False):
-        unknown = [list(map(isnan, sizes)) for sizes in axis]
-        if any(map(any, unknown)) and any(one != unknown[0] for one in unknown):
-            raise ValueError(f"chunks of known and unknown size do not go together: {axis}")
 
 
 def _lazy(x: Array | None) -> Array | None:
