@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
-from sklearn import neural_network
-from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV
-from sklearn.utils import estimator_checks
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import rectilinear
-from rectilinear import sklearn as ours
-from rectilinear.sklearn import private
-from rectilinear.sklearn.update import Update, update_of
 from rectilinear.threads import available_cores
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
-WEIGHTED = "sample_weight" in inspect.signature(neural_network.MLPClassifier.fit).parameters
+neural_network: Any = None
+ours: Any = None
+private: Any = None
+update: Any = None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported() -> None:
+    """scikit-learn is imported where these tests run, and not where they are only collected."""
+    global neural_network, ours, private, update
+    neural_network, ours, private, update = map(
+        importlib.import_module,
+        ("sklearn.neural_network", "rectilinear.sklearn", "rectilinear.sklearn.private", "rectilinear.sklearn.update"),
+    )
 
 
 def data(kind: str, dtype: str = "float64", n: int = 130) -> tuple[np.ndarray, np.ndarray]:
@@ -47,8 +54,8 @@ def parameters(net) -> list[np.ndarray]:
 def served(monkeypatch) -> list[str]:
     """Says "step" for each update of ours, "parent: ..." for each reason why the parent computes."""
     seen: list[str] = []
-    step = Update.update_params
-    monkeypatch.setattr(Update, "update_params", lambda *given: (seen.append("step"), step(*given))[1])
+    step = update.Update.update_params
+    monkeypatch.setattr(update.Update, "update_params", lambda *given: (seen.append("step"), step(*given))[1])
     monkeypatch.setattr(ours._log, "debug", lambda text, reason: seen.append(f"parent: {reason}"))
     return seen
 
@@ -92,9 +99,10 @@ def test_float32_stays_float32(kind, solver, served):
     np.testing.assert_allclose(mine.loss_curve_, theirs.loss_curve_, rtol=1e-5)
 
 
-@pytest.mark.skipif(not WEIGHTED, reason="scikit-learn takes sample weights since 1.7")
 @pytest.mark.parametrize("kind", ["multiclass", "binary", "one"])
 def test_sample_weights_weigh(kind, served):
+    if "sample_weight" not in inspect.signature(neural_network.MLPClassifier.fit).parameters:
+        pytest.skip("scikit-learn takes sample weights since 1.7")
     x, y = data(kind)
     weights = np.random.default_rng(1).integers(0, 3, len(x)) + 0.5
     theirs, mine = (net.fit(x, y, sample_weight=weights) for net in pair(kind))
@@ -137,7 +145,7 @@ def test_partial_fits_go_on_where_the_last_one_stopped(served):
 
 
 def test_what_is_not_served_is_the_parents_to_the_bit(served):
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = importlib.import_module("scipy.sparse")
     x, y = data("multiclass")
     for options, given, reason in (
         ({}, sparse.csr_matrix(x), "not a dense array"),
@@ -221,7 +229,7 @@ def test_pickles_and_clones():
     again = pickle.loads(pickle.dumps(net))
     np.testing.assert_array_equal(again.predict_proba(x), net.predict_proba(x))
     np.testing.assert_array_equal(again.partial_fit(x, y).coefs_[0], net.partial_fit(x, y).coefs_[0])
-    twin = clone(net)
+    twin = importlib.import_module("sklearn.base").clone(net)
     assert type(twin) is ours.MLPClassifier
     assert twin.get_params() == net.get_params()
     assert not hasattr(twin, "coefs_")
@@ -234,7 +242,8 @@ def test_grid_search_in_two_processes_runs_no_more_threads_than_cores():
         net.predict(x)
         return float(rectilinear.get_num_threads())
 
-    search = GridSearchCV(pair("multiclass")[1], {"alpha": [0.1, 1.0]}, cv=2, n_jobs=2, scoring=threads, refit=False).fit(x, y)
+    grid_search = importlib.import_module("sklearn.model_selection").GridSearchCV
+    search = grid_search(pair("multiclass")[1], {"alpha": [0.1, 1.0]}, cv=2, n_jobs=2, scoring=threads, refit=False).fit(x, y)
     each = search.cv_results_["mean_test_score"]
     assert 1 <= max(each) <= max(1, available_cores() // 2)
 
@@ -257,19 +266,19 @@ def test_an_update_is_scikit_learns(make, dtype, order):
     rng = np.random.default_rng(2)
     params = tensors(rng, SHAPES, dtype, order)
     mine, sums = [p.copy(order="K") for p in params], []
-    optimizer, update = make(params), update_of(make(mine), mine)
+    optimizer, fused = make(params), update.update_of(make(mine), mine)
     for _ in range(3):
         grads = tensors(rng, SHAPES, dtype)
-        sums.append((update.squares(mine[:2]), sum(float(np.sum(p.astype(float) ** 2)) for p in mine[:2])))
-        update.decay, update.divisor = 0.5, 64
-        update.update_params(mine, [g.copy() for g in grads])
+        sums.append((fused.squares(mine[:2]), sum(float(np.sum(p.astype(float) ** 2)) for p in mine[:2])))
+        fused.decay, fused.divisor = 0.5, 64
+        fused.update_params(mine, [g.copy() for g in grads])
         optimizer.update_params(params, [(g + 0.5 * p if i < 2 else g) / 64 for i, (g, p) in enumerate(zip(grads, params, strict=True))])
     for a, b in zip(params, mine, strict=True):
         if dtype == "float64":
             np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(*zip(*sums, strict=True), rtol=1e-6)
-    theirs, state = vars(optimizer), vars(update.optimizer)
+    theirs, state = vars(optimizer), vars(fused.optimizer)
     assert theirs.keys() == state.keys()
     assert theirs.get("t") == state.get("t")
     for name in theirs.keys() & {"ms", "vs", "velocities"}:
@@ -283,22 +292,23 @@ def test_an_update_has_the_same_bits_for_every_number_of_threads():
     for threads in (1, 2, 5):
         rng = np.random.default_rng(4)
         params = tensors(rng, shapes, "float64")
-        update = update_of(private.ADAM(params), params)
+        fused = update.update_of(private.ADAM(params), params)
         with rectilinear.num_threads(threads):
-            update.update_params(params, tensors(rng, shapes, "float64"))
-        results.append((update.squares(params[:2]), *(p.tobytes() for p in params)))
+            fused.update_params(params, tensors(rng, shapes, "float64"))
+        results.append((fused.squares(params[:2]), *(p.tobytes() for p in params)))
     assert results[0] == results[1] == results[2]
 
 
 # ---------------------------------------------------------------- scikit-learn's own checks
 
-ESTIMATORS = [ours.MLPClassifier(max_iter=100), ours.MLPRegressor(max_iter=100)]
+ESTIMATORS = ["MLPClassifier", "MLPRegressor"]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: type(estimator).__name__)
-def test_a_few_of_scikit_learns_checks(estimator):
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_few_of_scikit_learns_checks(name):
     """The rest of them is nightly."""
-    for name in (
+    checks = importlib.import_module("sklearn.utils.estimator_checks")
+    for check in (
         "check_estimators_dtypes",
         "check_fit2d_1sample",
         "check_fit2d_predict1d",
@@ -308,11 +318,11 @@ def test_a_few_of_scikit_learns_checks(estimator):
         "check_n_features_in",
         "check_methods_subset_invariance",
     ):
-        getattr(estimator_checks, name)(type(estimator).__name__, clone(estimator))
+        getattr(checks, check)(name, getattr(ours, name)(max_iter=100))
 
 
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
-@parametrize_with_checks(ESTIMATORS)
-def test_scikit_learns_checks(estimator, check):
-    check(estimator)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_scikit_learns_checks(name):
+    importlib.import_module("sklearn.utils.estimator_checks").check_estimator(getattr(ours, name)(max_iter=100))

@@ -94,10 +94,12 @@ _PARAMETER_BYTES: int = Parameter.layout.size  # type: ignore[attr-defined]
 
 @record
 class Step:
-    """The job: `count` parameters, one after the other in memory; the first `decayed` decay. A task takes `run` elements of one."""
+    """The job: `count` parameters, one after the other in memory and `size` bytes in all; the first `decayed` decay. A task takes `run`
+    elements of one."""
 
     parameters: int = 0
     count: int = 0
+    size: int = 0
     decayed: int = 0
     run: int = 0
     rates: int = 0
@@ -266,6 +268,7 @@ def _prepare(job: Step, w: int, dw: int, m: int, v: int, size: int) -> int:
         mine.count, mine.w, mine.dw, mine.v = count_of(array), data_of(array), data_of(item_of(dw, i)), data_of(item_of(v, i))
         mine.m = data_of(item_of(m, i)) if job.flags & ADAM != 0 else 0
         mine.first = tasks
+        job.size += mine.count * size
         tasks += -(-mine.count // job.run)
     return tasks
 
@@ -306,9 +309,8 @@ def step(itemsize: int) -> Any:
         if tasks >= 0:
             job.totals = _malloc(8 * max(tasks, 1))
         if job.totals != 0:
-            large = tasks * RUN_BYTES
-            others = let_go_of_gil(large > QUICK_BYTES)
-            parallel_for(c_address(task), address_of(job), tasks, threads if large > SHARED_BYTES else 1)
+            others = let_go_of_gil(job.size > QUICK_BYTES)
+            parallel_for(c_address(task), address_of(job), tasks, threads if job.size > SHARED_BYTES else 1)
             take_gil_back(others)
             _add_up(job, tasks)
             _free(job.totals)
