@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal
 
-Extra = Literal["numba", "cuda12", "cuda13", "files", "bench"]
+Extra = Literal["numba", "cuda12", "cuda13", "dask", "files", "bench", "testing"]
 
 
 def how_to_install(extra: Extra) -> str:

@@ -172,7 +172,7 @@ def test_what_is_not_installed_is_told_first(capsys: pytest.CaptureFixture[str],
 
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "pytest" else object())
     assert main(["conform", "numpy"]) == 2
-    assert capsys.readouterr().err == "conform: not installed: pytest; pip install 'rectilinear[testing]'\n"
+    assert capsys.readouterr().err == "conform: not installed: pytest; pip install 'rectilinear[testing]', or '.[testing]' in a checkout\n"
 
 
 def test_a_promise_that_is_none() -> None:

@@ -11,7 +11,6 @@ other than the number of rows are unknown, the generic backend's way serves, ope
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from rectilinear import layers
 from rectilinear.backends import registry
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.backends.generic import GenericBackend
+from rectilinear.extras import lacks
 from rectilinear.keepmask import KeepMask
 from rectilinear.threads import chosen_threads, num_threads
 
@@ -45,8 +45,9 @@ class DaskBackend(GenericBackend):
     def probe(self) -> Probe:
         from importlib.metadata import version
 
-        if importlib.util.find_spec("dask") is None:
-            return Probe(False, "dask is not installed; pip install 'rectilinear[dask]'")
+        absent = lacks("dask", "dask")
+        if absent:
+            return Probe(False, absent)
         return Probe(True, version=version("dask"), device="the workers'")
 
     # affine

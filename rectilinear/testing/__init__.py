@@ -1,7 +1,7 @@
 """The conformance kit: what every backend promises, as tests that run on any of them.
 
 ``python -m rectilinear conform NAME`` runs it and prints a line a promise. `conform` is the same in Python, and `collect` puts the tests
-into a test module of one's own. It needs pytest and Hypothesis: ``pip install 'rectilinear[testing]'``.
+into a test module of one's own. It needs pytest and Hypothesis: ``pip install 'rectilinear[testing]'``, or ``'.[testing]'`` in a checkout.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import rectilinear
 from rectilinear.errors import BackendError
+from rectilinear.extras import how_to_install
 from rectilinear.testing import NEEDED
 from rectilinear.testing.lib import Lib, libs_for, version_of
 from rectilinear.testing.promises import PROMISES
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     absent = [name for name in NEEDED if find_spec(name) is None]
     if absent:
-        print(f"conform: not installed: {', '.join(absent)}; pip install 'rectilinear[testing]'", file=sys.stderr)
+        print(f"conform: not installed: {', '.join(absent)}; {how_to_install('testing')}", file=sys.stderr)
         return 2
     try:
         libs = libs_for(asked.name, asked.library)

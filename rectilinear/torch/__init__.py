@@ -1,7 +1,7 @@
 """The layers in PyTorch: functions and modules with gradients, and `accelerate`, which speeds up a model that is there already.
 
 Weights are PyTorch's, (out, in), and parameters are an ``nn.Linear``'s. It needs torch 2.6 or newer, which nothing else in rectilinear
-imports: ``pip install 'rectilinear[torch]'``.
+imports: ``pip install 'rectilinear[torch]'``, or ``'.[torch]'`` in a checkout.
 
 >>> import torch
 >>> from rectilinear.torch import accelerate
