@@ -186,7 +186,7 @@ def _serves(reason: str | None) -> bool:
 def _not_to_train(net: Any, x: Any) -> str | None:
     """Why a fit on x is the parent's; None if it is ours. L-BFGS does not ask: its passes are the parent's."""
     for array in (*net.coefs_, *net.intercepts_):
-        if array.dtype != x.dtype or x.dtype not in _NATIVE:
+        if array.dtype != x.dtype:
             return f"x is {x.dtype}, but coefficients are {array.dtype}"
     return _not_served(net, x)
 
