@@ -162,7 +162,7 @@ def test_a_pass_is_one_task_a_chunk(rng: np.random.Generator) -> None:
     out, cache = r.affine_relu_forward(x, w, b)
     both = tasks(out, *r.affine_relu_backward(dout, cache))
     assert sum(key.startswith(("('affine", "('gradients")) for key in both) == 2 * 16
-    assert len(both) <= (2 + 3) * 16 + 2 + 1 + 2 + 4  # both passes; out, keep and dx taken out of what they made
+    assert len(both) <= (2 + 2) * 16 + 2 + 1 + 2 + 4  # both passes; out and dx taken out of what they made
 
 
 def test_a_bad_label_in_one_of_many_chunks(rng: np.random.Generator) -> None:

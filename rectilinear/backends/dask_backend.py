@@ -84,11 +84,12 @@ class DaskBackend(GenericBackend):
         operands = _whole(dout, -1), g + "nm", _whole(x, -1), g + "nd", _whole(_lazy(w), -1, -2), g + "dm", *keeps
         if wanted == (True, False, False):
             return _blockwise(_input_gradient, g + "nd", *operands, like=dout, backend=chosen()), None, None
-        parts = _blockwise(_gradients, g + "n", *operands, like=None, wanted=wanted, backend=chosen())
-        total = _sum(parts)
+        # With d and m among its axes, of one chunk each, dask sees that what makes keep can be part of the same task.
+        parts = _blockwise(_gradients, g + "ndm", *operands, like=None, wanted=wanted, backend=chosen())
+        total = _sum(parts, x.ndim - 2)
         d, m = {"d": w.shape[-2]}, {"m": w.shape[-1]}
         return (
-            _picked(parts, 0, g + "n", g + "nd", d, dout) if wanted[0] else None,
+            _picked(parts, 0, g + "ndm", g + "nd", {}, dout) if wanted[0] else None,
             _picked(total, 1, g, g + "dm", d | m, dout) if wanted[1] else None,
             _picked(total, 2, g, g + "m", m, dout) if wanted[2] else None,
         )
@@ -98,7 +99,7 @@ class DaskBackend(GenericBackend):
             return super().bias_backward(dout, out)
         g = "g" * (dout.ndim - 2)
         parts = _blockwise(_bias_gradient, g + "n", _whole(dout, -1), g + "nm", like=None, backend=chosen())
-        return _picked(_sum(parts), 1, g, g + "m", {"m": dout.shape[-1]}, dout)
+        return _picked(_sum(parts, dout.ndim - 2), 1, g, g + "m", {"m": dout.shape[-1]}, dout)
 
     # ReLU
 
@@ -118,7 +119,7 @@ class DaskBackend(GenericBackend):
             loss, dx = super().softmax_loss(x, y, out)
             return loss, dx
         both = _blockwise(_softmax, "n", _whole(x, -1), "nc", y, "n", like=None, n=n, backend=chosen())
-        return _picked(_sum(both), 1, "", "", {}, x), _picked(both, 0, "n", "nc", {"c": x.shape[1]}, x)
+        return _picked(_sum(both, 0), 1, "", "", {}, x), _picked(both, 0, "n", "nc", {"c": x.shape[1]}, x)
 
     # arrays
 
@@ -174,16 +175,20 @@ def _picked(tuples: Array, i: int, index: str, wanted: str, extents: dict[str, A
     return da.blockwise(_pick, wanted, tuples, index, i, None, new_axes=extents, meta=meta, dtype=meta.dtype)
 
 
-def _sum(tuples: Array) -> Array:
-    """The elementwise sum of tuples over the last axis of chunks, by a tree of fixed order. First elements, a chunk's own, are left out."""
+def _sum(tuples: Array, axis: int) -> Array:
+    """The elementwise sum of tuples over an axis of chunks, the last that has many, by a tree of fixed order.
+
+    First elements, a chunk's own, are left out.
+    """
     import dask.array as da
     from dask.base import tokenize
     from dask.highlevelgraph import HighLevelGraph
 
     name = f"sum-{tokenize(tuples.name)}"
     graph: dict[Any, Any] = {}
-    for group in np.ndindex(tuples.numblocks[:-1]):
-        level = [(tuples.name, *group, i) for i in range(tuples.numblocks[-1])]
+    ones = (0,) * (tuples.ndim - axis - 1)
+    for group in np.ndindex(tuples.numblocks[:axis]):
+        level: list[Any] = [(tuples.name, *group, i, *ones) for i in range(tuples.numblocks[axis])]
         while True:
             parts = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
             if len(parts) == 1:
@@ -191,8 +196,8 @@ def _sum(tuples: Array) -> Array:
                 break
             level = [(f"partial-{name}", len(level), *group, i) for i in range(len(parts))]
             graph.update((key, (_add, part)) for key, part in zip(level, parts, strict=True))
-    meta = np.empty((0,) * (tuples.ndim - 1), object)
-    return da.Array(HighLevelGraph.from_collections(name, graph, dependencies=[tuples]), name, tuples.chunks[:-1], meta=meta)
+    meta = np.empty((0,) * axis, object)
+    return da.Array(HighLevelGraph.from_collections(name, graph, dependencies=[tuples]), name, tuples.chunks[:axis], meta=meta)
 
 
 def chosen() -> str | None:
