@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# What is installed is compiled as it is imported: most of it never is, and all of it takes a minute.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 # Two at a time, whatever the host: most tests are one thread's work, and the others use all cores for themselves.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist worksteal
 # Doctests that need a large library: make test-all runs them, make lint leaves them out.

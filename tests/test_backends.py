@@ -587,7 +587,6 @@ def test_info_shows_a_bad_variable_and_exits_with_0() -> None:
         assert "unknown backend 'nmupy' (did you mean 'numpy'?)" in done.stdout
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("arguments", [("info",), ("info", "--json")], ids=" ".join)
 @pytest.mark.parametrize("options", [(), ("-u",)], ids=str)
 def test_a_reader_may_leave_before_the_end(options: tuple[str, ...], arguments: tuple[str, ...]) -> None:

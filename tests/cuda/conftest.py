@@ -5,7 +5,6 @@ All tests here carry the marker `cuda`: they need g++ and, some, CuPy with NVRTC
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """A folder that is filled once a run: by the first of pytest-xdist's processes that asks for it; the others wait."""
+    import fcntl  # these tests are collected where there is none, too
+
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
