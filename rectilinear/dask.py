@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectilinear.backends.dask_backend import FAN_IN, add_up, as_told, chosen
+from rectilinear.extras import lacks
 from rectilinear.nn.files import load, metadata, save
 from rectilinear.nn.module import Layer, Module
 from rectilinear.nn.sgd import SGD
@@ -220,7 +221,7 @@ def _resume(net: Module, optimizer: SGD, checkpoint: Any, settings: dict[str, st
 def _teller(progress: Any, first: int, steps: int) -> Iterator[Callable[[Progress], object]]:
     if callable(progress):
         yield progress
-    elif not progress:
+    elif not progress or lacks("rich", "bench"):
         yield lambda state: None
     else:
         from rich.console import Console

@@ -25,6 +25,7 @@ from rectilinear.backends import registry
 from rectilinear.backends.contract import Array, Backend
 from rectilinear.backends.cupy_scratch import is_recording
 from rectilinear.dispatch import dtype_name, library_name
+from rectilinear.extras import lacks
 from rectilinear.threads import call_threads
 
 _MOST_EVENTS = 1_000_000
@@ -198,7 +199,9 @@ class Profile:
         return sorted(rows, key=lambda row: -row.seconds)
 
     def table(self) -> str:
-        """The rows as text, with what they add up to."""
+        """The rows as text, with what they add up to. Needs rich (extra ``bench``), and says so in an ImportError."""
+        if missing := lacks("rich", "bench"):
+            raise ImportError(f"profile.table: {missing}")
         from rich import box
         from rich.console import Console
         from rich.table import Table

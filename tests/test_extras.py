@@ -1,4 +1,4 @@
-"""What messages name as extras is there, and in one place. What they say: tests/test_smoke.py."""
+"""What messages name as extras is there, and right in a checkout. What they say: tests/test_smoke.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ def test_every_extra_that_messages_name_is_one() -> None:
     assert set(get_args(extras.Extra)) <= set(project["optional-dependencies"])
 
 
-def test_extras_are_named_in_one_place() -> None:
-    """So that no message gives a command that is right for an installed package only."""
-    package = Path(rectilinear.__file__).parent
-    named = {path.name for path in package.rglob("*.py") if re.search(r"rectilinear\[\w", path.read_text(encoding="utf-8"))}
-    assert named == {"extras.py"}
+def test_every_command_is_right_in_a_checkout_too() -> None:
+    """No package index may know the name, and whoever uses a checkout as it is has to be told what to type there."""
+    for path in Path(rectilinear.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for named in re.finditer(r"'rectilinear\[([\w,{}]+)\]'", text):
+            around = text[max(0, named.start() - 100) : named.end() + 60]
+            assert f"'.[{named[1]}]'" in around, around
