@@ -56,7 +56,7 @@ def digits(client: Client, console: Console) -> None:
     optimizer = SGD(net, lr=0.3, momentum=0.9, weight_decay=1e-4)
     start = time.perf_counter()
     chunks = da.from_array(x, chunks=(128, 64)).persist()
-    losses = fit(net, chunks, y, loss=SoftmaxCrossEntropy(), optimizer=optimizer, epochs=20, batch_size=256, client=client)
+    losses = fit(net, chunks, y, loss=SoftmaxCrossEntropy(), optimizer=optimizer, epochs=12, batch_size=256, client=client)
     console.print(
         f"digits: {len(x)} rows in {chunks.numblocks[0]} chunks, {len(losses)} steps in {time.perf_counter() - start:.1f} s, "
         f"loss {losses[0]:.3f} to {losses[-1]:.3f}, test accuracy {accuracy(net, x_test, y_test):.2%}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import doctest
 import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -482,3 +485,15 @@ def test_the_example_in_the_docstring() -> None:
 
     outcome: Callable[..., Any] = doctest.testmod
     assert outcome(rectilinear.dask).failed == 0
+
+
+def test_the_example_trains_while_a_worker_dies() -> None:
+    script = Path(__file__).resolve().parent.parent / "examples" / "two_layer_net_dask.py"
+    done = subprocess.run(
+        (sys.executable, script, "--workers", "2", "--rows", "16384"), capture_output=True, text=True, timeout=250, check=False
+    )
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"test accuracy (\d+\.\d+)%", said)[1]) > 95, said  # type: ignore[index]
+    assert "killed worker process" in said
+    assert re.search(r"generated: 2 steps in .* loss 2\.\d+ to", said), said

@@ -29,7 +29,7 @@ from rectilinear.keepmask import KeepMask
 from rectilinear.threads import chosen_threads, num_threads
 
 FAN_IN = 8
-"""Partial sums that one task adds up. Fewer are more tasks, of 0.2 to 1 ms each; more have to be in one worker's memory at once."""
+"""Partial sums that one task adds up. Fewer mean more tasks, more have to be in one worker's memory at once; docs/scaling.md."""
 
 
 class DaskBackend(GenericBackend):
