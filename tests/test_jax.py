@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import rectilinear as r
+from rectilinear.testing import reference as ref
 
-from . import reference as ref
 from . import subprocesses
 
 pytestmark = pytest.mark.libraries
