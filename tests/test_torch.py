@@ -49,7 +49,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
-    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.acceleration, "_COPIES", rt.timing.Together())
     monkeypatch.setattr(rt.timing, "kernels_are_faster", lambda *_: kernels)
 
 
@@ -511,7 +511,7 @@ def test_replicas_in_threads(kernels: None) -> None:
 
 
 def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.acceleration, "_COPIES", rt.timing.Together())
     monkeypatch.setattr(rt.timing, "_answers", {})
     model, x = net(), torch.randn(4, 6)
     handle = rt.accelerate(model)
@@ -522,7 +522,7 @@ def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         model(x)
         model(torch.randn(3, 6))  # up to 4 as well
-    asked = rt.timing.answers()
+    asked = rt.timing._answers
     assert {(q.features, q.outputs, q.relu, any(q.gradients), q.batch) for q in asked} == {
         (d, m, relu, training, 4) for d, m, relu in ((6, 16, True), (16, 12, True), (12, 3, False)) for training in (False, True)
     }
@@ -546,27 +546,38 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return layer
 
+    def faster(x: Any, weight: Any, ours: float, theirs: float, together: Any) -> Any:
+        return rt.timing.kernels_are_faster(x, weight, None, False, taking(ours), taking(theirs), together)
+
     for ours, theirs, better in ((1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.05, False)):
         monkeypatch.setattr(rt.timing, "_answers", {})
-        assert rt.timing.kernels_are_faster(x, weight, None, False, taking(ours), taking(theirs)) is better
+        assert faster(x, weight, ours, theirs, rt.timing.Together()) is better
+    monkeypatch.setattr(rt.timing, "_answers", {})
+    model, other = rt.timing.Together(), rt.timing.Together()
+    assert faster(x, weight, 1.0, 2.0, model) is True
+    model.remember(("a call",), True)
+    assert faster(x, torch.randn(2, 6), 3.0, 1.0, model) is False  # both layers: 4 s against 3
+    assert not model.choices
+    assert faster(x, weight, 9.0, 9.0, model) is False
+    assert faster(torch.randn(99, 6), weight, 1.0, 2.0, model) is True  # another batch
+    assert faster(x, weight, 9.0, 9.0, other) is True  # another model, and what has been measured already
 
 
 def test_nobody_waits_for_a_measurement_nor_keeps_its_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.acceleration, "_COPIES", rt.timing.Together())
     monkeypatch.setattr(rt.timing, "_answers", {})
     linear, x = torch.nn.Linear(6, 3), torch.randn(4, 6)
     want = linear(x)
     rt.accelerate(linear)
     with rt.timing._measuring:
         close(linear(x), want)
-    assert not rt.acceleration._choices
-    assert not rt.timing.answers()
+    assert not rt.timing._answers
     linear(x)
-    assert rt.timing.answers()
+    assert rt.timing._answers
 
 
 def test_deterministic_algorithms_measure_nothing(monkeypatch: pytest.MonkeyPatch, count: dict[str, int]) -> None:
-    monkeypatch.setattr(rt.acceleration, "_choices", {})
+    monkeypatch.setattr(rt.acceleration, "_COPIES", rt.timing.Together())
     monkeypatch.setattr(rt.timing, "kernels_are_faster", None)
     model, x = net(), torch.randn(4, 6)
     rt.accelerate(model)

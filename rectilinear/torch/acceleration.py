@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -52,17 +53,15 @@ class Handle:
         The same to be read, and for each shape and batch seen so far the times measured and who serves it.
     """
 
-    def __init__(self, rows: list[Row], changed: list[tuple[nn.Module, type]]) -> None:
+    def __init__(self, rows: list[Row], changed: list[tuple[nn.Module, type]], together: timing.Together) -> None:
         self.rows = tuple(rows)
         self._changed = changed
+        self._together = together
 
     @property
     def report(self) -> str:
         lines = [f"{row.name or 'the model'} ({row.kind}): {row.left_alone or 'accelerated'}" for row in self.rows]
-        shapes = {module.weight.shape for module, _ in self._changed if isinstance(module, nn.Linear)}
-        for asked, answer in timing.answers().items():
-            if (asked.outputs, asked.features) in shapes:
-                lines.append(_sentence(asked, answer))
+        lines += [_sentence(asked, answer, self._together.take_kernels(asked)) for asked, answer in self._together.asked.items()]
         return "\n".join(lines)
 
     def undo(self) -> None:
@@ -73,16 +72,17 @@ class Handle:
         for module, kind in self._changed:
             if type(module) in _PLAIN:
                 module.__class__ = kind
+            _together.pop(module, None)
         self._changed.clear()
 
     def __repr__(self) -> str:
         return f"<{len(self._changed)} of {len(self.rows)} modules accelerated>"
 
 
-def _sentence(asked: timing.Question, answer: timing.Answer) -> str:
+def _sentence(asked: timing.Question, answer: timing.Answer, kernels: bool) -> str:
     what = "training" if any(asked.gradients) else "inference"
     name = "Linear+ReLU" if asked.relu else "Linear"
-    who = "the kernels" if answer.take_kernels else "PyTorch"
+    who = "the kernels" if kernels else "PyTorch"
     times = f"{answer.kernels * 1e6:.0f} us with the kernels, {answer.pytorch * 1e6:.0f} with PyTorch"
     return f"{name} {asked.features}-{asked.outputs}, batches up to {asked.batch}, {what}: {times}: {who}"
 
@@ -90,9 +90,10 @@ def _sentence(asked: timing.Question, answer: timing.Answer) -> str:
 def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
     """Run a model's ``nn.Linear`` layers, and the ``nn.ReLU`` right after them, on rectilinear's kernels.
 
-    Layers are changed in place. Parameters stay the same objects, so that optimizers, hooks and ``state_dict`` go on as before. Each
-    call goes to the kernels only where they are faster here than PyTorch itself: the first call of a shape, dtype and batch, for inference
-    and for training, measures both on its own operands, in some twenty calls' time. Under
+    Layers are changed in place. Parameters stay the same objects, so that optimizers, hooks and ``state_dict`` go on as before. Calls go
+    to the kernels only where they are faster here than PyTorch itself: the first call of a shape, dtype and batch, for inference
+    and for training, measures both on its own operands, in some twenty calls' time, and the layers of a model go the way that is faster
+    for all of them together. Under
     ``torch.use_deterministic_algorithms(True)`` nothing is measured and the kernels serve, so that results never depend on a measurement.
 
     Linear and ReLU become one kernel where they are neighbours in an ``nn.Sequential`` and neither has hooks.
@@ -136,14 +137,15 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
         raise TypeError(f"accelerate: model is a {type(model).__name__}; it takes a torch.nn.Module")
     if relu_at_zero not in (0, 1):
         raise ValueError(f"accelerate: relu_at_zero is {relu_at_zero!r}; it takes 1 (rectilinear's gradient at 0) or 0 (PyTorch's)")
-    rows, changed = [], []
+    rows, changed, together = [], [], timing.Together()
     for name, module, kind in list(_candidates(model)):
         reason = _why_not(module)
         rows.append(Row(name, kind.__name__, reason))
         if reason is None:
             module.__class__ = _ACCELERATED[kind, int(relu_at_zero)]
+            _together[module] = together
             changed.append((module, kind))
-    return Handle(rows, changed)
+    return Handle(rows, changed, together)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
@@ -230,9 +232,10 @@ _ACCELERATED = {
 """By a module's class, and the gradient of a fused ReLU at 0: in the class, so that parts and copies have it too."""
 _PLAIN = {accelerated: kind for (kind, _), accelerated in _ACCELERATED.items()}
 
-MOST_CHOICES = 10_000
-_choices: dict[tuple[Any, ...], bool] = {}
-"""By what can be had in a microsecond of a call, whether the kernels are faster: where they are not, a call may take 10 us."""
+_together: WeakKeyDictionary[nn.Module, timing.Together] = WeakKeyDictionary()
+"""With whom a layer goes. Kept here and not in the layer, whose copies and pickles are to hold nothing of it."""
+_COPIES = timing.Together()
+"""Copies, and what comes out of pickles."""
 
 
 def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
@@ -245,15 +248,14 @@ def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
     if _compiling():
         return _compiled(x, weight, bias, at_zero)
     key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, _grad_enabled() and (x.requires_grad, weight.requires_grad))
-    choice = True if _deterministic() else _choices.get(key)
+    together = _together.get(linear, _COPIES)
+    choice = True if _deterministic() else together.choices.get(key)
     if choice is False or not served(x, weight, bias):
         return _THEIRS[at_zero](x, weight, bias)
     if choice is None:
-        choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero])
+        choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero], together)
         if choice is not None:
-            if len(_choices) >= MOST_CHOICES:  # batches of ever new lengths
-                _choices.clear()
-            _choices[key] = choice
+            together.remember(key, choice)
     return (_OURS if choice else _THEIRS)[at_zero](x, weight, bias)
 
 
