@@ -424,6 +424,25 @@ assert r.release_memory() == held
     )
 
 
+@pytest.mark.nightly  # a read of a block that another thread had unmapped was met about once in 30 s
+def test_memory_that_one_thread_puts_away_and_another_gives_back() -> None:
+    run_here(
+        """
+import time
+end = time.monotonic() + 80
+def churn():
+    while time.monotonic() < end:
+        arrays = [buffers.empty((size * MIB,), np.dtype("u1")) for size in (1, 2, 3)]
+        del arrays
+        r.release_memory()
+threads = [threading.Thread(target=churn) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert r.held_memory() == r.release_memory()
+"""
+    )
+
+
 @forks
 def test_children_forked_at_any_moment_go_on() -> None:
     """While other threads take, give up and release memory: the child's own arrays are right, and its count is what it has."""

@@ -234,10 +234,11 @@ def _reserved(state: State, total: int) -> bool:
 
 @jit_inner
 def _placed(state: State, block: int) -> bool:
+    usable = at(Header, block - HEADER).usable  # before: from the exchange on the block is whoever's who takes it, who may unmap it
     for index in range(SLOTS):
         slot = at(Slot, address_of(state.slots) + index * _SLOT_BYTES)
         if load(slot.block) == 0 and compare_exchange(slot.block, 0, block):
-            store(slot.bytes, at(Header, block - HEADER).usable)
+            store(slot.bytes, usable)
             store(slot.stamp, fetch_add(state.counters.clock, 1))
             return True
     return False
