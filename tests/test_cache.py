@@ -220,7 +220,14 @@ def test_what_belongs_to_another_user_is_not_loaded(filled: Path, use: Callable[
 
 
 @pytest.mark.parametrize(
-    "switch", [{"NUMBA_OPT": "1"}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_LOOP_VECTORIZE": "0"}]
+    "switch",
+    [
+        {"NUMBA_CPU_NAME": "generic"},
+        *(
+            pytest.param({name: value}, marks=pytest.mark.nightly)
+            for name, value in (("NUMBA_OPT", "1"), ("NUMBA_BOUNDSCHECK", "1"), ("NUMBA_LOOP_VECTORIZE", "0"))
+        ),
+    ],
 )
 def test_switches_that_change_the_code(filled: Path, switch: dict[str, str], use: Callable[[Path], int]) -> None:
     assert use_anew(filled, **switch) == 0

@@ -199,7 +199,9 @@ def steps(n=3):
 """
 
 
-@pytest.mark.parametrize("limit", ["0", "1000000", "1 MiB", "3 MiB", "20 MiB", "1 GiB"])
+@pytest.mark.parametrize(
+    "limit", ["0", "3 MiB", *(pytest.param(limit, marks=pytest.mark.nightly) for limit in ("1000000", "1 MiB", "20 MiB", "1 GiB"))]
+)
 def test_no_more_is_kept_than_the_limit_says(limit: str) -> None:
     """Of results and scratch together, with many threads at once, whatever sizes come one after the other."""
     allowed = buffers._bytes(limit)

@@ -408,6 +408,7 @@ def test_what_is_installed_has_it_all() -> None:
 # Another system
 
 
+@pytest.mark.nightly  # half a minute: the tests of this file in one more process
 def test_where_nothing_of_posix_is_there(tmp_path: Path) -> None:
     """The smoke subset, one thread, and a note that says so. The tests of the cache start processes, for which nothing is hidden."""
     smoke = ("-m", "smoke and not libraries and not cuda", "--ignore=tests/test_cache.py", "tests")

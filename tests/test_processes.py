@@ -15,7 +15,8 @@ from rectilinear.testing.cases import step
 TIMEOUT = 60
 
 
-@pytest.mark.parametrize("backend", [pytest.param("numpy", marks=pytest.mark.nightly), "numba"])
+@pytest.mark.nightly  # gigabytes, for 12 s
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_more_elements_than_a_32_bit_index(backend: str) -> None:
     """Views of stride 0, so that neither operands nor results need memory."""
     n = 2**31 + 3

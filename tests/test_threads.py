@@ -320,7 +320,8 @@ assert os.waitpid(child, 0)[1] == 0
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+# Whole calls in spawned processes are a promise of every backend (rectilinear.testing).
+@pytest.mark.parametrize("method", ["fork", *(pytest.param(method, marks=pytest.mark.nightly) for method in ("spawn", "forkserver"))])
 def test_process_pools(method: str) -> None:
     run(
         f"""
