@@ -18,7 +18,7 @@ import numpy as np
 from rectilinear.backends import registry
 from rectilinear.backends.contract import Array, Backend
 from rectilinear.backends.generic import known
-from rectilinear.errors import DTypeError, ShapeError
+from rectilinear.errors import BackendError, DTypeError, ShapeError
 from rectilinear.keepmask import KeepMask
 from rectilinear.plain import elements_apart, fits_at_once, gradients_fit_at_once
 
@@ -211,7 +211,10 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
 
 def numpy_operands(x: Array) -> frozenset[str]:
     """Names of the arguments that may be NumPy arrays beside this one of another library."""
-    names: frozenset[str] = getattr(registry.serving(library_name(x)), "numpy_operands", frozenset())
+    try:
+        names: frozenset[str] = getattr(registry.serving(library_name(x)), "numpy_operands", frozenset())
+    except BackendError:  # nobody serves x here; what is wrong with the call is to be said first
+        return frozenset()
     return names
 
 
