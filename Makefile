@@ -58,6 +58,7 @@ test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 m
 nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 minutes)
 	@echo "== running the tests that take long"
 	@$(PYTEST) -m 'nightly and not cuda' --junitxml=out/nightly.xml
+	@$(MAKE) --no-print-directory release-check
 	@$(MAKE) --no-print-directory test-arm
 	@$(MAKE) --no-print-directory test-cuda
 	@.venv-cuda/bin/python -m pytest -q -m 'cuda and nightly' --junitxml=out/nightly-cuda.xml tests/cuda
@@ -86,7 +87,7 @@ docs: $(VENV)/.installed-test $(VENV)/.installed-docs  ## build the documentatio
 	@$(BIN)/python -m tests.documents
 	@echo "== done: out/site/index.html"
 
-release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the wheel
+release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the wheel, under the newest
 	@echo "== building sdist and wheel, and trying them outside of the checkout"
 	@$(BIN)/python tools/release_check.py $(RELEASE_CHECK)
 
