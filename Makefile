@@ -55,9 +55,10 @@ test-floor:  ## the smoke subset with the lowest versions that pyproject.toml al
 test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 minutes, less when compiled)
 	@$(BIN)/python tools/arm.py
 
-nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 minutes)
+nightly: $(VENV)/.installed-test $(VENV)/.installed-peers  ## what takes longer than make test has (40 minutes)
 	@echo "== running the tests that take long"
-	@$(PYTEST) -m 'nightly and not cuda' --junitxml=out/nightly.xml
+	@$(PYTEST) -m 'nightly and not cuda and not libraries' --junitxml=out/nightly.xml
+	@$(PYTEST) -m 'nightly and libraries' --junitxml=out/nightly-libraries.xml
 	@$(MAKE) --no-print-directory release-check
 	@$(MAKE) --no-print-directory test-arm
 	@$(MAKE) --no-print-directory test-cuda
@@ -68,7 +69,7 @@ nightly: $(VENV)/.installed-test  ## what takes longer than make test has (40 mi
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torch, JAX and dask arrays
 	@echo "== running the tests on torch, JAX and dask arrays"
-	@$(BIN)/python -m pytest -q -m libraries --junitxml=out/test-all.xml
+	@$(PYTEST) -m 'libraries and not nightly' --junitxml=out/test-all.xml
 	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules $(LIBRARY_DOCTESTS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests

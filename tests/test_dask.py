@@ -487,6 +487,7 @@ def test_the_example_in_the_docstring() -> None:
     assert outcome(rectilinear.dask).failed == 0
 
 
+@pytest.mark.nightly  # the kill itself is tested above, and make demo-dask shows the example
 def test_the_example_trains_while_a_worker_dies() -> None:
     script = Path(__file__).resolve().parent.parent / "examples" / "two_layer_net_dask.py"
     done = subprocess.run(

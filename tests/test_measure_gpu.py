@@ -260,6 +260,7 @@ def test_a_replay_computes_anew_into_the_same_arrays(torch_gpu):
 
 
 @pytest.mark.libraries
+@pytest.mark.nightly  # Inductor compiles
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own, when Inductor is imported
 def test_the_code_of_the_compiled_peer_is_right(torch_gpu):
     right(torch_gpu.compiled, Case("step", STEP, "bfloat16"))

@@ -242,7 +242,7 @@ def test_peers_are_right_in_every_pass(name):
     ("name", "cases"),
     [
         ("torch-compile", [c for c in SMALL if c.kind == "softmax" or c.shape == (16, 128, 128) or c.name == "train-32-float32"]),
-        ("torch-nn-compile", [Case("infer", (32,), "float32")]),
+        pytest.param("torch-nn-compile", [Case("infer", (32,), "float32")], marks=pytest.mark.nightly),
     ],
 )
 def test_torch_compile_is_right(name, cases):
