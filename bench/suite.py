@@ -5,10 +5,11 @@ events of calls that are not, the host's share of it, and the copies go to ``ext
 """
 
 import rectilinear as rl
+from rectilinear.backends.registry import NEVER_CHOSEN
 from rectilinear.measure import ours, worker
 from rectilinear.measure.reference import check, inputs
 
-BACKENDS = [info.name for info in rl.list_backends() if info.usable and info.name not in ("auto", "generic")]
+BACKENDS = [info.name for info in rl.list_backends() if info.usable and info.name not in NEVER_CHOSEN]
 WARM_UP = 3
 TURN = 0.05
 """Seconds of calls between CUDA events, as in a turn of the full grid."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rectilinear
+from rectilinear.backends.registry import NEVER_CHOSEN
 from rectilinear.layers import *  # noqa: F403
 
 # ruff: noqa: F405, UP031
@@ -108,7 +109,7 @@ class Solver:
 
 # ------------------------------------------------------------------------------------------------
 
-BACKENDS = [info.name for info in rectilinear.list_backends() if info.usable and info.name != "generic"]
+BACKENDS = [info.name for info in rectilinear.list_backends() if info.usable and info.name not in NEVER_CHOSEN]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

@@ -15,9 +15,10 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import rectilinear
+from rectilinear.backends.registry import NEVER_CHOSEN
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-BACKENDS = [info.name for info in rectilinear.list_backends() if info.usable and info.name != "generic"]
+BACKENDS = [info.name for info in rectilinear.list_backends() if info.usable and info.name not in NEVER_CHOSEN]
 
 # Products this small gain nothing from a second BLAS thread, and on a busy machine its waiting costs minutes.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}

@@ -46,7 +46,7 @@ _BUILT_IN = {
 _AUTO_ORDER = ("numba", "numpy")  # never the GPU unasked
 _SERVERS = {"cupy": "cupy", "dask": "dask"}
 """Import name of a library -> the built-in backend that serves its arrays."""
-_NEVER_CHOSEN = {GENERIC: "the arrays of other libraries", "dask": "dask arrays"}
+NEVER_CHOSEN = {GENERIC: "the arrays of other libraries", "dask": "dask arrays"}
 """Name of a backend that is no choice for NumPy's arrays -> what it serves by itself."""
 _PRIMITIVES = tuple(name for name, value in vars(Backend).items() if callable(value) and not name.startswith("_"))
 
@@ -329,7 +329,7 @@ def _pick(name: str, asker: str, chosen_by: str) -> _Chosen:
     name = name.strip().lower()
     if name == AUTO:
         return _auto(chosen_by)
-    loaded = _load(name) if name not in _NEVER_CHOSEN else None
+    loaded = _load(name) if name not in NEVER_CHOSEN else None
     if loaded is None or loaded.backend is None:
         raise BackendError(_refusal(name, asker))
     return _said(_Chosen(name, loaded.backend, chosen_by))
@@ -475,18 +475,18 @@ def choice_error() -> str | None:
 
 def _refusal(name: str, asker: str) -> str:
     states = {known: loaded.probe for known in _factories() if (loaded := _load(known)) is not None}
-    if name in _NEVER_CHOSEN:
-        what = f"{name!r} serves {_NEVER_CHOSEN[name]} by itself and is never chosen"
+    if name in NEVER_CHOSEN:
+        what = f"{name!r} serves {NEVER_CHOSEN[name]} by itself and is never chosen"
     elif name in states:
         what = f"backend {name!r} is not usable here: {states[name].reason}"
     elif name == AUTO:
         what = "no backend is usable"
     else:
-        near = difflib.get_close_matches(name, [AUTO, *(known for known in states if known not in _NEVER_CHOSEN)], n=1)
+        near = difflib.get_close_matches(name, [AUTO, *(known for known in states if known not in NEVER_CHOSEN)], n=1)
         what = f"unknown backend {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     rows = [(AUTO, f"usable: the first usable of {', '.join(_AUTO_ORDER)}")]
     for known, probe in states.items():
-        if known not in _NEVER_CHOSEN:
+        if known not in NEVER_CHOSEN:
             rows.append((known, "usable" if probe.usable else f"not usable: {probe.reason}"))
     width = max(len(known) for known, _ in rows)
     return "\n".join([f"{asker}: {what}. The backends are:", *(f"  {known:<{width}}  {words}" for known, words in rows)])

@@ -153,11 +153,12 @@ CAPTURED = Subject(
 def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
     """Two subjects for each usable backend, as called by default and with ``out=``; and the reasons why others are not usable."""
     import rectilinear
+    from rectilinear.backends.registry import NEVER_CHOSEN
 
     subjects, missing = [], {}
     for info in rectilinear.list_backends():
-        if info.name in ("auto", "generic"):
-            continue  # auto is one of the others; generic serves other libraries' arrays and is never chosen
+        if info.name in NEVER_CHOSEN:
+            continue
         if not info.usable:
             missing[info.name] = info.reason or "not usable"
             continue

@@ -229,7 +229,7 @@ def libs_for(name: str, library: str | None = None) -> tuple[Lib, ...]:
     ['generic on array_api_strict']
     """
     name = name.strip().lower()
-    if name in registry._NEVER_CHOSEN:
+    if name in registry.NEVER_CHOSEN:
         return (_served(name, library or (STRICT if name == registry.GENERIC else name), None),)
     with rectilinear.use_backend(name) as name:
         backend = registry.active()
