@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--no-kill", action="store_true", help="let all workers live")
     options = parser.parse_args()
     console = Console()
+    rectilinear.warmup(["float32", "float64"])  # here: a compiler takes more memory than the workers are given, and they would stop for it
     with (
         LocalCluster(
             n_workers=options.workers, threads_per_worker=1, processes=True, memory_limit=MEMORY, dashboard_address=":0"
