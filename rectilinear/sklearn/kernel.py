@@ -46,7 +46,7 @@ from rectilinear.kernels.runtime.memory import (
     type_of,
 )
 from rectilinear.kernels.runtime.native import c_address, external, intrinsic, let_go_of_gil, take_gil_back
-from rectilinear.kernels.runtime.records import address_of, at, record
+from rectilinear.kernels.runtime.records import address_of, at, bytes_of, record
 from rectilinear.kernels.runtime.threads import parallel_for
 
 RATES = ("decay", "scale", "descent", "momentum", "rest", "second", "second_rest", "epsilon", "total")
@@ -89,7 +89,7 @@ class Parameter:
     first: int = 0
 
 
-_PARAMETER_BYTES: int = Parameter.layout.size  # type: ignore[attr-defined]
+_PARAMETER_BYTES = bytes_of(Parameter)
 
 
 @record
