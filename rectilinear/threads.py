@@ -1,15 +1,17 @@
 """How many threads the library's own kernels may use, and where that number comes from.
 
 Strongest first: the context (`num_threads`), the process (`set_num_threads`), the variable ``RECTILINEAR_NUM_THREADS``,
-the cores that this process may use, of which the variables in `LIMITS` are upper limits. The results do not depend on it: their
-bits are the same for every number of threads.
+the cores that this process may use, of which the variables in `LIMITS` are upper limits. A core with two hardware threads counts once:
+they share its multiply-add units. The results do not depend on it: their bits are the same for every number of threads.
 """
 
 from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import SupportsIndex
@@ -122,15 +124,44 @@ class num_threads(Block[int]):
 
 
 def available_cores() -> int:
-    """The cores that this process may use: its main thread's affinity mask, cut to its control group's share of processor time."""
+    """The cores that this process may use: those of its main thread's affinity mask, cut to its control group's share of processor time."""
     return max(1, min(_allowed_cores(), _cgroup_cores() or MAX_THREADS, MAX_THREADS))
 
 
+def processors_apart() -> list[int]:
+    """Of the processors that this process may use, the first of each core; none where the system does not say."""
+    last_first = sorted(_allowed_processors(), reverse=True)
+    return sorted({_core_of().get(cpu, cpu): cpu for cpu in last_first}.values())
+
+
 def _allowed_cores() -> int:
+    processors = _allowed_processors()
+    return len(set(map(_core_of().get, processors, processors))) or os.cpu_count() or 1
+
+
+def _allowed_processors() -> set[int]:
     try:
-        return len(os.sched_getaffinity(os.getpid()))  # not 0, the calling thread, which may have been pinned for reasons of its own
+        return os.sched_getaffinity(os.getpid())  # not 0, the calling thread, which may have been pinned for reasons of its own
     except (AttributeError, OSError):  # not Linux
-        return os.cpu_count() or 1
+        return set()
+
+
+@cache
+def _core_of(root: Path = Path("/sys/devices/system/cpu")) -> dict[int, int]:
+    """Of each processor, the first one on the same core; empty where every core has one, and where the system does not say.
+
+    A tile keeps the multiply-add units of a core busy by itself: products ran as fast on one thread as on two that shared a core, which
+    then also share its caches (Zen 4, while the host ran both processors of a virtual machine on one core).
+    """
+    if _read(root / "smt/active").strip() == "0":
+        return {}
+    found = {}
+    for folder in root.glob("cpu[0-9]*"):
+        siblings = _read(folder / "topology/core_cpus_list") or _read(folder / "topology/thread_siblings_list")
+        first = re.match(r"\d+", siblings)
+        if first:
+            found[int(folder.name[3:])] = int(first[0])
+    return found if any(cpu != first for cpu, first in found.items()) else {}
 
 
 def _cgroup_cores() -> int | None:

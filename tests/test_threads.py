@@ -461,6 +461,43 @@ def test_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members
     assert threads._cgroup_cores() == cores
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which processors a process may use")
+@pytest.mark.parametrize(
+    ("active", "siblings", "allowed", "apart"),
+    [
+        ("1", {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5"}, {0, 1, 4, 5}, [0, 1]),
+        ("1", {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, {1, 2, 3}, [1, 2]),
+        ("1", {0: "0-1", 1: "0-1", 2: "2", 3: "3"}, {0, 1, 2, 3}, [0, 2, 3]),  # cores of two kinds
+        ("1", {0: "0-1"}, {0, 1}, [0, 1]),  # one that came later, of which nothing is known
+        ("0", {0: "0", 1: "1"}, {0, 1}, [0, 1]),
+        (None, {}, {3, 5}, [3, 5]),
+    ],
+)
+@pytest.mark.parametrize("file", ["core_cpus_list", "thread_siblings_list"])
+def test_hardware_threads_of_one_core_count_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    active: str | None,
+    siblings: dict[int, str],
+    allowed: set[int],
+    apart: list[int],
+) -> None:
+    (tmp_path / "smt").mkdir()
+    if active is not None:
+        (tmp_path / "smt/active").write_text(f"{active}\n")
+    for cpu, text in siblings.items():
+        topology = tmp_path / f"cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / file).write_text(f"{text}\n")
+    core_of = threads._core_of(tmp_path)
+    monkeypatch.setattr(threads, "_core_of", lambda: core_of)
+    monkeypatch.setattr(threads, "_cgroup_cores", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed)
+    assert threads.processors_apart() == apart
+    assert threads.available_cores() == len(apart)
+
+
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(threads.VARIABLE, " 5 ")
     assert threads.get_num_threads() == 5

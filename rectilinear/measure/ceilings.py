@@ -29,6 +29,7 @@ import numpy as np
 from rectilinear.measure import isa
 from rectilinear.measure.cases import ITEMSIZE
 from rectilinear.measure.machine import available_cpus, caches, describe
+from rectilinear.threads import processors_apart
 
 Kernel = Callable[..., None]
 
@@ -129,7 +130,7 @@ def _together(work: Callable[[int, int], None], repeats: int, threads: int) -> f
     """Seconds from the first start to the last end."""
     barrier = threading.Barrier(threads)
     times: list[tuple[float, float]] = []
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    cpus = processors_apart()
 
     def run(thread: int) -> None:
         if cpus:
