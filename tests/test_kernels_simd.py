@@ -205,9 +205,12 @@ def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
     assert simd.of_target(triple, features) is wanted
 
 
-@pytest.mark.parametrize(
-    "unit", [pytest.param(unit, id=unit.name, marks=pytest.mark.cpu(unit.name)) for unit in FEATURES if unit is not host_simd()]
-)
+def _marks(unit: Simd) -> list[pytest.MarkDecorator]:
+    """All kernels compile once more for each. SSE2, at which no new processor stops, is nightly; `make fuzz` runs it at every change."""
+    return [pytest.mark.cpu(unit.name), *([pytest.mark.nightly] if unit is SSE2 else [])]
+
+
+@pytest.mark.parametrize("unit", [pytest.param(unit, id=unit.name, marks=_marks(unit)) for unit in FEATURES if unit is not host_simd()])
 def test_each_width_computes_right(unit: Simd) -> None:
     """The tails, layouts and edges of test_kernels.py in a process where numba compiles for this instruction set alone.
 

@@ -280,6 +280,7 @@ def test_the_code_of_jaxs_gpu_peer_is_right(monkeypatch):
 
 
 @pytest.mark.libraries
+@pytest.mark.nightly  # five processes that load large libraries
 def test_builds_without_a_gpu_say_so():
     names = [subject.name for subject in PEERS if subject.name.endswith("-cuda")]
     assert len(names) == 5

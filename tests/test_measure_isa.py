@@ -112,6 +112,7 @@ def test_numpy_openblas_and_the_kernels_say_that_they_are_held():
 
 
 @pytest.mark.libraries
+@pytest.mark.nightly  # every library, loaded twice
 @needs_avx2
 def test_the_other_libraries_say_that_they_are_held():
     said = said_by([peer for peer in PEERS if peer.name in ("torch", "jax", "sklearn", "thinc")])

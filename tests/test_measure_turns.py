@@ -232,17 +232,21 @@ def test_backends_and_the_baseline_are_right_in_every_pass():
 
 
 @pytest.mark.libraries
-@pytest.mark.parametrize("name", ["torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"])
-def test_peers_are_right_in_every_pass(name):
-    all_right([peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name == name], SMALL)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.nightly)])
+def test_peers_are_right_in_every_pass(dtype):
+    names = {"torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"}
+    peers = [peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name in names]
+    assert len(peers) == len(names)
+    all_right(peers, [case for case in SMALL if case.dtype == dtype])
 
 
 @pytest.mark.libraries
+@pytest.mark.nightly  # Inductor compiles
 @pytest.mark.parametrize(
     ("name", "cases"),
     [
         ("torch-compile", [c for c in SMALL if c.kind == "softmax" or c.shape == (16, 128, 128) or c.name == "train-32-float32"]),
-        pytest.param("torch-nn-compile", [Case("infer", (32,), "float32")], marks=pytest.mark.nightly),
+        ("torch-nn-compile", [Case("infer", (32,), "float32")]),
     ],
 )
 def test_torch_compile_is_right(name, cases):

@@ -49,6 +49,7 @@ def step(report: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(report["parts"]["correctness"]["rows"][name])
 
 
+@pytest.mark.nightly  # half a minute
 def test_all_parts(make: Any, libraries: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("KERNELS", str(libraries["float32"].parent))
     status, report = run(make, tmp_path)
@@ -121,6 +122,7 @@ START = 15.0
 """Seconds in which a process of Python with NumPy and pytest has started, on a busy machine too."""
 
 
+@pytest.mark.nightly  # it waits for the budget of a part to end
 def test_a_part_that_overruns_is_cut_with_what_it_has_and_the_next_runs() -> None:
     report = found_by(["sleeps", "throws"], START, 2 * START)
     cut, after = report["parts"].values()

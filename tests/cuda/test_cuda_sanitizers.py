@@ -10,6 +10,8 @@ from pathlib import Path
 import host_build
 import pytest
 
+pytestmark = pytest.mark.nightly  # building everything for them takes as long as a third of all other tests here
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -49,7 +51,6 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=sanitized_environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.nightly  # building everything for them takes as long as a third of all other tests here
 def test_kernels_and_backend() -> None:
     files = [str(HERE / "test_cuda_kernels.py"), str(HERE / "test_cuda_backend.py")]
     done = run_sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", SELECTED)
