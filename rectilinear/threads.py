@@ -7,6 +7,7 @@ they share its multiply-add units. The results do not depend on it: their bits a
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import os
 import re
@@ -255,6 +256,11 @@ def _checked(function: str, n: SupportsIndex) -> int:
 
 def _out_of_range(asker: str, met: object) -> str:
     return f"{asker}: the number of threads must be from 1 to {MAX_THREADS}, not {met}"
+
+
+team = globals().get("team") or ctypes.c_ssize_t(0)
+"""Whose threads the kernels run on: the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does, or 0, their
+own pool. Who sets it sets it back; a call of another thread meanwhile may use such a team as well, and computes the same."""
 
 
 # importlib.reload, and IPython's autoreload, keep what was chosen.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -412,6 +413,91 @@ def test_without_pthreads() -> None:
         assert busy(0.01, 4, 2)[0] == [4, 0]
         """
     )
+
+
+# Threads of somebody else's
+
+
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+START = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+class Team:
+    """Starts Python's threads as ``GOMP_parallel`` starts OpenMP's: as many as are asked for, the caller among them, or `at_most`."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.at_most = 1000
+        self.around: list[tuple[int, int]] = []
+        self.get_round = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None).fegetround
+        self.start = START(self._start)
+
+    def _start(self, function: int, data: int, nthreads: int, flags: int) -> None:
+        def help_out() -> None:
+            before = self.get_round()
+            WORK(function)(data)
+            self.around.append((before, self.get_round()))
+
+        self.asked.append(nthreads)
+        helpers = [threading.Thread(target=help_out) for _ in range(min(nthreads, self.at_most) - 1)]
+        for helper in helpers:
+            helper.start()
+        WORK(function)(data)
+        for helper in helpers:
+            helper.join()
+
+
+@pytest.fixture
+def team() -> Iterator[Team]:
+    given = Team()
+    threads.team.value = ctypes.cast(given.start, ctypes.c_void_p).value or 0
+    yield given
+    threads.team.value = 0
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 1000])
+def test_a_team_runs_every_task_once(team: Team, at_most: int) -> None:
+    team.at_most = at_most
+    for ntasks, nthreads in ((2, 2), (3, 7), (1000, 3)):
+        counts = np.zeros(1001, np.intp)
+        assert pool_demo.count_runs(counts, ntasks, nthreads) == min(nthreads, ntasks, at_most)
+        assert counts.tolist() == [1] * ntasks + [0] * (1001 - ntasks)
+    assert team.asked == [2, 3, 3]
+    assert pool_demo.count_runs(np.zeros(1001, np.intp), 5, 1) == 1
+    assert len(team.asked) == 3, "nobody is needed for one thread"
+
+
+def test_workers_of_our_own_stay_out_of_a_teams_job(team: Team) -> None:
+    start = threads.team.value
+    x = np.random.default_rng(0).standard_normal(200_123)
+    one = pool_demo.slab_sums(x, 1)
+    for _ in range(100):
+        threads.team.value = 0
+        assert pool_demo.slab_sums(x, 3).tobytes() == one.tobytes()  # its workers look for more for a while
+        threads.team.value = start
+        counts = np.zeros(1001, np.intp)
+        assert pool_demo.count_runs(counts, 1000, 3) == 3
+        assert counts[:1000].tolist() == [1] * 1000
+        assert pool_demo.slab_sums(x, 3).tobytes() == one.tobytes()
+    assert len(team.asked) == 200
+
+
+def test_a_team_rounds_as_the_caller_does_and_then_as_before(team: Team) -> None:
+    x = np.random.default_rng(0).standard_normal(200_123)
+    usual = pool_demo.slab_sums(x, 1)
+    set_round = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None).fesetround
+    before = team.get_round()
+    upward = 0x800 if set_round(0x800) == 0 else 0x400000  # FE_UPWARD on x86, on ARM
+    try:
+        set_round(upward)
+        one = pool_demo.slab_sums(x, 1)
+        assert one.tobytes() != usual.tobytes(), "the rounding mode had no effect: nothing was tested"
+        threads_ = [pool_demo.slab_sums(x, 3).tobytes() for _ in range(20)]
+    finally:
+        set_round(before)
+    assert threads_ == [one.tobytes()] * 20
+    assert len(team.around) == 40
+    assert all(before == after for before, after in team.around)
 
 
 # The number of threads

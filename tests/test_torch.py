@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import threading
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 
 import rectilinear
+from rectilinear import threads
+from rectilinear.backends import registry
+
+from . import subprocesses
 
 pytestmark = pytest.mark.libraries
 
@@ -596,3 +601,60 @@ def test_other_backends_serve_too(kernels: None) -> None:
         for got, want in zip(gradients(model, x), gradients(plain, x), strict=True):
             torch.testing.assert_close(got, want)
         assert isinstance(rt.primitives.forward(x, plain[0].weight, None, True)[1], np.ndarray)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_kernels_run_on_pytorchs_threads_and_in_a_forked_process_on_their_own() -> None:
+    """Each side's threads would else keep the processors from the other's."""
+    subprocesses.run(
+        """
+        import os
+        import numpy as np
+        import torch
+        import rectilinear
+        from rectilinear.torch import affine_relu, primitives
+        from rectilinear.threads import team
+
+        def threads():
+            return set(os.listdir("/proc/self/task"))
+
+        rectilinear.set_num_threads(2)
+        torch.set_num_threads(2)
+        rectilinear.warmup(["float32"])
+        assert primitives._start != 0
+        x, weight, bias = torch.ones(512, 784, requires_grad=True), torch.ones(512, 784, requires_grad=True), torch.ones(512)
+        with rectilinear.num_threads(1):
+            one = affine_relu(x, weight, bias)
+        torch.exp(torch.ones(1 << 20))
+        begun = threads()
+        out = affine_relu(x, weight, bias)
+        out.sum().backward()
+        assert threads() == begun
+        assert team.value == 0
+        assert torch.equal(out, one)
+        rectilinear.relu_forward(np.ones((1 << 20,), "f4"))
+        assert len(threads() - begun) == 1, "NumPy arrays have the pool"
+
+        child = os.fork()
+        if child == 0:
+            # By NumPy: PyTorch's own operations would wait for its threads here.
+            ok = np.array_equal(affine_relu(x, weight, bias).detach().numpy(), one.detach().numpy())
+            os._exit(0 if ok and primitives._start == 0 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """,
+        limit_s=60,
+    )
+
+
+def test_a_call_that_fails_gives_the_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fail(*args: Any) -> None:
+        seen.append(threads.team.value)
+        raise MemoryError
+
+    monkeypatch.setattr(registry.active(), "affine_forward", fail)
+    with pytest.raises(MemoryError):
+        rt.primitives.forward(torch.ones(2, 3), torch.ones(4, 3), None, False)
+    assert seen == [rt.primitives._start]
+    assert threads.team.value == 0

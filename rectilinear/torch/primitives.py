@@ -7,9 +7,13 @@ arrays; those of a GPU to the cupy backend, on PyTorch's current stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from rectilinear.backends.contract import Backend, Keep, Wanted
 from rectilinear.buffers import empty
 from rectilinear.errors import BackendError
 from rectilinear.keepmask import KeepMask
+from rectilinear.threads import team
 
 Tensor: TypeAlias = Any
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -39,6 +44,49 @@ def backend_for(x: Tensor) -> Backend | None:
     return None
 
 
+def _starter() -> int:
+    """The address of what starts a team of PyTorch's OpenMP threads; 0 where PyTorch has none, or none that is started so."""
+    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        try:
+            # Looked up in what PyTorch itself is linked to: a process may have loaded OpenMP more than once.
+            return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            pass
+    return 0
+
+
+_start = _starter()
+
+
+def _forget_threads() -> None:
+    """OpenMP's threads are not there in a forked process, and GNU's would be waited for without end; the kernels' own pool starts anew."""
+    global _start
+    _start = team.value = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _on_pytorchs_threads(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run the kernels on the threads that PyTorch's operations use. Those spin for milliseconds after each, and would keep the processors
+    from threads of our own."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        team.value = _start
+        try:
+            return function(*args, **kwargs)
+        finally:
+            team.value = 0
+
+    return call
+
+
+@_on_pytorchs_threads
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Keep | None]:
     """``x weight.T + bias``, with ReLU if asked for, and then what backward has to know of it."""
     if x.is_cuda:
@@ -51,6 +99,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple
     return _tensor(backend.affine_forward(samples, w, b, None)), None
 
 
+@_on_pytorchs_threads
 def backward(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: Sequence[bool]) -> Gradients:
     """The gradients of x, weight and bias that are needed."""
     want_dx, want_dw, want_db = needs
@@ -73,6 +122,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: 
     )
 
 
+@_on_pytorchs_threads
 def relu_forward(x: Tensor) -> Tensor:
     if x.is_cuda:
         out = torch.empty_like(x)
@@ -82,6 +132,7 @@ def relu_forward(x: Tensor) -> Tensor:
     return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None)))
 
 
+@_on_pytorchs_threads
 def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda:
         dx = torch.empty_like(x)

@@ -19,12 +19,12 @@ from rectilinear.torch.primitives import Tensor
 
 CLEARLY = 0.92
 """The kernels are taken where they need at most so much of PyTorch's time. A layer alone finds its operands in caches that a whole net
-shares, and the processors free; a training step of batch 32 took up to a tenth longer where both ways took equally long alone (Zen 4)."""
+shares; a training step of batch 32 took up to a tenth longer where both ways took equally long alone (Zen 4)."""
 
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
 BLOCK_S = 0.002
-"""How long a block lasts: at least two calls, and at most `BLOCK_CALLS`. By its end the threads of whoever ran before are asleep."""
+"""How long a block lasts: at least two calls, and at most `BLOCK_CALLS`. By its end threads of somebody else's are asleep."""
 BLOCK_CALLS = 20
 
 
@@ -58,12 +58,7 @@ MOST_CHOICES = 10_000
 
 
 class Together:
-    """Layers of one model, which go the same way at a batch, for inference or for training.
-
-    One by one they would lose: PyTorch's OpenMP threads spin on for milliseconds after each of its operations, on the processors that the
-    kernels' threads are woken for. Two layers of PyTorch's and one of ours took 1.05 to 1.2 times as long as all of them by PyTorch
-    (two threads on two cores of a Zen 4).
-    """
+    """Layers of one model, which go the same way at a batch, for inference or for training: what they gain together is more than chance."""
 
     def __init__(self) -> None:
         self.asked: dict[Question, Answer] = {}

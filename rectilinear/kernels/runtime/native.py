@@ -127,16 +127,23 @@ def stack_bytes(typingctx: Any, size: Any) -> Any:
     return types.intp(size), codegen
 
 
+def _call_at_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Call what lies at the first argument with the others."""
+    ctype = ir.FunctionType(ir.VoidType(), [_WORD] * (len(args) - 1))
+    builder.call(builder.inttoptr(args[0], ctype.as_pointer()), args[1:])
+    return context.get_dummy_value()
+
+
 @intrinsic
 def call_task(typingctx: Any, function: Any, index: Any, arg: Any, slot: Any) -> Any:
     """Call the C function ``void (intp, intp, intp)`` that is at the address `function`."""
+    return types.void(*(types.intp,) * 4), _call_at_address
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        ctype = ir.FunctionType(ir.VoidType(), [_WORD] * 3)
-        builder.call(builder.inttoptr(args[0], ctype.as_pointer()), args[1:])
-        return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+@intrinsic
+def call_team(typingctx: Any, start: Any, function: Any, arg: Any, nthreads: Any, flags: Any) -> Any:
+    """Call the C function ``void (void (*)(void *), void *, unsigned, unsigned)`` that is at the address `start`, as ``GOMP_parallel``."""
+    return types.void(*(types.intp,) * 5), _call_at_address
 
 
 @intrinsic

@@ -11,6 +11,9 @@ joins by taking one from `gate`; everyone claims task indices from `next` until 
 and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker costs
 nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
 
+Where `rectilinear.threads.team` names a function that starts threads, as PyTorch's OpenMP has it, the job runs on those instead: they
+are awake already, and would keep the processors from our own.
+
 What a task computes depends on its index alone, never on who runs it: that is what makes results equal for every
 number of threads.
 """
@@ -32,6 +35,7 @@ from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.native import (
     c_address,
     call_task,
+    call_team,
     compare_exchange,
     exchange,
     external,
@@ -44,7 +48,7 @@ from rectilinear.kernels.runtime.native import (
     symbol_address,
 )
 from rectilinear.kernels.runtime.records import PAIR_BYTES, WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record
-from rectilinear.threads import MAX_THREADS
+from rectilinear.threads import MAX_THREADS, team
 
 SPIN_NS = 30_000
 """How long a worker without work looks for more before it sleeps, and the caller for the last helper to leave.
@@ -142,6 +146,8 @@ class Pool:
 _REBUILDING = -1
 
 _CPU_SET_BYTES = 128
+_FLOAT_ENV_BYTES = 128
+"""No system's is larger: see `Opaque`."""
 
 
 def _pool_function(name: str) -> Any:
@@ -357,24 +363,47 @@ def _await_helpers(pool: Pool, joined: int) -> None:
 
 
 @jit_inner
-def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: int) -> int:
-    helpers = min(nthreads, ntasks, MAX_THREADS) - 1
-    _hire(pool, helpers)
-    helpers = min(helpers, load(pool.owner.workers))
+def _write_down(pool: Pool, function: int, arg: int, ntasks: int) -> None:
     store(pool.job.function, function)
     store(pool.job.arg, arg)
     store(pool.job.ntasks, ntasks)
-    _note_the_callers_cpu(pool)
     # Rounding mode and flush-to-zero are per thread; helpers take the caller's, or bits could depend on who computes.
     _fegetenv(pool.float_env)
     store(pool.next.count, 0)
     store(pool.leaving.left, 0)
+
+
+@jit_inner
+def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: int) -> int:
+    helpers = min(nthreads, ntasks, MAX_THREADS) - 1
+    _hire(pool, helpers)
+    helpers = min(helpers, load(pool.owner.workers))
+    _write_down(pool, function, arg, ntasks)
+    _note_the_callers_cpu(pool)
     store(pool.gate.count, helpers)
     _wake(pool, helpers)
     _drain(pool, 0)
     joined = helpers - exchange(pool.gate.count, 0)
     _await_helpers(pool, joined)
     return 1 + joined
+
+
+@jit_inner
+def _take_part(address: int) -> None:
+    """What each thread of a team does for a job."""
+    pool, own = at(Pool, address), stack_bytes(_FLOAT_ENV_BYTES)
+    slot = fetch_add(pool.leaving.left, 1)  # not the gate, by which workers of our own would join
+    _fegetenv(own)
+    _fesetenv(pool.float_env)
+    _drain(pool, slot)
+    _fesetenv(own)
+
+
+@jit_inner
+def _run_in_team(pool: Pool, team: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
+    _write_down(pool, function, arg, ntasks)
+    call_team(team, c_address(_take_part), address_of(pool), min(nthreads, ntasks, MAX_THREADS), 0)
+    return load(pool.leaving.left)
 
 
 @jit_inner
@@ -392,7 +421,11 @@ def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
         return _run_alone(function, arg, ntasks)
     if not compare_exchange(pool.owner.busy, 0, 1):
         return _run_alone(function, arg, ntasks)
-    took_part = _run_together(pool, function, arg, ntasks, nthreads)
+    team = load(symbol_address("rectilinear_team"))
+    if team != 0:
+        took_part = _run_in_team(pool, team, function, arg, ntasks, nthreads)
+    else:
+        took_part = _run_together(pool, function, arg, ntasks, nthreads)
     store(pool.owner.busy, 0)
     return took_part
 
@@ -493,6 +526,7 @@ def _start() -> Any:
     memory = ctypes.create_string_buffer(bytes_of(Pool) + PAIR_BYTES)
     pool = -(-ctypes.addressof(memory) // PAIR_BYTES) * PAIR_BYTES
     llvm.add_symbol("rectilinear_pool", pool)
+    llvm.add_symbol("rectilinear_team", ctypes.addressof(team))
     run, at_hand, stop = _entry_points()
     llvm.add_symbol("rectilinear_parallel_for", run)
     llvm.add_symbol("rectilinear_helpers_at_hand", at_hand)
