@@ -24,6 +24,7 @@ from numba import types
 from numba.core import cgutils
 
 from rectilinear.kernels.loops.elementwise import QUICK_BYTES, SHARED_BYTES
+from rectilinear.kernels.loops.parameters import Parameter, Parameters, fits, give_back, make_room, number_tasks, parameter, read, whose
 from rectilinear.kernels.micro.emit import I32, I64, Emitter, Values, float_vector
 from rectilinear.kernels.micro.library import host_simd
 from rectilinear.kernels.runtime.cache import jit, jit_inner
@@ -33,20 +34,15 @@ from rectilinear.kernels.runtime.memory import (
     C_ORDER,
     CHANGED,
     WRITEABLE,
-    count_of,
     data_of,
-    dtype_of,
-    flags_of,
     get,
-    have_same_shape,
     item_of,
     length_of,
     put,
     size_of,
-    type_of,
 )
 from rectilinear.kernels.runtime.native import c_address, external, intrinsic, let_go_of_gil, take_gil_back
-from rectilinear.kernels.runtime.records import address_of, at, bytes_of, record
+from rectilinear.kernels.runtime.records import address_of, at, record
 from rectilinear.kernels.runtime.threads import parallel_for
 
 RATES = ("decay", "scale", "descent", "momentum", "rest", "second", "second_rest", "epsilon", "total")
@@ -78,33 +74,13 @@ class RunOperands:
 
 
 @record
-class Parameter:
-    """One parameter, `count` elements that lie side by side, and the number of its first task. SGD has no m."""
-
-    count: int = 0
-    w: int = 0
-    dw: int = 0
-    m: int = 0
-    v: int = 0
-    first: int = 0
-
-
-_PARAMETER_BYTES = bytes_of(Parameter)
-
-
-@record
 class Step:
-    """The job: `count` parameters, one after the other in memory and `size` bytes in all; the first `decayed` decay. A task takes `run`
-    elements of one."""
+    """The job, `size` bytes of w in all."""
 
-    parameters: int = 0
-    count: int = 0
+    parameters: Parameters = Parameters()
     size: int = 0
-    decayed: int = 0
-    run: int = 0
     rates: int = 0
     totals: int = 0
-    flags: int = 0
 
 
 # ---------------------------------------------------------------- the vector code
@@ -217,60 +193,42 @@ def _load(itemsize: int) -> None:
 
 
 @jit_inner
-def _parameter(job: Step, index: int) -> int:
-    return job.parameters + index * _PARAMETER_BYTES
-
-
-@jit_inner
 def _task(zero: Any, index: int, job: Step) -> None:
-    last = job.count - 1
-    while at(Parameter, _parameter(job, last)).first > index:
-        last -= 1
-    mine = at(Parameter, _parameter(job, last))
-    done = (index - mine.first) * job.run
+    own = at(Parameter, whose(job.parameters, index))
+    done = (index - own.first) * job.parameters.run
     start = done * size_of(zero)
     _run(
         zero,
         RunOperands(
-            count=min(job.run, mine.count - done),
-            w=mine.w + start,
-            dw=mine.dw + start,
-            m=mine.m + start,
-            v=mine.v + start,
+            count=min(job.parameters.run, own.count - done),
+            w=own.w + start,
+            dw=own.dw + start,
+            m=own.m + start,
+            v=own.v + start,
             rates=job.rates,
             total=job.totals + 8 * index,
-            flags=job.flags | (DECAYS if last < job.decayed else 0),
+            flags=own.flags,
         ),
     )
 
 
 @jit_inner
-def _fits(array: int, like: int, shape: int, needs: int) -> bool:
-    """Whether a Python object is a base array of the dtype of `like`, of the shape of `shape`, with these flags."""
-    return (
-        type_of(array) == type_of(like)
-        and dtype_of(array) == dtype_of(like)
-        and have_same_shape(array, shape)
-        and flags_of(array) & needs == needs
-    )
-
-
-@jit_inner
-def _prepare(job: Step, w: int, dw: int, m: int, v: int, size: int) -> int:
-    """Read the arrays in these tuples into the job's parameters and number the tasks; these, or CHANGED where something is unusual."""
-    tasks, like = 0, item_of(w, 0)
-    for i in range(job.count):
-        mine, array = at(Parameter, _parameter(job, i)), item_of(w, i)
-        moments = _fits(item_of(v, i), like, array, C_ORDER | WRITEABLE)
-        moments = moments and (job.flags & ADAM == 0 or _fits(item_of(m, i), like, array, C_ORDER | WRITEABLE))
-        if not (moments and _fits(array, like, array, C_ORDER | WRITEABLE) and _fits(item_of(dw, i), like, array, C_ORDER)):
+def _prepare(job: Step, w: int, dw: int, m: int, v: int, decayed: int, flags: int, size: int) -> int:
+    """Read the arrays in these tuples into the job's parameters; 0, or CHANGED where something is unusual."""
+    like, written = item_of(w, 0), C_ORDER | WRITEABLE
+    for i in range(job.parameters.count):
+        own, array, moment = at(Parameter, parameter(job.parameters, i)), item_of(w, i), item_of(v, i)
+        if not (fits(array, like, array, written) and fits(item_of(dw, i), like, array, C_ORDER) and fits(moment, like, array, written)):
             return CHANGED
-        mine.count, mine.w, mine.dw, mine.v = count_of(array), data_of(array), data_of(item_of(dw, i)), data_of(item_of(v, i))
-        mine.m = data_of(item_of(m, i)) if job.flags & ADAM != 0 else 0
-        mine.first = tasks
-        job.size += mine.count * size
-        tasks += -(-mine.count // job.run)
-    return tasks
+        read(own, array)
+        own.dw, own.v = data_of(item_of(dw, i)), data_of(moment)
+        if flags & ADAM != 0:
+            if not fits(item_of(m, i), like, array, written):
+                return CHANGED
+            own.m = data_of(item_of(m, i))
+        own.flags = flags | (DECAYS if i < decayed else 0)
+        job.size += own.count * size
+    return 0
 
 
 @jit_inner
@@ -299,22 +257,22 @@ def step(itemsize: int) -> Any:
     @jit(nogil=False)
     def take(w: int, dw: int, m: int, v: int, rates: int, decayed: int, flags: int, threads: int) -> int:
         size = size_of(zero)
-        job = Step(count=length_of(w), decayed=decayed, run=RUN_BYTES // size, rates=rates, flags=flags)
-        if length_of(dw) != job.count or length_of(v) != job.count or (flags & ADAM != 0 and length_of(m) != job.count):
+        job = Step(rates=rates)
+        job.parameters.count, job.parameters.run = length_of(w), RUN_BYTES // size
+        if length_of(dw) != length_of(w) or length_of(v) != length_of(w) or (flags & ADAM != 0 and length_of(m) != length_of(w)):
             return CHANGED
-        job.parameters = _malloc(job.count * _PARAMETER_BYTES)
-        if job.parameters == 0:
+        if not make_room(job.parameters):
             return CHANGED
-        tasks = _prepare(job, w, dw, m, v, size)
-        if tasks >= 0:
+        if _prepare(job, w, dw, m, v, decayed, flags, size) == 0:
+            tasks = number_tasks(job.parameters)
             job.totals = _malloc(8 * max(tasks, 1))
-        if job.totals != 0:
-            others = let_go_of_gil(job.size > QUICK_BYTES)
-            parallel_for(c_address(task), address_of(job), tasks, threads if job.size > SHARED_BYTES else 1)
-            take_gil_back(others)
-            _add_up(job, tasks)
-            _free(job.totals)
-        _free(job.parameters)
+            if job.totals != 0:
+                others = let_go_of_gil(job.size > QUICK_BYTES)
+                parallel_for(c_address(task), address_of(job), tasks, threads if job.size > SHARED_BYTES else 1)
+                take_gil_back(others)
+                _add_up(job, tasks)
+                _free(job.totals)
+        give_back(job.parameters)
         return CHANGED if job.totals == 0 else 0
 
     return take
