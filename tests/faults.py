@@ -301,7 +301,7 @@ class Leaks(Reference):
 
     def affine_forward(self, x: Any, w: Any, b: Any, out: Any) -> Any:
         result = super().affine_forward(x, w, b, out)
-        self.kept.append(result.copy())
+        self.kept.append(np.tile(result, 8))  # more than a busy process has free without asking the system
         return result
 
 
@@ -347,5 +347,5 @@ FAULTS = (
     Fault("asarray forgets the dtype", DtypeOfAsarray, "arrays"),
     Fault("the order of sums is another one on each run", AnyOrder, "bits"),
     Fault("threads share a scratch", SharedScratch, "threads"),
-    Fault("a copy of each result stays", Leaks, "memory", slow=True),
+    Fault("copies of each result stay", Leaks, "memory", slow=True),
 )

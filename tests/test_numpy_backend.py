@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,21 @@ def test_products_tell_of_overflow(shape: tuple[int, int, int]) -> None:
         for wanted in ((True, False, False), (False, True, False)):
             with pytest.raises(FloatingPointError):
                 BACKEND.affine_backward(dout, x, w, None, wanted, nothing)
+
+
+def test_long_operands_are_not_copied() -> None:
+    """``dot`` copies what BLAS does not take as it lies."""
+    long = np.broadcast_to(1.0, (1 << 22, 1))
+    one = np.ones((1, 1))
+    tracemalloc.start()
+    try:
+        assert BACKEND.affine_forward(long.T, long, None, None) == 1 << 22
+        _, dw, db = BACKEND.affine_backward(long, long, one, None, (False, True, True), (None, None, None))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dw == db == 1 << 22
+    assert peak < long.shape[0]  # an eighth of a copy of one
 
 
 def test_a_dot_that_is_silent_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,8 @@ _DOT_REPORTS = _dot_reports()
 
 # Elements of a result that ``dot`` sets to 0 first in less time than it saves. Measured on a Zen 4; float64 is even there.
 _SMALL_PRODUCT = 10_000
+# Elements of operands beyond which starting sooner is nothing: ``dot`` copies what BLAS does not take as it lies, a view of stride 0 too.
+_SMALL_OPERANDS = 1_000_000
 
 
 def _product(a: Array, b: Array, out: Array | None) -> Array:
@@ -146,7 +148,8 @@ def _product(a: Array, b: Array, out: Array | None) -> Array:
     """
     if _DOT_REPORTS and a.ndim == 2:
         (n, k), m = a.shape, b.shape[1]
-        if (n * m <= _SMALL_PRODUCT if k != 1 else n > 1 and m > 1) and (out is None or out.flags.carray):
+        small = n * m <= _SMALL_PRODUCT and (n + m) * k <= _SMALL_OPERANDS
+        if (small if k != 1 else n > 1 and m > 1) and (out is None or out.flags.carray):
             return a.dot(b, out)
     return np.matmul(a, b, out)
 
