@@ -258,11 +258,16 @@ def _out_of_range(asker: str, met: object) -> str:
     return f"{asker}: the number of threads must be from 1 to {MAX_THREADS}, not {met}"
 
 
-team = globals().get("team") or ctypes.c_ssize_t(0)
-"""Whose threads the kernels run on: the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does, or 0, their
-own pool. Who sets it sets it back; a call of another thread meanwhile may use such a team as well, and computes the same."""
+class _Team(ctypes.Structure):
+    """`start` is the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does; 0: the kernels' own pool.
+    `at_most` is how many threads may take part, or 0: as many as a call may use."""
+
+    _fields_ = (("start", ctypes.c_ssize_t), ("at_most", ctypes.c_ssize_t))
 
 
 # importlib.reload, and IPython's autoreload, keep what was chosen.
+team: _Team = globals().get("team") or _Team()
+"""Whose threads the kernels run on. Who sets it sets it back; a call of another thread meanwhile may use such a team as well, and computes
+the same."""
 _cores: _Cores = globals().get("_cores") or _Cores()
 _choice: Choice[int] = globals().get("_choice") or Choice("num_threads", _by_variable)

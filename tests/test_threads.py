@@ -450,9 +450,9 @@ class Team:
 @pytest.fixture
 def team() -> Iterator[Team]:
     given = Team()
-    threads.team.value = ctypes.cast(given.start, ctypes.c_void_p).value or 0
+    threads.team.start = ctypes.cast(given.start, ctypes.c_void_p).value or 0
     yield given
-    threads.team.value = 0
+    threads.team.start = threads.team.at_most = 0
 
 
 @pytest.mark.parametrize("at_most", [1, 2, 1000])
@@ -467,14 +467,23 @@ def test_a_team_runs_every_task_once(team: Team, at_most: int) -> None:
     assert len(team.asked) == 3, "nobody is needed for one thread"
 
 
+def test_no_more_threads_than_somebody_else_allows(team: Team) -> None:
+    for whose in (threads.team.start, 0):
+        threads.team.start = whose
+        for at_most in (1, 2):
+            threads.team.at_most = at_most
+            assert 1 <= pool_demo.count_runs(np.zeros(1001, np.intp), 1000, 3) <= at_most
+    assert team.asked == [2]
+
+
 def test_workers_of_our_own_stay_out_of_a_teams_job(team: Team) -> None:
-    start = threads.team.value
+    theirs = threads.team.start
     x = np.random.default_rng(0).standard_normal(200_123)
     one = pool_demo.slab_sums(x, 1)
     for _ in range(100):
-        threads.team.value = 0
+        threads.team.start = 0
         assert pool_demo.slab_sums(x, 3).tobytes() == one.tobytes()  # its workers look for more for a while
-        threads.team.value = start
+        threads.team.start = theirs
         counts = np.zeros(1001, np.intp)
         assert pool_demo.count_runs(counts, 1000, 3) == 3
         assert counts[:1000].tolist() == [1] * 1000

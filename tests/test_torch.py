@@ -630,7 +630,7 @@ def test_the_kernels_run_on_pytorchs_threads_and_in_a_forked_process_on_their_ow
         out = affine_relu(x, weight, bias)
         out.sum().backward()
         assert threads() == begun
-        assert team.value == 0
+        assert team.start == team.at_most == 0
         assert torch.equal(out, one)
         rectilinear.relu_forward(np.ones((1 << 20,), "f4"))
         assert len(threads() - begun) == 1, "NumPy arrays have the pool"
@@ -650,11 +650,11 @@ def test_a_call_that_fails_gives_the_threads_back(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     def fail(*args: Any) -> None:
-        seen.append(threads.team.value)
+        seen.append((threads.team.start, threads.team.at_most))
         raise MemoryError
 
     monkeypatch.setattr(registry.active(), "affine_forward", fail)
     with pytest.raises(MemoryError):
         rt.primitives.forward(torch.ones(2, 3), torch.ones(4, 3), None, False)
-    assert seen == [rt.primitives._start]
-    assert threads.team.value == 0
+    assert seen == [(rt.primitives._start, torch.get_num_threads())]
+    assert threads.team.start == threads.team.at_most == 0

@@ -61,7 +61,7 @@ _start = _starter()
 def _forget_threads() -> None:
     """OpenMP's threads are not there in a forked process, and GNU's would be waited for without end; the kernels' own pool starts anew."""
     global _start
-    _start = team.value = 0
+    _start = team.start = team.at_most = 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -72,16 +72,16 @@ _R = TypeVar("_R")
 
 
 def _on_pytorchs_threads(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run the kernels on the threads that PyTorch's operations use. Those spin for milliseconds after each, and would keep the processors
-    from threads of our own."""
+    """Run the kernels on the threads that PyTorch's operations use, and on no more of them. Those spin for milliseconds after each, and
+    would keep the processors from threads of our own."""
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        team.value = _start
+        team.start, team.at_most = _start, torch.get_num_threads()
         try:
             return function(*args, **kwargs)
         finally:
-            team.value = 0
+            team.start = team.at_most = 0
 
     return call
 

@@ -11,7 +11,7 @@ joins by taking one from `gate`; everyone claims task indices from `next` until 
 and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker costs
 nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
 
-Where `rectilinear.threads.team` names a function that starts threads, as PyTorch's OpenMP has it, the job runs on those instead: they
+Where `rectilinear.threads.team` names a function that starts threads, as PyTorch's OpenMP has one, the job runs on those instead: they
 are awake already, and would keep the processors from our own.
 
 What a task computes depends on its index alone, never on who runs it: that is what makes results equal for every
@@ -141,6 +141,14 @@ class Pool:
     signals: Opaque = Opaque()
     old_signals: Opaque = Opaque()
     handles: Handles = Handles()
+
+
+@record
+class Team:
+    """`rectilinear.threads.team`, as jitted code sees it."""
+
+    start: int = 0
+    at_most: int = 0
 
 
 _REBUILDING = -1
@@ -400,9 +408,9 @@ def _take_part(address: int) -> None:
 
 
 @jit_inner
-def _run_in_team(pool: Pool, team: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
+def _run_in_team(pool: Pool, start: int, function: int, arg: int, ntasks: int, nthreads: int) -> int:
     _write_down(pool, function, arg, ntasks)
-    call_team(team, c_address(_take_part), address_of(pool), min(nthreads, ntasks, MAX_THREADS), 0)
+    call_team(start, c_address(_take_part), address_of(pool), min(nthreads, ntasks, MAX_THREADS), 0)
     return load(pool.leaving.left)
 
 
@@ -416,14 +424,15 @@ def _run_alone(function: int, arg: int, ntasks: int) -> int:
 @jit_inner
 def _run(function: int, arg: int, ntasks: int, nthreads: int) -> int:
     """parallel_for; returns how many threads took part."""
-    pool = at(Pool, symbol_address("rectilinear_pool"))
+    pool, team = at(Pool, symbol_address("rectilinear_pool")), at(Team, symbol_address("rectilinear_team"))
+    nthreads = min(nthreads, team.at_most) if team.at_most > 0 else nthreads
     if min(ntasks, nthreads) < 2 or not _belongs_here(pool) or load(pool.sleeping.stop) != 0:
         return _run_alone(function, arg, ntasks)
     if not compare_exchange(pool.owner.busy, 0, 1):
         return _run_alone(function, arg, ntasks)
-    team = load(symbol_address("rectilinear_team"))
-    if team != 0:
-        took_part = _run_in_team(pool, team, function, arg, ntasks, nthreads)
+    start = team.start
+    if start != 0:
+        took_part = _run_in_team(pool, start, function, arg, ntasks, nthreads)
     else:
         took_part = _run_together(pool, function, arg, ntasks, nthreads)
     store(pool.owner.busy, 0)
