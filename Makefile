@@ -59,6 +59,7 @@ nightly: $(VENV)/.installed-test $(VENV)/.installed-peers  ## what takes longer 
 	@echo "== running the tests that take long"
 	@$(PYTEST) -m 'nightly and not cuda and not libraries' --junitxml=out/nightly.xml
 	@$(PYTEST) -m 'nightly and libraries' --junitxml=out/nightly-libraries.xml
+	@$(MAKE) --no-print-directory fuzz FUZZ="--seconds 300"
 	@$(MAKE) --no-print-directory release-check
 	@$(MAKE) --no-print-directory test-arm
 	@$(MAKE) --no-print-directory test-cuda

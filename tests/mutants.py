@@ -1,4 +1,4 @@
-"""Planted bugs: each is put into a copy of the package, and the test of the kernels that is named for it has to fail.
+"""Planted bugs: each is put into a copy of the package, and the test that is named for it has to fail.
 
 ``python -m tests.mutants`` runs them all and prints what each test said; arguments select by name. Ends non-zero if one survives. What
 random calls find instead is in ``tests/fuzz/mutants.py``.
@@ -25,7 +25,8 @@ SECONDS = 600
 def outcome(mutant: Mutant, cache: str) -> str:
     """How the test failed; empty if it passed."""
     environment = os.environ | {"RECTILINEAR_CACHE_DIR": cache, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", mutant.test, "tests/test_kernels.py"]
+    file, _, test = mutant.test.rpartition("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", test, f"tests/{file or 'test_kernels.py'}"]
     with planted.checkout(mutant) as folder:
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)

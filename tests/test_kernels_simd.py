@@ -206,7 +206,7 @@ def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
 
 
 def _marks(unit: Simd) -> list[pytest.MarkDecorator]:
-    """All kernels compile once more for each. SSE2, at which no new processor stops, is nightly; `make fuzz` runs it at every change."""
+    """All kernels compile once more for each. SSE2, at which no processor of the last ten years stops, is nightly."""
     return [pytest.mark.cpu(unit.name), *([pytest.mark.nightly] if unit is SSE2 else [])]
 
 

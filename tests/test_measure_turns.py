@@ -224,11 +224,13 @@ def all_right(subjects, cases):
             assert set(times) == {s.name for s in subjects if s.covers(case)}
 
 
-def test_backends_and_the_baseline_are_right_in_every_pass():
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.nightly)])
+def test_backends_and_the_baseline_are_right_in_every_pass(dtype):
     # loopback is registered by these tests, in this process only
     backends = [subject for subject in backend_subjects()[0] if subject.backend != "loopback"]
     assert {"numpy", "numpy-out"} <= {s.name for s in backends}
-    all_right([*backends, *(p for p in (*PEERS, *IN_FRAMEWORKS) if p.name in ("cs231n", "sklearn", "sklearn-accelerated"))], SMALL)
+    baseline = [peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name in ("cs231n", "sklearn", "sklearn-accelerated")]
+    all_right([*backends, *baseline], [case for case in SMALL if case.dtype == dtype])
 
 
 @pytest.mark.libraries

@@ -101,7 +101,7 @@ def test_first_calls_of_many_threads_with_a_warm_cache(seed: int) -> None:
     run(f"from tests.first_use import main; main({seed})", MALLOC_PERTURB_="165")
 
 
-# All kernels of a dtype compile.
-@pytest.mark.parametrize("dtypes", [("f4",), pytest.param(("f4", "f8"), marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.nightly  # all kernels compile
+@pytest.mark.parametrize("dtypes", [("f4",), ("f4", "f8")], ids=str)
 def test_first_calls_of_many_threads_with_an_empty_cache_and_a_fork(tmp_path: Path, dtypes: tuple[str, ...]) -> None:
     run(f"from tests.first_use import main; main(1, {dtypes})", limit_s=250, MALLOC_PERTURB_="165", RECTILINEAR_CACHE_DIR=str(tmp_path))

@@ -88,6 +88,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, help="seed of the first case (default: a new one each time)")
     parser.add_argument("--seed", type=int, help="run this one case")
     parser.add_argument("--only", action="append", help="an instruction set by name, or numpy (default: all of this host); may be repeated")
+    parser.add_argument("--without", action="append", default=[], help="not this one of them; may be repeated")
     parser.add_argument("--failures", type=int, default=20, help="stop a worker after so many failing cases (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="say all of it as JSON")
     return parser.parse_args(arguments)
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # Its BLAS reads past the end of operands on arm64.
     usual = units if widths.NEON in widths.executable() else every
-    chosen = {name: every[name] for name in every if name in (asked.only or usual)}
+    chosen = {name: every[name] for name in every if name in (asked.only or usual) and name not in asked.without}
     first = secrets.randbelow(10**9) if asked.first is None else asked.first
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
