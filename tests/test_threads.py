@@ -429,11 +429,13 @@ class Team:
         self.asked: list[int] = []
         self.at_most = 1000
         self.around: list[tuple[int, int]] = []
-        self.get_round = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None).fegetround
+        libm = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None)
+        self.get_round, self.set_round = libm.fegetround, libm.fesetround
         self.start = START(self._start)
 
     def _start(self, function: int, data: int, nthreads: int, flags: int) -> None:
         def help_out() -> None:
+            self.set_round(0)  # FE_TONEAREST everywhere; a thread begins as the one that starts it
             before = self.get_round()
             WORK(function)(data)
             self.around.append((before, self.get_round()))
@@ -494,19 +496,16 @@ def test_workers_of_our_own_stay_out_of_a_teams_job(team: Team) -> None:
 def test_a_team_rounds_as_the_caller_does_and_then_as_before(team: Team) -> None:
     x = np.random.default_rng(0).standard_normal(200_123)
     usual = pool_demo.slab_sums(x, 1)
-    set_round = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None).fesetround
-    before = team.get_round()
-    upward = 0x800 if set_round(0x800) == 0 else 0x400000  # FE_UPWARD on x86, on ARM
+    upward = 0x800 if team.set_round(0x800) == 0 else 0x400000  # FE_UPWARD on x86, on ARM
     try:
-        set_round(upward)
+        team.set_round(upward)
         one = pool_demo.slab_sums(x, 1)
         assert one.tobytes() != usual.tobytes(), "the rounding mode had no effect: nothing was tested"
         threads_ = [pool_demo.slab_sums(x, 3).tobytes() for _ in range(20)]
     finally:
-        set_round(before)
+        team.set_round(0)
     assert threads_ == [one.tobytes()] * 20
-    assert len(team.around) == 40
-    assert all(before == after for before, after in team.around)
+    assert team.around == [(0, 0)] * 40
 
 
 # The number of threads
