@@ -34,7 +34,7 @@ demo-dask: $(VENV)/.installed-examples $(VENV)/.installed-dask  ## train over wo
 	@$(BIN)/python examples/two_layer_net_dask.py
 
 # Kernels of the two dtypes compile side by side first, since two processes that test would both compile what they both need.
-test: $(VENV)/.installed-test  ## the tests that need no large library (6 minutes at most)
+test: $(VENV)/.installed-test  ## the tests that need no large library (7 minutes)
 	@echo "== compiling kernels, where they are not on disk"
 	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
 	@echo "== running the tests"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
@@ -47,11 +47,9 @@ def backend_for(x: Tensor) -> Backend | None:
 def _starter() -> int:
     """The address of what starts a team of PyTorch's OpenMP threads; 0 where PyTorch has none, or none that is started so."""
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        try:
+        with suppress(OSError, AttributeError):
             # Looked up in what PyTorch itself is linked to: a process may have loaded OpenMP more than once.
             return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
-        except (OSError, AttributeError):
-            pass
     return 0
 
 
