@@ -55,7 +55,7 @@ test-floor:  ## the smoke subset with the lowest versions that pyproject.toml al
 test-arm: $(VENV)/.made  ## the NEON kernels in an emulator, on x86 Debian (20 minutes, less when compiled)
 	@$(BIN)/python tools/arm.py
 
-nightly: $(VENV)/.installed-test $(VENV)/.installed-peers  ## what takes longer than make test has (40 minutes)
+nightly: $(VENV)/.installed-test $(VENV)/.installed-peers  ## what takes longer than make test has (2 to 3 hours, of which planted bugs take most)
 	@echo "== running the tests that take long"
 	@$(PYTEST) -m 'nightly and not cuda and not libraries' --junitxml=out/nightly.xml
 	@$(PYTEST) -m 'nightly and libraries' --junitxml=out/nightly-libraries.xml
@@ -122,7 +122,7 @@ test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, withou
 	@echo "== compiling the CUDA kernels, and running them on the CPU"
 	@.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal -m 'cuda and not nightly' --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
 
-cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (10 minutes)
+cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (an hour)
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
 	@.venv-cuda/bin/python -m tests.cuda.mutants
 
