@@ -85,7 +85,7 @@ def test_shell_blocks_run(page, arrays, checkout):
         done = subprocess.run(
             ["bash", "-c", PRELUDE + block.code],
             cwd=checkout,
-            env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PATH": path, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
             capture_output=True,
             text=True,
         )

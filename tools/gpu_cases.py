@@ -34,8 +34,19 @@ SHAPES = (
     (1, 2100, 3),
 )
 FLAT_SIZES = (1, 7, 256, 1000, 2049, 9001)
-# (groups, n, d, m) of small layers: single elements, edges of tiles of 32, one to three slabs of 64 of each summed extent.
-SMALL_SHAPES = ((1, 1, 1, 1), (1, 3, 5, 10), (2, 7, 33, 9), (1, 33, 64, 40), (1, 65, 130, 36), (1, 130, 20, 150), (3, 2, 40, 65))
+# (groups, n, d, m) of small layers: single elements, edges of tiles of 32, one to eight slabs of 64 of each summed extent, tiles that
+# blocks share and not.
+SMALL_SHAPES = (
+    (1, 1, 1, 1),
+    (1, 3, 5, 10),
+    (2, 7, 33, 9),
+    (1, 33, 64, 40),
+    (1, 65, 130, 36),
+    (1, 130, 20, 150),
+    (3, 2, 40, 65),
+    (2, 40, 460, 36),
+    (1, 300, 33, 40),
+)
 KINDS = (
     "bias_add",
     "bias_add_none",
@@ -236,7 +247,7 @@ def _put(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, An
 def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[str, Any]:
     """Through the public primitives, which have to choose the small kernels."""
     layer, size = cupy_small.Layer(*case.shape), numpy_dtype(case.dtype).itemsize
-    chosen = cupy_small.forward_blocks(layer, size) if "forward" in case.kind else cupy_small.backward_blocks(layer, size, True)
+    chosen = cupy_small.share_forward(layer, size) if "forward" in case.kind else cupy_small.share_backward(layer, size, True)
     if not chosen:
         raise ValueError(f"{case.name} is not a small layer any more: choose another shape")
     if case.kind == "small_forward_affine":
@@ -253,13 +264,13 @@ def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[
 @contextmanager
 def _one_block(backend: Any) -> Iterator[None]:
     """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
-    chosen = cupy_backend._rows_per_block
-    cupy_backend._rows_per_block = lambda rows, threads, tiles: rows
+    chosen = cupy_backend._blocks_of_sum
+    cupy_backend._blocks_of_sum = lambda *of: 1
     backend._column_sum.cache_clear()  # which remembers what was chosen
     try:
         yield
     finally:
-        cupy_backend._rows_per_block = chosen
+        cupy_backend._blocks_of_sum = chosen
         backend._column_sum.cache_clear()
 
 

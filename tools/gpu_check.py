@@ -494,7 +494,7 @@ PARTS = {
 }
 FIRST = ("correctness", "host_cost")
 WHOLE, FIRST_WHOLE = 360.0, 120.0
-"""Seconds of a whole run, and of one with --first."""
+"""Seconds of a whole run, and of one with --first; --within gives others."""
 
 
 # ---------------------------------------------------------------- running and reporting
@@ -598,6 +598,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes, and the page beside it (default: docs/gpu-check.json)")
     parser.add_argument("--first", action="store_true", help="correctness and host cost alone, in two minutes")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="cut the last parts to stay within so many (default: 360, or 120)")
     parser.add_argument("--part", choices=PARTS, help="one part alone")
     parser.add_argument("--only", choices=[step.__name__ for step in (*STEPS, sanitizer)], help="one step of the correctness alone")
     parser.add_argument("--rows", type=Path, metavar="JSON", help=argparse.SUPPRESS)  # this is a part's process, and this where its rows go
@@ -626,7 +627,7 @@ def main(arguments: Sequence[str] | None = None, setup: Setup = Setup()) -> int:
         parts = {"correctness": {"state": "ended", "why": None, "seconds": 0.0, "rows": rows.rows}}
     else:
         names = (options.part,) if options.part else FIRST if options.first else tuple(PARTS)
-        parts = run(names, FIRST_WHOLE if options.first else WHOLE, setup)
+        parts = run(names, options.within or (FIRST_WHOLE if options.first else WHOLE), setup)
     made = report(parts, setup, found.device)
     options.out.write_text(json.dumps(made, indent=1) + "\n")
     where = str(options.out)

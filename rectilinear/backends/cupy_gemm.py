@@ -32,17 +32,18 @@ class Products(Protocol):
         """Its name and version, for the table of backends."""
 
     def rounds(self, x: Array) -> bool:
-        """Whether products of operands like x, which have 16 bits, are written in 16 bits, with the bias, and rounded once."""
+        """Whether products of operands like x, which have 16 bits, can be written in 16 bits, rounded once."""
+
+    def adds(self, a: Array, b: Array, bias: Array) -> bool:
+        """Whether a product that can be rounded can have a bias added before it is."""
 
     def product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
-        """out = a b, as `operation` says, + bias where such products are rounded.
+        """out = a b, as `operation` says, + bias, where it can be added.
 
         a and b of one dtype and of any strides, two-dimensional or stacked; out C-contiguous, on 16 bytes, and in the dtype of the sums
-        unless such products are rounded; bias (m,), or stacked (groups, m). No extent is 0. Works on the current device and stream.
+        or, where it can be rounded, of the operands; bias (m,), or stacked (groups, m). No extent is 0. Works on the current device and
+        stream.
         """
-
-    def prepare(self, operation: Operation, a: Array, b: Array, bias: Array | None = None) -> None:
-        """Do what the first product like this one needs, so that the product itself can be recorded in a graph."""
 
 
 class Gemm:
@@ -61,8 +62,8 @@ class Gemm:
     def rounds(self, x: Array) -> bool:
         return False
 
-    def prepare(self, operation: Operation, a: Array, b: Array, bias: Array | None = None) -> None:
-        pass
+    def adds(self, a: Array, b: Array, bias: Array) -> bool:
+        return False
 
     def product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
         cp = self._cp

@@ -44,7 +44,9 @@ def connect() -> Runtime:
     def kernels(dtype: str) -> Any:
         return cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=compile_options(dtype))
 
-    return Runtime(cupy, kernels, products)
+    # Made once, an argument needs no conversion at a launch. The class has no documentation: NumPy's numbers do as well.
+    number = getattr(cupy.cuda.function, "CIntptr", np.int64)
+    return Runtime(cupy, kernels, products, number, number(0))
 
 
 def products(cp: Any, scratches: Scratches) -> Products:

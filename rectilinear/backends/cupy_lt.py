@@ -7,7 +7,8 @@ calls give equal bits.
 
 - Sums are float32 (float64 for float64). Results of 16-bit types are rounded once, after the bias, which the epilogue adds.
 - cuBLASLt may split a sum over blocks only where it adds the parts in that type and in a fixed order (COMPUTE_TYPE): else 16-bit
-  results would be sums of rounded parts.
+  results would be sums of rounded parts. What it splits it rounds before it adds a bias (seen on an H100, cuBLASLt 13.1, bfloat16):
+  such products are to be had in float32, and the bias from elsewhere (`adds`). Not split they are up to ten times as slow.
 - ReLU and its mask are not taken from an epilogue: in 16 bits its mask drops NaN, which the layers keep (measured on an H100).
 - A descriptor that holds the pointer of a bias is its thread's own. Workspaces are a stream's own, or a graph's: `cupy_scratch`.
 
@@ -87,7 +88,9 @@ class _Biased(threading.local):
 class _Plan:
     """A product without its pointers. Immutable once made, but for what is a thread's own."""
 
-    __slots__ = ("a", "algorithm", "b", "biased", "chosen", "descriptor", "handle", "one", "out", "owned", "recipe", "workspace", "zero")
+    __slots__ = (
+        *("a", "algorithm", "b", "biased", "chosen", "descriptor", "handle", "one", "out", "owned", "recipe", "splits", "workspace", "zero"),
+    )
 
     def __init__(self, handle: int, recipe: _Recipe, scale: np.dtype[Any], layouts: tuple[_Owned, _Owned, _Owned]) -> None:
         self.handle = handle
@@ -99,6 +102,7 @@ class _Plan:
         self.descriptor = 0  # of a product without a bias
         self.chosen: Any = None  # the heuristic's answer, which holds the algorithm
         self.algorithm = 0
+        self.splits = False  # its sum over blocks
         self.workspace = 0  # bytes
 
 
@@ -131,18 +135,25 @@ class Plans:
     def rounds(self, x: Array) -> bool:
         return x.itemsize == 2 and (x.dtype == np.float16 or self._device(x.data.device_id).has_bfloat16)
 
+    def adds(self, a: Array, b: Array, bias: Array) -> bool:
+        plan = self._plans.get(_key("NN", a, b, bias, a.dtype, a.data.device_id))
+        if plan is None:
+            plan = self._made("NN", *self._takeable(a, b, bias), a.dtype)
+        return not plan.splits
+
     def product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
-        if out.dtype != a.dtype:
+        dtype = out.dtype
+        if dtype != a.dtype and not self.rounds(a):
             self._otherwise.product(operation, a, b, out)
             return
         to, at_a, at_b, at_bias = out.data, a.data.ptr, b.data.ptr, 0 if bias is None else bias.data.ptr
         plan = None
         if not (at_a | at_b | at_bias) % _ALIGNMENT:
-            plan = self._plans.get(_key(operation, a, b, bias, to.device_id))
+            plan = self._plans.get(_key(operation, a, b, bias, dtype, to.device_id))
         if plan is None:
             a, b, bias = self._takeable(a, b, bias)
             at_a, at_b, at_bias = a.data.ptr, b.data.ptr, 0 if bias is None else bias.data.ptr
-            plan = self._made(operation, a, b, bias)
+            plan = self._made(operation, a, b, bias, dtype)
         stream = self._current_stream().ptr
         work = None
         if plan.workspace:  # held until the launch, since another thread on this stream may ask for a larger one
@@ -153,10 +164,6 @@ class Plans:
             *(plan.handle, descriptor, plan.one, at_b, plan.a, at_a, plan.b, plan.zero, to.ptr, plan.out, to.ptr, plan.out),
             *(plan.algorithm, 0 if work is None else work.data.ptr, plan.workspace, stream),
         )
-
-    def prepare(self, operation: Operation, a: Array, b: Array, bias: Array | None = None) -> None:
-        if a.itemsize != 2 or self.rounds(a):
-            self._made(operation, *self._takeable(a, b, bias))
 
     def _takeable(self, a: Array, b: Array, bias: Array | None) -> tuple[Array, Array, Array | None]:
         """The operands, or copies where cuBLASLt cannot take strides or addresses."""
@@ -170,14 +177,14 @@ class Plans:
         copy = aligned(x, self._cp)
         return x.copy() if copy is x else copy
 
-    def _made(self, operation: Operation, a: Array, b: Array, bias: Array | None) -> _Plan:
-        """The plan for these operands, made where there is none."""
-        key = _key(operation, a, b, bias, a.data.device_id)
+    def _made(self, operation: Operation, a: Array, b: Array, bias: Array | None, dtype: Any) -> _Plan:
+        """The plan for these operands and a result of this dtype, made where there is none."""
+        key = _key(operation, a, b, bias, dtype, a.data.device_id)
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
                 self._refuse_while_capturing(a, b)
-                plan = self._plan(operation, a, b, bias)
+                plan = self._plan(operation, a, b, bias, dtype)
                 if len(self._plans) >= _MOST_PLANS:
                     del self._plans[next(iter(self._plans))]
                 self._plans[key] = plan
@@ -192,7 +199,7 @@ class Plans:
                 "plan it; call the function once before the capture begins"
             )
 
-    def _plan(self, operation: Operation, a: Array, b: Array, bias: Array | None) -> _Plan:
+    def _plan(self, operation: Operation, a: Array, b: Array, bias: Array | None, result_dtype: Any) -> _Plan:
         lt, cp, dtype = self._lt, self._cp, a.dtype
         # cuBLASLt's first operand is b, its second a.
         transposed_b, first = _matrix(a, operation == "TN")
@@ -202,7 +209,7 @@ class Plans:
         scale = dtype if dtype == np.float64 else np.dtype(np.float32)
         compute = COMPUTE_64F if dtype == np.float64 else COMPUTE_32F_FAST_TF32 if self._tf32 and dtype == np.float32 else COMPUTE_32F
         recipe = _Recipe(compute, cuda_type(cp, scale), transposed_a, transposed_b, None if bias is None else m if bias.ndim == 2 else 0)
-        layouts = self._layout(second, dtype), self._layout(first, dtype), self._layout(result, dtype)
+        layouts = self._layout(second, dtype), self._layout(first, dtype), self._layout(result, result_dtype)
         plan = _Plan(self._device(a.data.device_id).handle, recipe, scale, layouts)
         if bias is None:
             descriptor = self._descriptor(recipe)
@@ -227,6 +234,7 @@ class Plans:
                 "without nvmath-python, the cupy backend multiplies by cupy.matmul"
             )
         plan.chosen, plan.algorithm, plan.workspace = chosen, chosen.ptr, int(chosen.workspace_size)
+        plan.splits = self._blocks_of_sum(plan.algorithm) > 1
         return plan
 
     def _biased(self, plan: _Plan, pointer: int) -> int:
@@ -238,6 +246,12 @@ class Plans:
             self._set("matmul_desc", own.descriptor.at, self._lt.MatmulDescAttribute.BIAS_POINTER, pointer)
             own.pointer = pointer
         return own.descriptor.at
+
+    def _blocks_of_sum(self, algorithm: int) -> int:
+        lt, attribute = self._lt, self._lt.MatmulAlgoConfigAttribute.SPLITK_NUM
+        held, written = np.zeros((), lt.get_matmul_algo_config_attribute_dtype(attribute)), np.zeros((), np.uint64)
+        lt.matmul_algo_config_get_attribute(algorithm, attribute, held.ctypes.data, held.itemsize, written.ctypes.data)
+        return int(held)
 
     def _descriptor(self, recipe: _Recipe) -> _Owned:
         lt = self._lt
@@ -275,10 +289,10 @@ class Plans:
         return found
 
 
-def _key(operation: Operation, a: Array, b: Array, bias: Array | None, device: int) -> Any:
+def _key(operation: Operation, a: Array, b: Array, bias: Array | None, dtype: Any, device: int) -> Any:
     """What a plan is made for. Every product asks, so that contiguous arrays, which are most, do not name their strides."""
     lies_a, lies_b = a._c_contiguous or a.strides, b._c_contiguous or b.strides
-    return operation, a.shape, lies_a, b.shape, lies_b, a.dtype, None if bias is None else bias._c_contiguous, device
+    return operation, a.shape, lies_a, b.shape, lies_b, a.dtype, None if bias is None else bias._c_contiguous, dtype, device
 
 
 def _matrix(x: Array, transposed: bool) -> tuple[bool, _Matrix]:

@@ -73,8 +73,8 @@ def host(libraries: dict[str, Path], request: pytest.FixtureRequest) -> Iterator
 @pytest.fixture
 def no_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product to cuBLAS, and so to the kernels around it."""
-    monkeypatch.setattr(cupy_small, "forward_blocks", lambda *layer: 0)
-    monkeypatch.setattr(cupy_small, "backward_blocks", lambda *layer: 0)
+    monkeypatch.setattr(cupy_small, "share_forward", lambda *layer: None)
+    monkeypatch.setattr(cupy_small, "share_backward", lambda *layer: None)
 
 
 @pytest.fixture(params=["small", "cublas"])

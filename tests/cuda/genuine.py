@@ -39,6 +39,7 @@ class Genuine:
             Device=lambda number=0: Device(number),
             get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False),
             runtime=SimpleNamespace(getDevice=lambda: 0, **types),
+            alloc=lambda size: genuine(np.full(size, 255, np.uint8)).data,
         )
 
     def empty(self, shape: tuple[int, ...], dtype: Any = float) -> Any:

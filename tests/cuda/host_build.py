@@ -35,7 +35,7 @@ def kernel_names(source: str, dtype: str = "float32") -> list[str]:
     if dtype == "float64":
         source = re.sub(r"^#ifndef DTYPE_float64$.*?^#endif  // DTYPE_float64$", "", source, flags=re.MULTILINE | re.DOTALL)
     plain = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', source, re.MULTILINE)
-    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM|SGD_STEP)\((\w+),", source, re.MULTILINE)
+    return plain + re.findall(r"^(?:BIAS_ADD|BIAS_RELU_MASK|SELECT_COLSUM|SGD_STEP|SMALL_BACKWARD)\((\w+),", source, re.MULTILINE)
 
 
 def library(folder: Path, dtype: str, sanitize: bool = False) -> Path:
@@ -141,11 +141,12 @@ class HostKernel:
         if isinstance(arg, np.uintp) and arg == 0:
             return np.array([arg])
         wanted = self.module.dtype if code == "*V2" else np.dtype(code[1:]).name
-        if not isinstance(arg, self.module.cp.ndarray) or arg.dtype.name != wanted:
+        workspace = isinstance(arg, self.module.cp.ndarray) and arg.dtype == np.uint8 and code in ("*f4", "*f8")  # holds any sums
+        if not workspace and (not isinstance(arg, self.module.cp.ndarray) or arg.dtype.name != wanted):
             raise TypeError(f"{what} is {getattr(arg, 'dtype', type(arg))}, the kernel takes an array of {wanted}")
         if not arg.flags.c_contiguous:
             raise TypeError(f"{what} is not C-contiguous")
-        if arg.size and arg.data.ptr % arg.itemsize:  # which stops a GPU, and no CPU
+        if arg.size and arg.data.ptr % np.dtype(code[1:] if workspace else arg.dtype).itemsize:  # which stops a GPU, and no CPU
             raise TypeError(f"{what} does not lie on a multiple of its item size")
         if arg.device != self.module.cp.cuda.Device():
             raise RuntimeError(f"{what} is on {arg.device}, the launch goes to {self.module.cp.cuda.Device()}")

@@ -49,7 +49,7 @@ class Idle:
         self.ascontiguousarray = cupy.ascontiguousarray
         stream = SimpleNamespace(ptr=0, is_capturing=lambda: False)
         self.cuda = SimpleNamespace(  # device 0 and the null stream, in no time
-            Device=cupy.cuda.Device, runtime=SimpleNamespace(getDevice=int), get_current_stream=lambda: stream
+            Device=cupy.cuda.Device, runtime=SimpleNamespace(getDevice=int), get_current_stream=lambda: stream, alloc=lambda nbytes: 0
         )
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
@@ -66,6 +66,7 @@ def idle_backend(products: bool = False) -> Iterator[CupyBackend]:
     """CuPy arrays are served by a cupy backend that only goes through the motions, with those before `cupy.matmul` on demand."""
     runtime = Runtime(Idle(), lambda dtype: _Kernels())
     backend = CupyBackend(lambda: runtime, lambda backend: Probe(True))
+    backend._array_at = lambda shape, dtype, memory: runtime.cp.empty(shape)
     if not products:
         backend._product = lambda operation, a, b, out, bias=None: None  # type: ignore[method-assign]
     before = registry._loaded.get("cupy")

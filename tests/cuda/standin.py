@@ -181,15 +181,19 @@ def using_allocator(allocator: Any = None) -> Iterator[None]:
         _allocators.current = outer
 
 
-def _allocate(shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None = None) -> np.ndarray:
-    """Fresh memory as a NumPy array; in C order if no (positive) strides are given."""
+def alloc(size: int) -> MemoryPointer:
+    """Fresh memory, by the allocator of this thread."""
     allocator = getattr(_allocators, "current", None)
     if allocator is None:
         if get_current_stream().is_capturing():
             raise RuntimeError("memory outside of the graph's pool was asked for while a stream is captured")
         allocator = _default_pool.malloc
-    nbytes = math.prod(shape) * dtype.itemsize
-    return np.asarray(_Interface(allocator(nbytes), shape, dtype, strides)).view(dtype)
+    return allocator(size)
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None = None) -> np.ndarray:
+    """Fresh memory as a NumPy array; in C order if no (positive) strides are given."""
+    return np.asarray(_Interface(alloc(math.prod(shape) * dtype.itemsize), shape, dtype, strides)).view(dtype)
 
 
 def _bytes_at(address: int, size: int) -> np.ndarray:
@@ -629,6 +633,7 @@ class StandIn:
             Memory=Memory,
             MemoryPointer=pointer_to,
             using_allocator=using_allocator,
+            alloc=alloc,
         )
 
     def get_default_memory_pool(self) -> MemoryPool:

@@ -1,8 +1,8 @@
 """Tests only: the part of ``nvmath.bindings.cublasLt`` that the backend touches, on NumPy memory.
 
 Enumerations, widths of attributes and the heuristic's result are nvmath's own, which need no driver. It works on raw addresses and
-matrices by columns, takes nothing that cuBLASLt refuses, and is as unkind as cuBLASLt may be: a sum is split, and its parts are added
-in the worst type that the preference allows; a missing alignment counts as the documented 256 bytes. Beyond that it notices what on a
+matrices by columns, takes nothing that cuBLASLt refuses, and is as unkind as cuBLASLt may be: a sum is split, its parts are added in
+the worst type that the preference allows, and a bias is added after that is rounded; a missing alignment counts as the documented 256 bytes. Beyond that it notices what on a
 GPU would be a race: one workspace under two streams, one bias pointer under two threads. A green run says nothing about speed.
 """
 
@@ -77,10 +77,12 @@ _NVMATHS_OWN = (
     "MatmulDescAttribute",
     "MatrixLayoutAttribute",
     "MatmulPreferenceAttribute",
+    "MatmulAlgoConfigAttribute",
     "MatmulHeuristicResult",
     "get_matmul_desc_attribute_dtype",
     "get_matrix_layout_attribute_dtype",
     "get_matmul_preference_attribute_dtype",
+    "get_matmul_algo_config_attribute_dtype",
 )
 
 
@@ -219,6 +221,20 @@ class CublasLt:
         ctypes.memmove(return_algo_count, np.array(1, np.int32).ctypes.data, 4)
         self.counts["heuristics"] += 1
 
+    def matmul_algo_config_get_attribute(self, algo: int, attr: int, buf: int, size_in_bytes: int, size_written: int) -> None:
+        dtype = np.dtype(cublasLt.get_matmul_algo_config_attribute_dtype(attr))
+        if attr != cublasLt.MatmulAlgoConfigAttribute.SPLITK_NUM or size_in_bytes != dtype.itemsize:
+            raise StatusError(INVALID_VALUE, f"attribute {attr} of an algorithm in {size_in_bytes} bytes")
+        value = np.array(self._algorithm(algo)[1].split, dtype)
+        ctypes.memmove(buf, value.ctypes.data, value.nbytes)
+        ctypes.memmove(size_written, np.array(value.nbytes, np.uint64).ctypes.data, 8)
+
+    def _algorithm(self, at: int) -> tuple[int, _Algorithm]:
+        magic, number = np.frombuffer(ctypes.string_at(at, 16), np.uint64)
+        if magic != _MAGIC:
+            raise StatusError(INVALID_VALUE, "no algorithm")
+        return int(number), self._algorithms[int(number)]
+
     # the product
 
     def matmul(
@@ -228,10 +244,7 @@ class CublasLt:
         self._check_handle(light_handle)
         descriptor = self._get(compute_desc, "matmul_desc")
         layouts = [self._get(each, "matrix_layout") for each in (adesc, bdesc, cdesc, ddesc)]
-        magic, number = np.frombuffer(ctypes.string_at(algo, 16), np.uint64)
-        if magic != _MAGIC:
-            raise StatusError(INVALID_VALUE, "no algorithm")
-        algorithm = self._algorithms[int(number)]
+        number, algorithm = self._algorithm(algo)
         if algorithm.problem != self._problem(descriptor, layouts):
             raise StatusError(NOT_SUPPORTED, "an algorithm that was chosen for another product")
         for pointer, alignment in zip((a, b, c, d), algorithm.alignments, strict=True):
@@ -266,6 +279,8 @@ class CublasLt:
         left, right = (_tf32(x) if descriptor.made_with[0] == 77 else x.astype(sums) for x in (left, right))
         with np.errstate(over="ignore", invalid="ignore"):
             total = _sum_of_parts(left, right, algorithm, workspace, out.dtype)
+            if bias and algorithm.split > 1:  # as cuBLASLt 13.1 has it on an H100
+                total = total.astype(out.dtype).astype(sums)
             if bias:
                 groups, rows = out.shape[:2]
                 step = how.get(what.BIAS_BATCH_STRIDE, 0)

@@ -247,7 +247,7 @@ def test_a_long_bias_reduction_keeps_five_digits(host: Host, values: Any) -> Non
 
 def test_many_rows_of_one_thread_keep_five_digits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an array a thousand times as long: one block of 256 threads sums all the rows."""
-    monkeypatch.setattr(cupy_backend, "_rows_per_block", lambda rows, threads, tiles: rows)
+    monkeypatch.setattr(cupy_backend, "_blocks_of_sum", lambda *of: 1)
     n = 2**20
     got = host.backend.bias_backward(host.backend.asarray(np.full((n, 1), 0.1, "f4")), None).get()
     assert abs(got[0] / (n * float(np.float32(0.1))) - 1) < 1e-5
@@ -279,7 +279,7 @@ def step(host: Host, p: dict[str, np.ndarray]) -> tuple[int, list[str], int]:
     """(products, kernels, copies) of one affine + ReLU forward and backward."""
     be = host.backend
     x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
-    be._counters(x)  # filled once a stream
+    be._shared(x, 1)  # counters, filled once a stream
     host.cp.counts.clear()
     for module in host.modules.values():
         module.launched.clear()
@@ -328,7 +328,7 @@ def test_a_16_bit_step_by_plans_has_no_kernel_that_rounds(host: Host, dtype: str
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_step_of_a_small_layer_is_two_kernels(host: Host, groups: int | None, dtype: str) -> None:
     for n, d, m in ((1, 64, 64), (16, 128, 128), (20, 33, 10)):
-        assert step(host, problem(n, d, m, groups, dtype)) == (0, ["small_forward", "small_backward"], 0)
+        assert step(host, problem(n, d, m, groups, dtype)) == (0, ["small_forward", "mask_small_backward"], 0)
 
 
 @pytest.mark.parametrize("name", list("xw"))
@@ -345,15 +345,17 @@ def test_a_small_layer_in_other_strides_is_left_to_cublas(host: Host, name: str)
 
 
 def test_what_counts_as_a_small_layer() -> None:
-    """By the estimate: launches saved against device time on an H100."""
+    """By the estimates of what both ways take on an H100."""
 
     def small(*shape: int, groups: int = 1, itemsize: int = 4) -> tuple[bool, bool]:
         layer = cupy_small.Layer(groups, *shape)
-        return bool(cupy_small.forward_blocks(layer, itemsize)), bool(cupy_small.backward_blocks(layer, itemsize, True))
+        return bool(cupy_small.share_forward(layer, itemsize)), bool(cupy_small.share_backward(layer, itemsize, True))
 
-    for shape in ((1, 64, 64), (16, 128, 128), (128, 784, 256), (1, 1, 1), (64, 512, 10)):
+    for shape in ((1, 64, 64), (16, 128, 128), (64, 256, 256), (1, 1, 1), (64, 256, 10)):
         assert small(*shape) == small(*shape, itemsize=2) == (True, True)
-    assert small(100, 3072, 100) == (False, True)  # one long sum for each of few results
+    for shape in ((128, 784, 256), (100, 3072, 100)):
+        assert small(*shape) == (True, True)
+        assert small(*shape, itemsize=2) == (False, False)  # where cuBLAS has tensor cores
     for shape in ((512, 512, 512), (1024, 1024, 1024), (8, 4096, 4096), (65536, 64, 64), (65536, 1, 1), (1, 65536, 1), (1, 1, 65536)):
         assert small(*shape) == (False, False)
     assert small(16, 128, 128, groups=1000) == (False, False)
@@ -362,12 +364,30 @@ def test_what_counts_as_a_small_layer() -> None:
 
 
 def test_the_estimate_grows_with_every_extent() -> None:
-    def estimate(groups: int, tiles: int, depth: int) -> float:
-        return cupy_small.estimated_us(groups, (cupy_small._Product(tiles, depth),))
+    def estimate(tiles: int, depth: int, slabs: int = 1000) -> float:
+        return cupy_small.estimated_us((cupy_small._Product(tiles, depth),), slabs, backward=False)
 
-    assert estimate(1, 1, 1) < estimate(1, 1, 65) < estimate(1, 1, 1000)  # a tile's own slabs
-    assert estimate(1, 132, 64) < estimate(1, 133, 64)  # a multiprocessor's tiles
-    assert estimate(1, 264, 64) == estimate(2, 132, 64)
+    assert estimate(1, 1) < estimate(1, 65) < estimate(1, 1000)  # a tile's own slabs
+    assert estimate(132, 64) < estimate(133, 64)  # a multiprocessor's tiles
+    assert estimate(32, 784, 4) < estimate(32, 784)  # blocks that share tiles have work for more multiprocessors
+    assert estimate(1, 65, 1) > estimate(1, 65)  # and what they leave has to be added up
+
+
+def test_blocks_that_share_a_tile_take_whole_slabs_of_all_of_it() -> None:
+    for shape in ((100, 3072, 100), (128, 784, 256), (8, 1024, 64), (300, 33, 40), (64, 256, 256)):
+        n, d, m = shape
+        for sharing, products in (
+            (cupy_small.share_forward(cupy_small.Layer(1, *shape), 4), ((n, m, d),)),
+            (cupy_small.share_backward(cupy_small.Layer(1, *shape), 4, True), ((d, m, n), (n, d, m))),
+        ):
+            assert sharing is not None
+            blocks = left = 0
+            for (rows, cols, depth), span in zip(products, sharing.spans, strict=True):
+                assert span % 64 == 0
+                tiles, each = -(-rows // 32) * -(-cols // 32), -(-depth // span)
+                blocks += tiles * each
+                left += tiles * each * (32 * 32 + 32) * (each > 1)
+            assert (sharing.blocks, sharing.left) == (blocks, left)
 
 
 @pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
@@ -406,7 +426,7 @@ def test_extents_that_cublas_cannot_count_are_refused(host: Host) -> None:
 
 def counters(host: Host) -> Any:
     """Of a launch on the current stream of the current device."""
-    return host.backend._counters(host.cp.empty((1,)))
+    return host.backend._shared(host.cp.empty((1,)), 1)[1]
 
 
 def test_streams_and_devices_have_counters_of_their_own(host: Host) -> None:
@@ -469,13 +489,13 @@ def test_no_counters_are_made_while_another_than_our_capture_records(host: Host)
         stream.begin_capture()
         try:
             with pytest.raises(RuntimeError, match="call the function once on this stream before the capture begins"):
-                host.backend._counters(ones)
+                host.backend._shared(ones, 1)
         finally:
             stream.end_capture()
         assert (host.backend.bias_backward(ones, None).get() == 4000).all()
         stream.begin_capture()
         try:
-            host.backend._counters(ones)
+            host.backend._shared(ones, 1)
         finally:
             stream.end_capture()
 
@@ -494,8 +514,9 @@ def test_every_launch_leaves_its_counters_zero_and_has_enough_of_them(host: Host
         for shape in ((1300, 24), (4, 600, 130), (100, 33)):
             be.bias_backward(be.asarray(np.ones(shape, "f4")), None)
             assert (counters(host).get() == 0).all()
-    shared = [groups for groups in range(1, 2000) if cupy_backend.column_sum(4, "colsum", (groups, 10**6, 8), True, 0).parts is not None]
-    assert max(shared) == counters(host).size
+    shared = [groups for groups in range(1, 2000) if cupy_backend.column_sum(4, "colsum", (groups, 10**6, 8), True, 0).parts]
+    assert max(shared) <= counters(host).size
+    assert cupy_small.MOST_SHARED <= counters(host).size
 
 
 def test_sums_have_the_same_bits_however_blocks_take_turns(host: Host, no_small_layers: None) -> None:

@@ -404,7 +404,7 @@ def test_no_plan_is_made_while_a_stream_captures(host: Host, own: bool) -> None:
     cp, products = host.cp, host.backend.products
     a, b = (cp.asarray(each) for each in operands("NN", 4, 6, 8, "float16"))
     bias, out = cp.asarray(np.ones(8, np.float16)), cp.empty((4, 8), np.float16)
-    products.prepare("NN", a, b, bias)
+    products._made("NN", a, b, bias, out.dtype)
     assert host.cp.counts["products"] == 0
     words = "first, ordinary call" if own else "call the function once before the capture begins"
     stream = Stream(non_blocking=True)
@@ -459,7 +459,7 @@ def test_tf32_is_off_unless_asked_for(host: Host, way: str, monkeypatch: pytest.
         assert computes == []
         assert close(out.get(), "NN", a, b) == (wanted == 68)
         for dtype, expected in (("float16", 68), ("float64", 70)) if way == "plans" else ():
-            products.prepare("NN", *(host.cp.asarray(each) for each in operands("NN", 4, 6, 8, dtype)))
+            products._made("NN", *(host.cp.asarray(each) for each in operands("NN", 4, 6, 8, dtype)), None, np.dtype(dtype))
             assert list(products._plans.values())[-1].recipe.compute == expected
 
 

@@ -306,17 +306,19 @@ template <int V> struct Kept<V, PREACT> {
 // float32: a single running sum of that length would not. Of a chunk it loads ROWS rows together.
 enum { CHUNK = 32 };
 
-// Of ROWS rows, `stride` elements apart: what is kept to dz, where wanted, and on top of chunk.
+// Of ROWS rows, `stride` elements apart, the first `count`: what is kept to dz, where wanted, and on top of chunk.
 template <int V, Keep KEEP, int ROWS>
-__device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col, i64 stride, i64 keep_stride, A (&chunk)[V])
+__device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col, i64 stride, i64 keep_stride, int count, A (&chunk)[V])
 {
     Pack<T, V> d[ROWS];
     Kept<V, KEEP> kept[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) {
+        if (r >= count) continue;
         d[r] = load<V>(dout + r * stride);
         kept[r].load(keep + r * keep_stride, col);
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
+        if (r >= count) continue;
         UNROLL for (int k = 0; k < V; ++k) {
             if (!kept[r][k]) d[r].drop(k);
             chunk[k] += widen(d[r].get(k));
@@ -329,35 +331,37 @@ __device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col
 // sums (groups, cols) where one block has all rows.
 struct Sums { A* parts; u32* counters; T* sums; };
 
-// dout, dz (groups, rows, cols): block i of a column tile sums rows i * span .. (i + 1) * span.
+// dout, dz (groups, rows, cols). The `blocks` blocks of a column tile take turns at its rows, blockDim.y * ROWS of them at a time, so
+// that together they read memory from one end to the other and end at about the same time.
 // dz may be null (db alone) or dout itself.
 template <int V, Keep KEEP, int ROWS>
-__device__ void select_colsum(const T* dout, const void* keep, T* dz, Sums out, i64 groups, i64 rows, i64 cols, i64 mask_row, i64 span)
+__device__ void select_colsum(const T* dout, const void* keep, T* dz, Sums out, i64 groups, i64 rows, i64 cols, i64 mask_row, i64 blocks)
 {
-    const i64 col_tiles = ceil_div(cols, (i64)blockDim.x * V), blocks = ceil_div(rows, span);
+    const i64 col_tiles = ceil_div(cols, (i64)blockDim.x * V);
     const i64 tile = blockIdx.x % col_tiles, block = blockIdx.x / col_tiles;
     const i64 col = (tile * blockDim.x + threadIdx.x) * V;
-    const i64 first = block * span + threadIdx.y, end = (block + 1) * span < rows ? (block + 1) * span : rows;
     const i64 keep_row = KEEP == MASK ? mask_row : KEEP == PREACT ? cols * (i64)sizeof(T) : 0;  // bytes
     const i64 stride = blockDim.y * cols, keep_stride = blockDim.y * keep_row;
     const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y;
     if (group >= groups) return;
-    A total[V];
-    UNROLL for (int k = 0; k < V; ++k) total[k] = 0;
+    A total[V], chunk[V];
+    UNROLL for (int k = 0; k < V; ++k) total[k] = chunk[k] = 0;
     if (col < cols) {
-        i64 at = (group * rows + first) * cols + col;
-        const u8* line = (const u8*)keep + (group * rows + first) * keep_row;
-        for (i64 left = ceil_div(end - first, blockDim.y); left > 0; left -= CHUNK) {
-            const int length = left < CHUNK ? (int)left : CHUNK;
-            A chunk[V];
-            UNROLL for (int k = 0; k < V; ++k) chunk[k] = 0;
-            int i = 0;
-            UNROLL1 for (; i + ROWS <= length; i += ROWS, at += ROWS * stride, line += ROWS * keep_stride)
-                select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, chunk);
-            UNROLL1 for (; i < length; ++i, at += stride, line += keep_stride)
-                select_rows<V, KEEP, 1>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, chunk);
-            UNROLL for (int k = 0; k < V; ++k) total[k] += chunk[k];
+        const i64 turn = (i64)blockDim.y * ROWS, step = blocks * turn;
+        i64 row = block * turn + threadIdx.y, at = (group * rows + row) * cols + col;
+        const u8* line = (const u8*)keep + (group * rows + row) * keep_row;
+        int added = 0;
+        UNROLL1 for (; row + turn - blockDim.y < rows; row += step, at += step * cols, line += step * keep_row) {
+            select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, ROWS, chunk);
+            if ((added += ROWS) < CHUNK) continue;
+            UNROLL for (int k = 0; k < V; ++k) { total[k] += chunk[k]; chunk[k] = 0; }
+            added = 0;
         }
+        if (row < rows) {  // the last turn, where rows end within it
+            const int count = (int)ceil_div(rows - row, blockDim.y);
+            select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, count, chunk);
+        }
+        UNROLL for (int k = 0; k < V; ++k) total[k] += chunk[k];
     }
     sum_lines<V>(total, threadIdx.x, threadIdx.y, blockDim.x, blockDim.y);
     const bool mine = threadIdx.y == 0 && col < cols;
@@ -375,16 +379,14 @@ __device__ void select_colsum(const T* dout, const void* keep, T* dz, Sums out, 
 #define SELECT_COLSUM(name, V, KEEP, KeepType, ROWS, FIT)                                                               \
     extern "C" __global__ void __launch_bounds__(BLOCK, FIT)                                                            \
     name(const T* dout, const KeepType* keep, T* dz, A* parts, u32* counters, T* sums,                                  \
-         i64 groups, i64 rows, i64 cols, i64 mask_row, i64 span)                                                        \
-    { select_colsum<V, KEEP, ROWS>(dout, keep, dz, {parts, counters, sums}, groups, rows, cols, mask_row, span); }
+         i64 groups, i64 rows, i64 cols, i64 mask_row, i64 blocks)                                                      \
+    { select_colsum<V, KEEP, ROWS>(dout, keep, dz, {parts, counters, sums}, groups, rows, cols, mask_row, blocks); }
 
-// Blocks that fit without spilling, float64's addresses and sums take more registers: 48 KB, 32 KB under way on a multiprocessor.
-enum { SUMS_FIT = sizeof(T) == 8 ? 2 : 3 };
-
-SELECT_COLSUM(colsum, 1, ALL, u8, 8, SUMS_FIT)
-SELECT_COLSUM(colsum_wide, WIDE, ALL, u8, 4, SUMS_FIT)
+// Rows loaded together, and blocks that fit without spilling: of those tried on an H100 and an H200 the quickest (docs/gpu.md).
+SELECT_COLSUM(colsum, 1, ALL, u8, 8, 3)
+SELECT_COLSUM(colsum_wide, WIDE, ALL, u8, 8, 2)
 SELECT_COLSUM(mask_colsum, 1, MASK, u8, 8, 2)
-SELECT_COLSUM(mask_colsum_wide, WIDE, MASK, u8, 4, SUMS_FIT)
+SELECT_COLSUM(mask_colsum_wide, WIDE, MASK, u8, 8, 2)
 SELECT_COLSUM(preact_colsum, 1, PREACT, T, 8, 2)
 SELECT_COLSUM(preact_colsum_wide, WIDE, PREACT, T, 4, 2)
 
@@ -578,71 +580,96 @@ softmax_loss(const T* x, const i64* y, T* dx, A* parts, u32* counter, T* loss, i
 // Where launches cost more than arithmetic, one launch does a whole forward, and one all gradients of a backward. A block
 // makes one TILE x TILE tile of a product by multiply-adds. Its 256 threads are 4 groups of 64: a thread has 4 x 4 sums,
 // and each group takes its quarter of every SLAB of the summed extent; the four sums of an element meet in the end, in one
-// order. So a running sum is a quarter of the summed extent long, which the backend keeps to a few hundred (cupy_small.py).
-// While a slab is multiplied the next one is on its way into registers. float64 is left to cuBLAS: many GPUs have few units for it.
+// order. While a slab is multiplied the next one is on its way into registers. A slab takes about as long to come as to be multiplied,
+// so where tiles are few several blocks share one: each takes `span` of the summed extent, and the last of them to end adds up what
+// all have left, in their order. float64 is left to cuBLAS: many GPUs have few units for it.
 #ifndef DTYPE_float64
 
 enum {
     TILE = 32, SLAB = 64, SPLIT = 4, LINE = TILE + 4, PIECES = TILE * SLAB / BLOCK,
-    SLABS = 2 * SLAB * LINE, PARTS = SPLIT * TILE * TILE, SHARED = SLABS > PARTS + BLOCK ? SLABS : PARTS + BLOCK
+    SLABS = 2 * SLAB * LINE, PARTS = SPLIT * TILE * TILE, SHARED = SLABS > PARTS + BLOCK ? SLABS : PARTS + BLOCK,
+    LEFT = TILE * TILE + TILE  // numbers that a block leaves: its sums, and those of b's columns
 };
 
-// One side of a product: `extent` rows of the result (or columns) by the summed extent `depth`, stored with the summed extent
-// innermost (DEEP) or outermost. Where mask or preact is given, elements that were not kept count as 0.
-struct Side { const T* at; const u8* mask; const T* preact; i64 extent, depth, mask_row; };
+// One side of a product: `extent` rows of the result (or columns) by the summed extent, in lines of `width` elements, stored with the
+// summed extent innermost (DEEP) or outermost. keep, in lines of keep_row bytes, says which elements count: others are 0.
+// Small layers have fewer than 2^31 elements (cupy_small.py): within a group offsets are ints, which take half the registers.
+struct Side { const T* at; const void* keep; int extent, width, keep_row; };
 
 // Where an element of a slab lies: a warp reads 32 neighbours, or (DEEP) 8 neighbours of 4 rows, and writes them to 32 banks.
 template <bool DEEP> __device__ inline u32 slab_row(u32 thread) { return DEEP ? thread / 8 : thread % TILE; }
-template <bool DEEP> __device__ inline u32 slab_depth(u32 thread, int piece) { return piece * 8 + (DEEP ? thread % 8 : thread / TILE); }
+template <bool DEEP> __device__ inline u32 slab_depth(u32 thread) { return DEEP ? thread % 8 : thread / TILE; }
 
-template <bool DEEP> __device__ inline void fetch(const Side& side, i64 row, i64 depth, T (&out)[PIECES])
-{
-    const u32 thread = threadIdx.x;
-    const i64 r = row + slab_row<DEEP>(thread);
-    UNROLL for (int i = 0; i < PIECES; ++i) {
-        const i64 d = depth + slab_depth<DEEP>(thread, i);
-        out[i] = T();
-        if (r >= side.extent || d >= side.depth) continue;
-        const i64 line = DEEP ? r : d, col = DEEP ? d : r, at = line * (DEEP ? side.depth : side.extent) + col;
-        out[i] = side.at[at];
-        if (side.mask && !(side.mask[line * side.mask_row + (col >> 3)] >> (col & 7) & 1)) out[i] = T();
-        if (side.preact && !keeps(side.preact[at])) out[i] = T();
+// A thread's share of a slab, on its way: nothing of it is looked at before it is put, or the thread would wait for each element.
+template <bool DEEP, Keep KEEP> struct Share {
+    T v[PIECES];
+    Kept<1, KEEP> kept[PIECES];
+
+    // What lies before `end`.
+    __device__ inline void fetch(const Side& side, int row, int depth, int end)
+    {
+        const int r = row + (int)slab_row<DEEP>(threadIdx.x), d = depth + (int)slab_depth<DEEP>(threadIdx.x);
+        const int left = r < side.extent ? end - d : 0, line = DEEP ? r : d, col = DEEP ? d : r;
+        const int step = DEEP ? 8 : 8 * side.width, keep_step = DEEP ? 0 : 8 * side.keep_row;
+        const T* const at = side.at + line * side.width + col;
+        const u8* const keep = (const u8*)side.keep + line * side.keep_row;
+        UNROLL for (int i = 0; i < PIECES; ++i) {
+            v[i] = T();
+            kept[i] = Kept<1, KEEP>();
+            if (8 * i >= left) continue;
+            v[i] = at[i * step];
+            kept[i].load(keep + i * keep_step, DEEP ? col + 8 * i : col);
+        }
     }
-}
-
-template <bool DEEP> __device__ inline void put(const T (&in)[PIECES], A* slab)
-{
-    UNROLL for (int i = 0; i < PIECES; ++i)
-        slab[slab_depth<DEEP>(threadIdx.x, i) * LINE + slab_row<DEEP>(threadIdx.x)] = widen(in[i]);
-}
+    __device__ inline void put(A* slab) const
+    {
+        const u32 thread = threadIdx.x;
+        UNROLL for (int i = 0; i < PIECES; ++i)
+            slab[(slab_depth<DEEP>(thread) + 8 * i) * LINE + slab_row<DEEP>(thread)] = kept[i][0] ? widen(v[i]) : A();
+    }
+};
 
 // The products of a kernel share it.
 __device__ inline A* tile_memory() { __shared__ __align__(16) A memory[SHARED]; return memory; }
 
 // What becomes of a product: y = a b + bias, relu'd where a mask is to be written. sums (of b's columns), where wanted, comes along.
-struct Product { T* y; const T* bias; u8* mask; T* sums; i64 mask_row; };
+struct Product { T* y; const T* bias; u8* mask; T* sums; int mask_row; };
 
-// The tile at (row, col) of a b: a (rows, depth), b (depth, cols).
-template <bool A_DEEP, bool B_DEEP>
-__device__ void small_product(const Side& a, const Side& b, const Product& out, i64 row, i64 col)
+// How blocks share the tiles of a product: each takes `span` of the summed extent `depth`, a multiple of SLAB. left (tiles, blocks,
+// LEFT) is what they leave, counters (tiles,) count them; neither is there where a block takes all.
+struct Sharing {
+    A* left;
+    u32* counters;
+    int depth, span;
+    __device__ inline int blocks() const { return (depth + span - 1) / span; }
+};
+
+// Block `unit` of those that make a b: a (rows, depth), b (depth, cols), in tiles by rows, the blocks of a tile side by side.
+template <bool A_DEEP, bool B_DEEP, Keep A_KEEP, Keep B_KEEP>
+__device__ void small_product(const Side& a, const Side& b, Product out, const Sharing& sharing, int unit)
 {
     A* const shared = tile_memory();
     A* const as = shared;
     A* const bs = shared + SLAB * LINE;
     const u32 thread = threadIdx.x, part = thread / (BLOCK / SPLIT), ty = thread / 8 % 8, tx = thread % 8, lane = thread % WARP, warp = thread / WARP;
+    const int blocks = sharing.blocks(), tile = unit / blocks, block = unit % blocks, across = (b.extent + TILE - 1) / TILE;
+    const int row = tile / across * TILE, col = tile % across * TILE;
+    const int begin = block * sharing.span, end = begin + sharing.span < sharing.depth ? begin + sharing.span : sharing.depth;
+    if (row > 0) out.sums = nullptr;  // the first row of tiles makes them
     A acc[4][4], column = 0;
     UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = 0;
-    T an[PIECES], bn[PIECES];
-    fetch<A_DEEP>(a, row, 0, an);
-    fetch<B_DEEP>(b, col, 0, bn);
-    for (i64 depth = 0; depth < a.depth; depth += SLAB) {
+    Share<A_DEEP, A_KEEP> an;
+    Share<B_DEEP, B_KEEP> bn;
+    an.fetch(a, row, begin, end);
+    bn.fetch(b, col, begin, end);
+    for (int depth = begin; depth < end; depth += SLAB) {
         __syncthreads();  // the slab before is done with
-        put<A_DEEP>(an, as);
-        put<B_DEEP>(bn, bs);
+        an.put(as);
+        bn.put(bs);
         __syncthreads();
-        if (depth + SLAB < a.depth) {
-            fetch<A_DEEP>(a, row, depth + SLAB, an);
-            fetch<B_DEEP>(b, col, depth + SLAB, bn);
+        if (depth + SLAB < end) {
+            an.fetch(a, row, depth + SLAB, end);
+            bn.fetch(b, col, depth + SLAB, end);
         }
         UNROLL for (int k = 0; k < SLAB / SPLIT; ++k) {
             const u32 line = (part * (SLAB / SPLIT) + k) * LINE;
@@ -659,13 +686,38 @@ __device__ void small_product(const Side& a, const Side& b, const Product& out, 
     A* const columns = shared + PARTS;
     columns[warp * TILE + lane] = column;
     __syncthreads();
-    const i64 c = col + lane;
+    A sums[TILE / 8];
+    UNROLL for (int i = 0; i < TILE / 8; ++i) {
+        const A* const s = shared + (warp + 8 * i) * TILE + lane;
+        sums[i] = (s[0] + s[TILE * TILE]) + (s[2 * TILE * TILE] + s[3 * TILE * TILE]);
+    }
+    column = 0;
+    if (out.sums && warp == 0) for (int w = 0; w < BLOCK / WARP; ++w) column += columns[w * TILE + lane];
+    if (blocks > 1) {
+        A* const left = sharing.left + (i64)tile * blocks * LEFT + warp * TILE + lane;
+        UNROLL for (int i = 0; i < TILE / 8; ++i) __stcg(left + block * LEFT + 8 * i * TILE, sums[i]);
+        if (out.sums && warp == 0) __stcg(left + block * LEFT + TILE * TILE, column);
+        if (!last_block(sharing.counters + tile, blocks)) return;
+        UNROLL for (int i = 0; i < TILE / 8; ++i) sums[i] = 0;
+        column = 0;
+        for (int first = 0; first < blocks; first += 4) {
+            A of[4][TILE / 8 + 1];
+            UNROLL for (int q = 0; q < 4; ++q) {
+                const A* const at = left + (first + q) * LEFT;
+                UNROLL for (int i = 0; i < TILE / 8; ++i) of[q][i] = first + q < blocks ? __ldcg(at + 8 * i * TILE) : 0;
+                of[q][TILE / 8] = first + q < blocks && out.sums && warp == 0 ? __ldcg(at + TILE * TILE) : 0;
+            }
+            UNROLL for (int q = 0; q < 4; ++q) {
+                UNROLL for (int i = 0; i < TILE / 8; ++i) sums[i] += of[q][i];
+                column += of[q][TILE / 8];
+            }
+        }
+    }
+    const int c = col + (int)lane;
     const A bias = out.bias && c < b.extent ? widen(out.bias[c]) : 0;
     UNROLL for (int i = 0; i < TILE / 8; ++i) {
-        const i64 r = row + warp + 8 * i;
-        const A* const s = shared + (warp + 8 * i) * TILE + lane;
-        const A v = (s[0] + s[TILE * TILE]) + (s[2 * TILE * TILE] + s[3 * TILE * TILE]);
-        T t = Round<T>::of(out.bias ? v + bias : v);
+        const int r = row + (int)warp + 8 * i;
+        T t = Round<T>::of(out.bias ? sums[i] + bias : sums[i]);
         const bool inside = r < a.extent && c < b.extent, keep = !out.mask || keeps(t);
         if (!keep) t = T();
         const u32 bits = __ballot_sync(0xffffffffu, inside && keep);
@@ -673,49 +725,65 @@ __device__ void small_product(const Side& a, const Side& b, const Product& out, 
         out.y[r * b.extent + c] = t;
         if (out.mask && lane % 8 == 0) out.mask[r * out.mask_row + (c >> 3)] = (u8)(bits >> lane);
     }
-    if (out.sums && warp == 0 && c < b.extent) {
-        A v = 0;
-        for (int w = 0; w < BLOCK / WARP; ++w) v += columns[w * TILE + lane];
-        out.sums[c] = Round<T>::of(v);
-    }
+    if (out.sums && warp == 0 && c < b.extent) out.sums[c] = Round<T>::of(column);
 }
 
 // x (groups, n, d), w (groups, d, m), b (groups, m) or null, y (groups, n, m), mask (groups, n, mask_row) or null: no ReLU.
-// A block for each tile of y.
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-small_forward(const T* x, const T* w, const T* b, T* y, u8* mask, i64 groups, i64 n, i64 d, i64 m, i64 mask_row)
+small_forward(const T* x, const T* w, const T* b, T* y, u8* mask, A* left, u32* counters,
+              i64 groups, i64 n, i64 d, i64 m, i64 mask_row, i64 span)
 {
-    const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y, tiles = ceil_div(m, TILE);
+    const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y, tiles = ceil_div(n, TILE) * ceil_div(m, TILE);
     if (group >= groups) return;
-    const Side left = {x + group * n * d, nullptr, nullptr, n, d, 0}, right = {w + group * d * m, nullptr, nullptr, m, d, 0};
-    const Product out = {y + group * n * m, b ? b + group * m : nullptr, mask ? mask + group * n * mask_row : nullptr, nullptr, mask_row};
-    small_product<true, false>(left, right, out, blockIdx.x / tiles * TILE, blockIdx.x % tiles * TILE);
+    const Side rows = {x + group * n * d, nullptr, (int)n, (int)d, 0}, cols = {w + group * d * m, nullptr, (int)m, (int)m, 0};
+    const Product out = {y + group * n * m, b ? b + group * m : nullptr, mask ? mask + group * n * mask_row : nullptr, nullptr, (int)mask_row};
+    Sharing sharing = {left, counters, (int)d, (int)span};
+    sharing.left += group * tiles * sharing.blocks() * LEFT;
+    sharing.counters += group * tiles;
+    small_product<true, false, ALL, ALL>(rows, cols, out, sharing, (int)blockIdx.x);
 }
 
-// dout (groups, n, m), kept where mask (groups, n, mask_row) or preact, like dout, says so, if one is given;
+// dout (groups, n, m), of which `keep` is kept, (groups, n, mask_row) bytes or like dout;
 // dx = dz w^T (groups, n, d), dw = x^T dz (groups, d, m), db = sum of dz (groups, m); dx or db may be null.
-// A block for each tile of dw; those of its first row of tiles make db on the way. Then one for each tile of dx.
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-small_backward(const T* dout, const u8* mask, const T* preact, const T* x, const T* w, T* dx, T* dw, T* db,
-               i64 groups, i64 n, i64 d, i64 m, i64 mask_row)
+// Blocks make dw, and db on the way; then dx. span and counters are those of dw, then of dx.
+template <Keep KEEP>
+__device__ void small_gradients(const T* dout, const void* keep, const T* x, const T* w, T* dx, T* dw, T* db, A* left, u32* counters,
+                                i64 groups, i64 n, i64 d, i64 m, i64 mask_row, i64 dw_span, i64 dx_span)
 {
     const i64 group = (i64)blockIdx.z * gridDim.y + blockIdx.y;
     if (group >= groups) return;
     const T* const dz = dout + group * n * m;
-    const u8* const bits = mask ? mask + group * n * mask_row : nullptr;
-    const T* const z = preact ? preact + group * n * m : nullptr;
-    const i64 across = ceil_div(m, TILE), of_dw = ceil_div(d, TILE) * across;
-    if (blockIdx.x < of_dw) {
-        const i64 row = blockIdx.x / across * TILE, col = blockIdx.x % across * TILE;
-        const Side left = {x + group * n * d, nullptr, nullptr, d, n, 0}, right = {dz, bits, z, m, n, mask_row};
-        const Product out = {dw + group * d * m, nullptr, nullptr, db && row == 0 ? db + group * m : nullptr, 0};
-        small_product<false, false>(left, right, out, row, col);
+    const i64 keep_row = KEEP == MASK ? mask_row : KEEP == PREACT ? m * (i64)sizeof(T) : 0;
+    const u8* const kept = (const u8*)keep + group * n * keep_row;
+    const i64 dw_tiles = ceil_div(d, TILE) * ceil_div(m, TILE), dx_tiles = ceil_div(n, TILE) * ceil_div(d, TILE);
+    Sharing of_dw = {left, counters, (int)n, (int)dw_span}, of_dx = {left, counters, (int)m, (int)dx_span};
+    const i64 dw_blocks = of_dw.blocks(), dx_blocks = of_dx.blocks();
+    if (blockIdx.x < dw_tiles * dw_blocks) {
+        of_dw.left += group * dw_tiles * dw_blocks * LEFT;
+        of_dw.counters += group * dw_tiles;
+        const Side rows = {x + group * n * d, nullptr, (int)d, (int)d, 0}, cols = {dz, kept, (int)m, (int)m, (int)keep_row};
+        const Product out = {dw + group * d * m, nullptr, nullptr, db ? db + group * m : nullptr, 0};
+        small_product<false, false, ALL, KEEP>(rows, cols, out, of_dw, (int)blockIdx.x);
     } else {
-        const i64 tile = blockIdx.x - of_dw, along = ceil_div(d, TILE);
-        const Side left = {dz, bits, z, n, m, mask_row}, right = {w + group * d * m, nullptr, nullptr, d, m, 0};
+        const bool dw_shared = dw_blocks > 1;  // then its own come first
+        of_dx.left += ((dw_shared ? groups * dw_tiles * dw_blocks : 0) + group * dx_tiles * dx_blocks) * LEFT;
+        of_dx.counters += (dw_shared ? groups * dw_tiles : 0) + group * dx_tiles;
+        const Side rows = {dz, kept, (int)n, (int)m, (int)keep_row}, cols = {w + group * d * m, nullptr, (int)d, (int)m, 0};
         const Product out = {dx + group * n * d, nullptr, nullptr, nullptr, 0};
-        small_product<true, true>(left, right, out, tile / along * TILE, tile % along * TILE);
+        small_product<true, true, KEEP, ALL>(rows, cols, out, of_dx, (int)(blockIdx.x - dw_tiles * dw_blocks));
     }
 }
+
+#define SMALL_BACKWARD(name, KEEP, KeepType)                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2)                                                              \
+    name(const T* dout, const KeepType* keep, const T* x, const T* w, T* dx, T* dw, T* db, A* left, u32* counters,      \
+         i64 groups, i64 n, i64 d, i64 m, i64 mask_row, i64 dw_span, i64 dx_span)                                       \
+    {                                                                                                                   \
+        small_gradients<KEEP>(dout, keep, x, w, dx, dw, db, left, counters, groups, n, d, m, mask_row, dw_span, dx_span); \
+    }
+
+SMALL_BACKWARD(small_backward, ALL, u8)
+SMALL_BACKWARD(mask_small_backward, MASK, u8)
+SMALL_BACKWARD(preact_small_backward, PREACT, T)
 
 #endif  // DTYPE_float64
