@@ -262,11 +262,7 @@ def _step_cases(check: Any) -> Iterator[Any]:
 def _side_by_side(check: Any, case: Any, children: dict[str, Any]) -> dict[str, Any]:
     from rectilinear.measure.turns import SubjectError
 
-    taking = {
-        name: child
-        for name, child in children.items()
-        if child.subject.covers(case) and _takes_part(name, case)
-    }
+    taking = {name: child for name, child in children.items() if child.subject.covers(case) and _takes_part(name, case)}
     failed: dict[str, str] = {}
 
     def ask(name: str, do: str, **arguments: Any) -> dict[str, Any] | None:

@@ -62,8 +62,8 @@ class Runtime(NamedTuple):
     `number` makes an argument of a kernel of a 64-bit integer, and `null` is the address 0 for one. CuPy converts NumPy's numbers at
     every launch, half a microsecond each on the host of an H100.
 
-    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.alloc, cuda.get_current_stream, cuda.runtime.getDevice, and
-    what `cupy_gemm`, `cupy_lt` and `cupy_scratch` name. Used of a kernel file: get_function.
+    Used of ``cp``: ndarray, empty, asarray, ascontiguousarray, cuda.Device, cuda.alloc, cuda.get_current_stream, cuda.runtime.getDevice,
+    and what `cupy_gemm`, `cupy_lt` and `cupy_scratch` name. Used of a kernel file: get_function.
     """
 
     cp: Any
@@ -197,7 +197,9 @@ class CupyBackend:
         dtype = x.dtype
         shape, _, _, small, left = self._forward(dtype, x.shape, w.shape)
         if small is not None and x._c_contiguous and w._c_contiguous:
-            return self._small_forward(small, left, x, w, b, shape, None, out)
+            y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
+            self._small_forward(small, left, x, w, b, y, None)
+            return y if out is None else _deliver(y, out)
         y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
         z = y
         if dtype.itemsize > 2:
@@ -214,20 +216,23 @@ class CupyBackend:
                 return self.affine_relu_forward(x, w, b, out)
         dtype = x.dtype
         shape, mask_shape, (nbytes, places), small, left = self._forward(dtype, x.shape, w.shape)
+        whole = small is not None and x._c_contiguous and w._c_contiguous
         if nbytes and out is None:
             memory = self._alloc(nbytes)
-            out, mask = self._array_at(shape, dtype, memory), self._array_at(mask_shape, _BYTE, memory + places[1])
+            y, mask = self._array_at(shape, dtype, memory), self._array_at(mask_shape, _BYTE, memory + places[1])
         else:
+            writable = self._result if whole else self._product_result
+            y = self._empty(shape, dtype) if out is None else writable(shape, dtype, out)
             mask = self._empty(mask_shape, _BYTE)
-        if small is not None and x._c_contiguous and w._c_contiguous:
-            return self._small_forward(small, left, x, w, b, shape, mask, out), unchecked(mask, shape)
-        y = self._empty(shape, dtype) if out is None else self._product_result(shape, dtype, out)
-        z = y
-        if dtype.itemsize > 2:
-            self._product("NN", x, w, z)
+        if whole:
+            self._small_forward(small, left, x, w, b, y, mask)
         else:
-            z, b = self._half_affine(x, w, b, y)
-        self._bias("bias_relu_mask", z, b, y, mask)
+            z = y
+            if dtype.itemsize > 2:
+                self._product("NN", x, w, z)
+            else:
+                z, b = self._half_affine(x, w, b, y)
+            self._bias("bias_relu_mask", z, b, y, mask)
         return y if out is None else _deliver(y, out), unchecked(mask, shape)
 
     def affine_backward(
@@ -242,23 +247,34 @@ class CupyBackend:
         if dout.data.device_id != self._current_device():
             with dout.device:
                 return self.affine_backward(dout, x, w, keep, wanted, out)
+        dtype = dout.dtype
         kept = "" if keep is None else "mask_" if isinstance(keep, KeepMask) else "preact_"
-        row_bytes = keep._bits.shape[-1] if kept == "mask_" else 0
-        shapes, (nbytes, places), small, left = self._backward(dout.dtype, x.shape, w.shape, wanted, kept, row_bytes)
-        if nbytes and out[0] is None and out[1] is None and out[2] is None:
-            memory, dtype = self._alloc(nbytes), dout.dtype
-            dx, dw, db = [None if to is None else self._array_at(to, dtype, memory + at) for to, at in zip(shapes, places, strict=True)]
-            out = dx, dw, db
+        row_bytes = keep._bits.shape[-1] if isinstance(keep, KeepMask) else 0
+        shapes, (nbytes, places), small, left = self._backward(dtype, x.shape, w.shape, wanted, kept, row_bytes)
+        to_dx, to_dw, to_db = out
+        fresh = nbytes > 0 and to_dx is None and to_dw is None and to_db is None
+        if fresh:
+            memory, array = self._alloc(nbytes), self._array_at
+            (of_dx, of_dw, of_db), (at_dx, at_dw, at_db) = shapes, places
+            to_dx = None if of_dx is None else array(of_dx, dtype, memory + at_dx)
+            to_dw = None if of_dw is None else array(of_dw, dtype, memory + at_dw)
+            to_db = None if of_db is None else array(of_db, dtype, memory + at_db)
         if small is not None and x._c_contiguous and w._c_contiguous:
-            return self._small_backward(small, left, shapes, dout, x, w, keep, out)
+            if fresh:
+                self._small_backward(small, left, dout, x, w, keep, to_dx, to_dw, to_db)
+                return to_dx, to_dw, to_db
+            of_dx, of_dw, of_db = shapes
+            dx, dw, db = self._result(of_dx, dtype, to_dx), self._result(of_dw, dtype, to_dw), self._result(of_db, dtype, to_db)
+            self._small_backward(small, left, dout, x, w, keep, dx, dw, db)
+            return _deliver(dx, to_dx), _deliver(dw, to_dw), _deliver(db, to_db)
         want_dx, want_dw, want_db = wanted
         db = None
         if want_db:
-            dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, out[2])
+            dz, db = self._select_and_sum(dout, keep, want_dx or want_dw, to_db)
         else:
             dz = dout if keep is None else self._relu_backward(dout, keep, None)
-        dx = self._gradient("NT", dz, w, shapes[0], out[0]) if want_dx else None
-        dw = self._gradient("TN", x, dz, shapes[1], out[1]) if want_dw else None
+        dx = self._gradient("NT", dz, w, shapes[0], to_dx) if want_dx else None
+        dw = self._gradient("TN", x, dz, shapes[1], to_dw) if want_dw else None
         return dx, dw, db
 
     def bias_backward(self, dout: Array, out: Array | None) -> Array:
@@ -269,49 +285,26 @@ class CupyBackend:
 
     # Small layers: x and w are contiguous, since cuBLAS takes other strides as they are, and here they would be copied.
 
-    def _small_forward(
-        self, launch: Any, left: int, x: Array, w: Array, b: Array | None, shape: tuple[int, ...], mask: Array | None, out: Array | None
-    ) -> Array:
-        """y; with a mask to fill, after ReLU."""
+    def _small_forward(self, launch: Any, left: int, x: Array, w: Array, b: Array | None, y: Array, mask: Array | None) -> None:
+        """Fill y; with a mask to fill, after ReLU."""
         start, extents = launch
-        dtype = x.dtype
-        y = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
-        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+        if (x.data.ptr | w.data.ptr) % x.itemsize:
             x, w = self._contiguous(x), self._contiguous(w)
         bias = self._null if b is None else self._contiguous(b)
-        parts, counters = self._shared(x, left)
+        parts, counters = self._shared(x, left) if left else (self._null, self._null)
         start((x, w, bias, y, self._null if mask is None else mask, parts, counters, *extents))
-        return y if out is None else _deliver(y, out)
 
     def _small_backward(
-        self,
-        launch: Any,
-        left: int,
-        shapes: tuple[Any, Any, Any],
-        dout: Array,
-        x: Array,
-        w: Array,
-        keep: Keep | None,
-        out: tuple[Array | None, Array | None, Array | None],
-    ) -> tuple[Array | None, Array | None, Array | None]:
-        """dw, and dx and db where they have a shape."""
+        self, launch: Any, left: int, dout: Array, x: Array, w: Array, keep: Keep | None, dx: Array | None, dw: Array, db: Array | None
+    ) -> None:
+        """Fill dw, and dx and db where they are wanted."""
         start, extents = launch
-        dtype, empty, result = dout.dtype, self._empty, self._result
-        if (x.data.ptr | w.data.ptr) % dtype.itemsize:
+        if (x.data.ptr | w.data.ptr) % x.itemsize:
             x, w = self._contiguous(x), self._contiguous(w)
         selector = self._null if keep is None else self._contiguous(keep._bits if isinstance(keep, KeepMask) else keep)
-        (dx_shape, dw_shape, db_shape), (to_dx, to_dw, to_db) = shapes, out
-        dx = None if dx_shape is None else empty(dx_shape, dtype) if to_dx is None else result(dx_shape, dtype, to_dx)
-        dw = empty(dw_shape, dtype) if to_dw is None else result(dw_shape, dtype, to_dw)
-        db = None if db_shape is None else empty(db_shape, dtype) if to_db is None else result(db_shape, dtype, to_db)
         at_dx, at_db = self._null if dx is None else dx, self._null if db is None else db
-        parts, counters = self._shared(dout, left)
+        parts, counters = self._shared(dout, left) if left else (self._null, self._null)
         start((self._contiguous(dout), selector, x, w, at_dx, dw, at_db, parts, counters, *extents))
-        return (
-            dx if to_dx is None else _deliver(dx, to_dx),
-            dw if to_dw is None else _deliver(dw, to_dw),
-            db if to_db is None else _deliver(db, to_db),
-        )
 
     # Other layers: products, and kernels around them.
 
@@ -338,9 +331,10 @@ class CupyBackend:
         """Whether products of x are written in its 16 bits, rounded once. An empty sum is no product: its bias is added by a kernel."""
         return summed > 0 and self.products.rounds(x)
 
-    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
+    def _product_result(self, shape: tuple[int, ...], dtype: Any, out: Array | None) -> Array:
         """As `_result`, on 16 bytes: no product has another algorithm for an `out` that lies elsewhere."""
-        return out if out._c_contiguous and out.data.ptr % _WIDE_BYTES == 0 else self._empty(shape, dtype)
+        lies_well = out is not None and out._c_contiguous and out.data.ptr % _WIDE_BYTES == 0
+        return out if lies_well else self._empty(shape, dtype)
 
     def _product(self, operation: Operation, a: Array, b: Array, out: Array, bias: Array | None = None) -> None:
         """out = a b, as `operation` says, + bias where such products are rounded."""
@@ -392,7 +386,7 @@ class CupyBackend:
         if launch is None:
             db.fill(0)
         else:
-            parts, counters = self._shared(dout, left)
+            parts, counters = self._shared(dout, left) if left else (self._null, self._null)
             start, extents = launch
             start((dout, selector, self._null if dz is None or dz is dout else dz, parts, counters, db, *extents))
         return dz, db if out is None else _deliver(db, out)
@@ -400,12 +394,11 @@ class CupyBackend:
     def _shared(self, x: Array, left: int) -> tuple[Any, Any]:
         """What blocks leave to the last of them, so many bytes, and counters of them; for a launch on the current stream, of x's device.
 
-        Nothing where one block does all. To be held until the launch, since another thread on this stream may ask for more.
+        To be held until the launch, since another thread on this stream may ask for more.
         """
-        if not left:
-            return self._null, self._null
         scratch = self.scratches.current(self.runtime.cp, x.data.device_id, self._current_stream().ptr)
-        return scratch.workspace(left), scratch.counters(_COUNTERS)
+        counters = scratch.counters(_COUNTERS)
+        return scratch.workspace(left), counters
 
     # ReLU
 
@@ -413,9 +406,9 @@ class CupyBackend:
         if x.data.device_id != self._current_device():
             with x.device:
                 return self.relu_forward(x, out)
-        y = self._empty(x.shape, x.dtype) if out is None else self._result(x.shape, x.dtype, out)
+        y = self._result(x.shape, x.dtype, out)
         self._flat("relu", (self._contiguous(x), y))
-        return _deliver(y, out)
+        return y if out is None else _deliver(y, out)
 
     def relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
         if dout.data.device_id != self._current_device():
@@ -424,7 +417,7 @@ class CupyBackend:
         return self._relu_backward(dout, keep, out)
 
     def _relu_backward(self, dout: Array, keep: Keep, out: Array | None) -> Array:
-        dx = self._empty(dout.shape, dout.dtype) if out is None else self._result(dout.shape, dout.dtype, out)
+        dx = self._result(dout.shape, dout.dtype, out)
         dout = self._contiguous(dout)
         if isinstance(keep, KeepMask):
             self._mask_backward(dout, self._contiguous(keep._bits), dx)
@@ -451,7 +444,7 @@ class CupyBackend:
                 return self.softmax_loss(x, y, out)
         shape, dtype = x.shape, x.dtype
         loss = self._empty((), dtype)
-        dx = self._empty(shape, dtype) if out is None else self._result(shape, dtype, out)
+        dx = self._result(shape, dtype, out)
         if shape[0] == 0:
             loss.fill(np.nan)
             return loss, _deliver(dx, out)
@@ -516,9 +509,9 @@ class CupyBackend:
 
     # buffers and launches
 
-    def _result(self, shape: tuple[int, ...], dtype: Any, out: Array) -> Array:
-        """Where the kernels write: `out` if they can, else an array of its own that `_deliver` copies from."""
-        if out._c_contiguous and out.data.ptr % out.itemsize == 0:
+    def _result(self, shape: tuple[int, ...] | None, dtype: Any, out: Array | None) -> Any:
+        """Where the kernels write: `out` if there is one and they can, else fresh memory that `_deliver` copies from; None of no shape."""
+        if shape is None or (out is not None and out._c_contiguous and out.data.ptr % out.itemsize == 0):
             return out
         return self._empty(shape, dtype)
 
@@ -618,7 +611,9 @@ def _together(*nbytes: int) -> Together:
     return Together(end if end <= _TOGETHER_BYTES else 0, tuple(places))
 
 
-def _small(name: str, sharing: cupy_small.Sharing | None, layer: cupy_small.Layer, row_bytes: int, products: int) -> tuple[Launch | None, int]:
+def _small(
+    name: str, sharing: cupy_small.Sharing | None, layer: cupy_small.Layer, row_bytes: int, products: int
+) -> tuple[Launch | None, int]:
     """The launch of a small layer's kernel for so many products, and the bytes that its blocks leave; no launch where it is none."""
     if sharing is None:
         return None, 0

@@ -18,7 +18,7 @@ from genuine import genuine
 import rectilinear
 from rectilinear.backends import registry
 from rectilinear.backends.contract import Probe
-from rectilinear.backends.cupy_backend import _COUNTERS, CupyBackend, Runtime
+from rectilinear.backends.cupy_backend import _COUNTERS, CupyBackend, Runtime, column_sum
 
 SHAPES = {"small": (16, 64, 64), "large": (2048, 512, 512)}
 """N, D, M of the layers that are timed: one that a kernel of ours does whole, and one that takes products and shares its sums."""
@@ -43,6 +43,8 @@ class Idle:
         for n, d, m in SHAPES.values():
             made |= {shape: genuine(aligned(shape, np.float32)) for shape in ((n, d), (d, m), (n, m), (m,))}
             made[n, m // 8] = genuine(aligned((n, m // 8), np.uint8))
+            left = column_sum(4, "mask_colsum", (n, m), True, m // 8).parts
+            made[left,] = SimpleNamespace(size=left)
         made[(_COUNTERS,)] = SimpleNamespace(size=_COUNTERS, fill=lambda value: None)
         self.empty = made.get  # by shape, whatever the dtype is: nothing takes less time; None for partial sums
         self.ndarray = cupy.ndarray

@@ -2,8 +2,9 @@
 
 Enumerations, widths of attributes and the heuristic's result are nvmath's own, which need no driver. It works on raw addresses and
 matrices by columns, takes nothing that cuBLASLt refuses, and is as unkind as cuBLASLt may be: a sum is split, its parts are added in
-the worst type that the preference allows, and a bias is added after that is rounded; a missing alignment counts as the documented 256 bytes. Beyond that it notices what on a
-GPU would be a race: one workspace under two streams, one bias pointer under two threads. A green run says nothing about speed.
+the worst type that the preference allows, and a bias is added after that is rounded; a missing alignment counts as the documented 256
+bytes. Beyond that it notices what on a GPU would be a race: one workspace under two streams, one bias pointer under two threads. A green
+run says nothing about speed.
 """
 
 from __future__ import annotations

@@ -368,8 +368,8 @@ COSTS = {
     "small: backward, out=": ((0, 1, 0), 73, 20),
     "large: forward": ((2, 1, 1), 18, 7),
     "large: forward, out=": ((1, 1, 1), 36, 11),
-    "large: backward": ((4, 1, 2), 33, 16),
-    "large: backward, out=": ((1, 1, 2), 75, 26),
+    "large: backward": ((4, 1, 2), 34, 16),
+    "large: backward, out=": ((1, 1, 2), 76, 26),
 }
 
 

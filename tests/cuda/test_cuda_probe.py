@@ -139,7 +139,7 @@ def test_a_kernel_that_cannot_be_launched(host: Host) -> None:
     ("kernel", "named"),
     [
         ("small_forward", "out, the keep-mask"),
-        ("small_backward", "dx, dw, db"),
+        ("mask_small_backward", "dx, dw, db"),
         ("bias_relu_mask", "out, the keep-mask"),
         ("mask_colsum", "dx, dw, db"),
         ("softmax_loss", None),

@@ -303,18 +303,19 @@ template <int V> struct Kept<V, PREACT> {
 };
 
 // A thread adds CHUNK rows into one sum and those sums into another, so that 10**6 rows of one sign keep five digits in
-// float32: a single running sum of that length would not. Of a chunk it loads ROWS rows together.
-enum { CHUNK = 32 };
+// float32: a single running sum of that length would not. It takes TURN rows at a time, ROWS of which it loads together: how many
+// says nothing about the order.
+enum { CHUNK = 32, TURN = 8 };
 
-// Of ROWS rows, `stride` elements apart, the first `count`: what is kept to dz, where wanted, and on top of chunk.
+// Of ROWS rows from `at` on, `stride` elements apart, the first `count`: what is kept to dz, where wanted, and on top of chunk.
 template <int V, Keep KEEP, int ROWS>
-__device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col, i64 stride, i64 keep_stride, int count, A (&chunk)[V])
+__device__ inline void select_rows(const T* dout, T* dz, i64 at, const u8* keep, i64 col, i64 stride, i64 keep_stride, int count, A (&chunk)[V])
 {
     Pack<T, V> d[ROWS];
     Kept<V, KEEP> kept[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) {
         if (r >= count) continue;
-        d[r] = load<V>(dout + r * stride);
+        d[r] = load<V>(dout + at + r * stride);
         kept[r].load(keep + r * keep_stride, col);
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -323,7 +324,7 @@ __device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col
             if (!kept[r][k]) d[r].drop(k);
             chunk[k] += widen(d[r].get(k));
         }
-        if (KEEP != ALL && dz) store<V>(dz + r * stride, d[r]);
+        if (KEEP != ALL && dz) store<V>(dz + at + r * stride, d[r]);
     }
 }
 
@@ -331,7 +332,7 @@ __device__ inline void select_rows(const T* dout, T* dz, const u8* keep, i64 col
 // sums (groups, cols) where one block has all rows.
 struct Sums { A* parts; u32* counters; T* sums; };
 
-// dout, dz (groups, rows, cols). The `blocks` blocks of a column tile take turns at its rows, blockDim.y * ROWS of them at a time, so
+// dout, dz (groups, rows, cols). The `blocks` blocks of a column tile take turns at its rows, blockDim.y * TURN of them at a time, so
 // that together they read memory from one end to the other and end at about the same time.
 // dz may be null (db alone) or dout itself.
 template <int V, Keep KEEP, int ROWS>
@@ -347,19 +348,21 @@ __device__ void select_colsum(const T* dout, const void* keep, T* dz, Sums out, 
     A total[V], chunk[V];
     UNROLL for (int k = 0; k < V; ++k) total[k] = chunk[k] = 0;
     if (col < cols) {
-        const i64 turn = (i64)blockDim.y * ROWS, step = blocks * turn;
+        const i64 turn = (i64)blockDim.y * TURN, step = blocks * turn;
         i64 row = block * turn + threadIdx.y, at = (group * rows + row) * cols + col;
         const u8* line = (const u8*)keep + (group * rows + row) * keep_row;
         int added = 0;
         UNROLL1 for (; row + turn - blockDim.y < rows; row += step, at += step * cols, line += step * keep_row) {
-            select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, ROWS, chunk);
-            if ((added += ROWS) < CHUNK) continue;
+            UNROLL for (int r = 0; r < TURN; r += ROWS)
+                select_rows<V, KEEP, ROWS>(dout, dz, at + r * stride, line + r * keep_stride, col, stride, keep_stride, ROWS, chunk);
+            if ((added += TURN) < CHUNK) continue;
             UNROLL for (int k = 0; k < V; ++k) { total[k] += chunk[k]; chunk[k] = 0; }
             added = 0;
         }
         if (row < rows) {  // the last turn, where rows end within it
             const int count = (int)ceil_div(rows - row, blockDim.y);
-            select_rows<V, KEEP, ROWS>(dout + at, dz ? dz + at : nullptr, line, col, stride, keep_stride, count, chunk);
+            UNROLL for (int r = 0; r < TURN; r += ROWS)
+                select_rows<V, KEEP, ROWS>(dout, dz, at + r * stride, line + r * keep_stride, col, stride, keep_stride, count - r, chunk);
         }
         UNROLL for (int k = 0; k < V; ++k) total[k] += chunk[k];
     }
