@@ -306,7 +306,9 @@ def test_the_readme_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert gpu_check.main(["--readme", str(file)]) == 0
         assert capsys.readouterr().out.strip() == says + " (12 kernel cases, 11 of them with the bits of a CPU)."
     file.write_text(json.dumps(about | {"steps": {}, "passed": False}))
-    assert gpu_check.readme_line(file).endswith("NVIDIA X, with wrong numbers, see docs/gpu-check.json.")
+    assert gpu_check.readme_line(file).endswith("NVIDIA X, all right but what broke off, see docs/gpu-check.json.")
+    file.write_text(json.dumps(about | {"parts": {"correctness": {"rows": {"layers": {"state": "WRONG"}}}}, "passed": False}))
+    assert gpu_check.readme_line(file).endswith("NVIDIA X, all right but layers, see docs/gpu-check.json.")
 
 
 def test_the_readme_says_it() -> None:
