@@ -117,11 +117,11 @@ class Captured:
             if graph is not None and not graph.is_current():
                 known = graph = None
             if known is not None:
-                copying = None if graph is None else graph.to_copy(given.arrays)
+                copying = None if graph is None else graph.to_copy(given)
                 if graph is None or copying is None:
                     del self._seen[signature]  # should recording fail
                     graph = self._seen[signature] = _recorded(function, args, kwargs, given, known)
-                    copying = graph.to_copy(given.arrays) or []
+                    copying = graph.to_copy(given) or []
                 elif graph is not self._latest:
                     self._seen.move_to_end(signature)
                 self._latest = graph
@@ -158,12 +158,13 @@ class Captured:
 class _Arguments:
     """What there is in the arguments of a call."""
 
-    __slots__ = ("arrays", "objects", "refused", "signature")
+    __slots__ = ("arrays", "objects", "pointers", "refused", "signature")
 
     def __init__(self) -> None:
         self.signature: list[Any] = []
         """Equal for arguments that one record serves."""
         self.arrays: list[Array] = []
+        self.pointers: list[int] = []  # of the arrays
         self.objects: list[Any] = []  # that may hold arrays themselves
         self.refused: list[str] = []  # what is not to come together with CuPy arrays
 
@@ -176,8 +177,10 @@ def _look(x: Any, given: _Arguments) -> None:
     kind = type(x)
     if kind in _array_types:
         at = x.data
+        pointer = at.ptr
         given.arrays.append(x)
-        given.signature += (kind, at.device_id, at.ptr % _ALIGNED, x.dtype, x.shape, x.strides)
+        given.pointers.append(pointer)
+        given.signature += (kind, at.device_id, pointer % _ALIGNED, x.dtype, x.shape, x._c_contiguous or x.strides)
     elif kind in _PLAIN:
         given.signature += (kind, x)
     elif kind is float or kind is complex:
@@ -409,6 +412,7 @@ class _Graph:
         self.scratch = memory.scratch
         self.arrays = [buffer.array for buffer in memory.buffers]
         self._cuda, self._buffers, self._settings = cp.cuda, memory.buffers, memory.scratch.settings
+        self._pointers = [buffer.pointer for buffer in memory.buffers]
         self._fixed = _is_fixed(memory.result)
         self._stream: Any = None  # of the latest replay
         self._done: Any = None  # event after it, where one was needed
@@ -419,11 +423,13 @@ class _Graph:
             return False
         return not self._settings or all(setting.fits() for setting in self._settings)
 
-    def to_copy(self, given: list[Array]) -> list[tuple[_Buffer, Array]] | None:
+    def to_copy(self, given: _Arguments) -> list[tuple[_Buffer, Array]] | None:
         """Arrays that are not where the record reads them, and where to; None if one of those is the caller's."""
-        copying = []
-        for buffer, array in zip(self._buffers, given, strict=True):
-            if array.data.ptr != buffer.pointer:
+        copying: list[tuple[_Buffer, Array]] = []
+        if given.pointers == self._pointers:
+            return copying
+        for buffer, array, pointer in zip(self._buffers, given.arrays, given.pointers, strict=True):
+            if pointer != buffer.pointer:
                 if not buffer.own:
                     return None
                 copying.append((buffer, array))
