@@ -422,6 +422,38 @@ def test_extents_that_cublas_cannot_count_are_refused(host: Host) -> None:
         host.backend._product("NN", x, w, out)
 
 
+# ---------------------------------------------------------------- one allocation for small results
+
+
+def test_small_results_of_a_call_share_an_allocation_and_are_apart(host: Host, monkeypatch: pytest.MonkeyPatch, way: None) -> None:
+    be, p = host.backend, problem(20, 6, 24, None, "float32")
+    x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
+    asked: list[int] = []
+    alloc = host.cp.cuda.alloc
+    monkeypatch.setattr(host.cp.cuda, "alloc", lambda nbytes: asked.append(nbytes) or alloc(nbytes))
+    y, mask = be.affine_relu_forward(x, w, b, None)
+    gradients = be.affine_backward(dout, x, w, mask, (True, True, True), (None, None, None))
+    assert len(asked) == 2
+    results = [y, mask._bits, *gradients]
+    want = [array.get() for array in results]
+    for i, array in enumerate(results):  # written to and given back one by one, they leave the others alone
+        array.fill(0)
+        assert all((other.get() == kept).all() for other, kept in zip(results[i + 1 :], want[i + 1 :], strict=True))
+        assert array.data.ptr % 16 == 0
+        results[i] = None
+    be.affine_backward(dout, x, w, mask, (True, False, True), (None, None, None))
+    be.affine_backward(dout, x, w, mask, (True, True, True), (be.asarray(p["x"]), None, None))
+    assert len(asked) == 3  # where a place is given, the others have memory of their own
+
+
+def test_large_results_have_memory_of_their_own() -> None:
+    """One that is still needed must not keep others."""
+    for shapes in (((512, 1024), (1024, 768)), ((8, 1 << 18), (1 << 18, 8))):
+        assert cupy_backend.backward(4, *shapes, (True, True, True), "", 0).together.nbytes == 0
+    assert cupy_backend.forward(4, (4096, 64), (64, 512)).together.nbytes == 0
+    assert cupy_backend.forward(4, (4, 64), (64, 512)).together.nbytes == 4 * 512 * 4 + 512
+
+
 # ---------------------------------------------------------------- counters of the last block
 
 

@@ -222,6 +222,22 @@ def test_a_long_sum_is_not_added_up_in_16_bits(host: Host, dtype: str) -> None:
     assert (multiply(host, "NN", a, np.ones((256, 8), T)).astype(float) == 3).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_long_sum_is_rounded_once_with_a_bias_and_without(host: Host, dtype: str, no_small_layers: None) -> None:
+    """Split, it would be rounded before the bias: z is float32 then. What has no bias is rounded by the product, by a plan of its own."""
+    be, kind = host.backend, gpu_cases.numpy_dtype(dtype)
+    x, w, b = (gpu_cases.uniform(shape, 3 + len(shape)).astype(kind) for shape in ((40, 96), (96, 56), (56,)))
+    z = x.astype("f8") @ w.astype("f8")
+    on = [be.asarray(a) for a in (x, w, b)]
+    for bias in (b, None, b, None):
+        got = be.affine_forward(*on[:2], None if bias is None else on[2], None).get().astype("f8")
+        want = z if bias is None else z + b.astype("f8")
+        half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+        assert (np.abs(got - want) <= half_ulp * np.abs(want) + 1e-4).all()
+    found = [(plan.splits, plan.recipe.bias_step is not None) for plan in be.products._plans.values()]
+    assert sorted(found) == [(True, False), (True, False), (True, True)]  # the last only says that it splits
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_group_has_its_own_bias(host: Host, dtype: str) -> None:
     if dtype in ("float32", "float64"):
