@@ -389,6 +389,10 @@ def test_blocks_that_share_a_tile_take_whole_slabs_of_all_of_it() -> None:
                 blocks += tiles * each
                 left += tiles * each * (32 * 32 + 32) * (each > 1)
             assert (sharing.blocks, sharing.left) == (blocks, left)
+    most = cupy_small.MOST_SHARED  # each has a counter
+    assert cupy_small._possible((cupy_small._Product(most, 128), cupy_small._Product(most, 64)), 1)
+    assert not cupy_small._possible((cupy_small._Product(most + 1, 128),), 1)
+    assert not cupy_small._possible((cupy_small._Product(most, 128), cupy_small._Product(1, 128)), 1)
 
 
 @pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
