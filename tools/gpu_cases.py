@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +58,9 @@ KINDS = (
     "colsum_one_block",
     "mask_colsum",
     "mask_colsum_db",
+    "mask_colsum_one_block",
     "preact_colsum",
+    "preact_colsum_one_block",
     "relu",
     "relu_offset",
     "relu_backward",
@@ -171,7 +173,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     # A sum over specials is NaN and shows nothing: where db is summed, they stand where keep is false.
     summed = "colsum" in case.kind
     dout = uniform(case.shape, seed + 2).astype(dtype) if summed else with_specials(uniform(case.shape, seed + 2), dtype, 4)
-    if case.kind in ("mask_colsum", "preact_colsum"):
+    if _selects(case):
         dout[negative(keep)] = np.nan
     return {"dout": dout, "keep": keep}
 
@@ -213,15 +215,14 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
         without = "none" in case.kind or "rounded" in case.kind
         backend._bias("bias_relu_mask" if "mask" in case.kind else "bias_add", on["z"], None if without else on["b"], y, mask)
         out = {"y": y, "mask": mask}
-    elif case.kind == "colsum_one_block":
-        with _one_block(backend):
-            out["db"] = backend.bias_backward(on["dout"], None)
-    elif case.kind == "colsum":
-        out["db"] = backend.bias_backward(on["dout"], None)
     elif case.kind == "mask_colsum_db":
         out["db"] = backend.affine_backward(on["dout"], on["dout"], on["dout"], keep, (False, False, True), (None, None, None))[2]
-    elif case.kind in ("mask_colsum", "preact_colsum"):
-        out["dz"], out["db"] = backend._select_and_sum(on["dout"], keep, True, None)
+    elif "colsum" in case.kind:
+        with _one_block(backend) if "one_block" in case.kind else nullcontext():
+            if _selects(case):
+                out["dz"], out["db"] = backend._select_and_sum(on["dout"], keep, True, None)
+            else:
+                out["db"] = backend.bias_backward(on["dout"], None)
     elif case.kind in ("relu", "relu_offset"):
         out["y"] = backend.relu_forward(on["x"], None)
     elif case.kind == "softmax_loss":
@@ -262,6 +263,11 @@ def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[
     return dict(zip(("dx", "dw", "db"), got, strict=True))
 
 
+def _selects(case: Case) -> bool:
+    """Whether it is a column sum with dz beside it."""
+    return case.kind.removesuffix("_one_block") in ("mask_colsum", "preact_colsum")
+
+
 @contextmanager
 def _one_block(backend: Any) -> Iterator[None]:
     """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
@@ -299,7 +305,7 @@ def expected(case: Case, given: dict[str, np.ndarray], flush: bool) -> dict[str,
         return _moved(case, given, flush)
     if "backward" in case.kind:
         return {"dx": _selected(given["dout"], given["keep"])}
-    if case.kind in ("mask_colsum", "preact_colsum"):
+    if _selects(case):
         return {"dz": _selected(given["dout"], given["keep"])}
     return {}
 

@@ -587,6 +587,21 @@ def _on(device: int, backend: Any, a: np.ndarray) -> Any:
         return backend.asarray(a)
 
 
+def test_small_layers_have_the_same_bits_however_blocks_take_turns(host: Host) -> None:
+    """Of both groups, where blocks share tiles of y, of dw and of dx."""
+    for shape, launches in (((40, 460, 36), 1), ((200, 10, 200), 2)):
+        be, p = host.backend, problem(*shape, 2, "float32")
+        x, w, b, dout = (be.asarray(p[name]) for name in ("x", "w", "b", "dout"))
+        found = set()
+        for schedule in (0, 1, 2, 3, 99, 1000):
+            host.set(schedule=schedule)
+            y, mask = be.affine_relu_forward(x, w, b, None)
+            results = [y, mask._bits, *be.affine_backward(dout, x, w, mask, (True,) * 3, (None,) * 3)] if launches == 2 else [y]
+            found.add(b"".join(array.get().tobytes() for array in results))
+            assert (counters(host).get() == 0).all()
+        assert len(found) == 1
+
+
 def test_asarray_and_to_numpy(host: Host) -> None:
     be = host.backend
     a = be.asarray([[1, 2], [3, 4]], "float32")
