@@ -32,6 +32,7 @@ SHAPES = (
     (2, 300, 24),
     (1, 1100, 8),
     (1, 2100, 3),
+    (1, 2300, 16),
 )
 FLAT_SIZES = (1, 7, 256, 1000, 2049, 9001)
 # (groups, n, d, m) of small layers: single elements, edges of tiles of 32, one to eight slabs of 64 of each summed extent, tiles that
@@ -58,9 +59,9 @@ KINDS = (
     "colsum_one_block",
     "mask_colsum",
     "mask_colsum_db",
-    "mask_colsum_one_block",
+    "mask_colsum_two_blocks",
     "preact_colsum",
-    "preact_colsum_one_block",
+    "preact_colsum_two_blocks",
     "relu",
     "relu_offset",
     "relu_backward",
@@ -218,7 +219,8 @@ def run(backend: Any, case: Case, given: dict[str, np.ndarray]) -> dict[str, np.
     elif case.kind == "mask_colsum_db":
         out["db"] = backend.affine_backward(on["dout"], on["dout"], on["dout"], keep, (False, False, True), (None, None, None))[2]
     elif "colsum" in case.kind:
-        with _one_block(backend) if "one_block" in case.kind else nullcontext():
+        few = {"colsum_one_block": 1, "mask_colsum_two_blocks": 2, "preact_colsum_two_blocks": 2}.get(case.kind)
+        with _blocks(backend, few) if few else nullcontext():
             if _selects(case):
                 out["dz"], out["db"] = backend._select_and_sum(on["dout"], keep, True, None)
             else:
@@ -265,14 +267,14 @@ def _run_small(backend: Any, case: Case, on: dict[str, Any], keep: Any) -> dict[
 
 def _selects(case: Case) -> bool:
     """Whether it is a column sum with dz beside it."""
-    return case.kind.removesuffix("_one_block") in ("mask_colsum", "preact_colsum")
+    return case.kind.removesuffix("_two_blocks") in ("mask_colsum", "preact_colsum")
 
 
 @contextmanager
-def _one_block(backend: Any) -> Iterator[None]:
-    """Let one block sum all rows, and so each thread more than a chunk of them, which by itself takes a very long array."""
+def _blocks(backend: Any, count: int) -> Iterator[None]:
+    """Let so few blocks sum all rows, and so each thread more than a chunk of them, in several turns: that takes a very long array else."""
     chosen = cupy_backend._blocks_of_sum
-    cupy_backend._blocks_of_sum = lambda *of: 1
+    cupy_backend._blocks_of_sum = lambda *of: count
     backend._column_sum.cache_clear()  # which remembers what was chosen
     try:
         yield

@@ -551,11 +551,15 @@ def passed(parts: dict[str, Any], setup: Setup) -> bool:
 
 
 def run(names: Sequence[str], whole: float, setup: Setup) -> dict[str, Any]:
-    """The parts of the report, one after another. Time that one leaves is the next one's, and the last one's own is kept for it."""
+    """The parts of the report, one after another. Time that one leaves is the next one's, and the last one's own is kept for it.
+
+    Where all have less than they are given, each has less in proportion.
+    """
     start = time.monotonic()
+    share = min(1.0, whole / sum(setup.parts[name].seconds for name in names))
     parts = {}
     for i, name in enumerate(names):
-        later = sum(setup.parts[each].seconds for each in names[i + 1 :])
+        later = share * sum(setup.parts[each].seconds for each in names[i + 1 :])
         parts[name] = run_part(name, max(1.0, whole - (time.monotonic() - start) - later), setup)
     return parts
 
@@ -600,7 +604,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes, and the page beside it (default: docs/gpu-check.json)")
     parser.add_argument("--first", action="store_true", help="correctness and host cost alone, in two minutes")
-    parser.add_argument("--within", type=float, metavar="SECONDS", help="cut the last parts to stay within so many (default: 360, or 120)")
+    parser.add_argument(
+        "--within", type=float, metavar="SECONDS", help="of all parts together, each cut in proportion (default: 360, or 120)"
+    )
     parser.add_argument("--part", choices=PARTS, help="one part alone")
     parser.add_argument("--only", choices=[step.__name__ for step in (*STEPS, sanitizer)], help="one step of the correctness alone")
     parser.add_argument("--rows", type=Path, metavar="JSON", help=argparse.SUPPRESS)  # this is a part's process, and this where its rows go

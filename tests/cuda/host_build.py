@@ -121,9 +121,13 @@ class HostKernel:
         module.launched.append(self.name)
         launch = _Launch(_three(grid), _three(block), *module.window, module.schedule, module.flush)
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+        workspaces = [arg.data for arg, code in zip(args, self._signature, strict=True) if _is_workspace(arg, code)]
+        sizes = [arg.nbytes for arg, code in zip(args, self._signature, strict=True) if _is_workspace(arg, code)]
 
         def run() -> None:
             with _one_at_a_time:
+                for workspace, size in zip(workspaces, sizes, strict=True):  # nothing of an earlier launch, which might be right
+                    ctypes.memset(workspace.ptr, 0xFF, size)
                 failure = self._function(ctypes.byref(launch), pointers)
             if failure:
                 raise RuntimeError(f"{self.name}: {failure.decode()}")
@@ -141,7 +145,7 @@ class HostKernel:
         if isinstance(arg, np.uintp) and arg == 0:
             return np.array([arg])
         wanted = self.module.dtype if code == "*V2" else np.dtype(code[1:]).name
-        workspace = isinstance(arg, self.module.cp.ndarray) and arg.dtype == np.uint8 and code in ("*f4", "*f8")  # holds any sums
+        workspace = _is_workspace(arg, code)
         if not workspace and (not isinstance(arg, self.module.cp.ndarray) or arg.dtype.name != wanted):
             raise TypeError(f"{what} is {getattr(arg, 'dtype', type(arg))}, the kernel takes an array of {wanted}")
         if not arg.flags.c_contiguous:
@@ -151,6 +155,11 @@ class HostKernel:
         if arg.device != self.module.cp.cuda.Device():
             raise RuntimeError(f"{what} is on {arg.device}, the launch goes to {self.module.cp.cuda.Device()}")
         return np.array([arg.data.ptr], np.uint64)
+
+
+def _is_workspace(arg: Any, code: str) -> bool:
+    """Bytes where the kernel takes sums: memory that holds anything."""
+    return code in ("*f4", "*f8") and getattr(arg, "dtype", None) == np.uint8
 
 
 def _three(extents: tuple[int, ...]) -> Any:

@@ -168,6 +168,9 @@ def test_what_a_part_leaves_is_the_next_ones_and_the_last_keeps_its_own(monkeypa
     assert limits["steps"] == given["steps"] + given["bandwidth"] - 5
     assert now[0] <= gpu_check.WHOLE
     assert sum(given[name] for name in gpu_check.FIRST) <= gpu_check.FIRST_WHOLE == 120
+    now[0], taken = 0.0, dict.fromkeys(taken, 1000.0)
+    gpu_check.run(tuple(gpu_check.PARTS), 180, gpu_check.Setup())  # --within: half of the time for each
+    assert limits == pytest.approx({name: seconds / 2 for name, seconds in given.items()})
 
 
 def test_the_tests_on_cupy_fail_where_a_kernel_is_wrong(
