@@ -593,9 +593,14 @@ def readme_line(file: Path) -> str:
         return "The cupy backend last ran on a real GPU: never yet."
     report = json.loads(file.read_text())
     found = gpu_page.correctness_rows(report).get("parity", {}).get("found", {})
-    parts = report.get("parts", {}).values()
-    wrong = [name for part in parts for name, row in part["rows"].items() if row.get("state") in ("WRONG", "broke off")]
-    how = "every check right" if report["passed"] else f"all right but {', '.join(wrong) or 'what broke off'}, see docs/gpu-check.json"
+    parts = report.get("parts", {})
+    wrong = [name for part in parts.values() for name, row in part["rows"].items() if row.get("state") in ("WRONG", "broke off")]
+    ended_early = [name for name, part in parts.items() if part.get("state") != "ended"]
+    how = "every check right"
+    if wrong:
+        how = f"all right but {', '.join(wrong)}, see docs/gpu-check.json"
+    elif not report["passed"]:
+        how = f"all right as far as it came (not to its end: {', '.join(ended_early)}), see docs/gpu-check.json"
     cases = f" ({found['cases']} kernel cases, {found['bit for bit']} of them with the bits of a CPU)" if "bit for bit" in found else ""
     return f"The cupy backend last ran on a real GPU on {report['date']}: {report['gpu']}, {how}{cases}."
 

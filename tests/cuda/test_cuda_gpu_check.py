@@ -308,8 +308,9 @@ def test_the_readme_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         file.write_text(json.dumps(report))
         assert gpu_check.main(["--readme", str(file)]) == 0
         assert capsys.readouterr().out.strip() == says + " (12 kernel cases, 11 of them with the bits of a CPU)."
-    file.write_text(json.dumps(about | {"steps": {}, "passed": False}))
-    assert gpu_check.readme_line(file).endswith("NVIDIA X, all right but what broke off, see docs/gpu-check.json.")
+    cut = {"correctness": {"state": "ended", "rows": {}}, "tests": {"state": "cut", "rows": {}}}
+    file.write_text(json.dumps(about | {"parts": cut, "passed": False}))
+    assert gpu_check.readme_line(file).endswith("all right as far as it came (not to its end: tests), see docs/gpu-check.json.")
     file.write_text(json.dumps(about | {"parts": {"correctness": {"rows": {"layers": {"state": "WRONG"}}}}, "passed": False}))
     assert gpu_check.readme_line(file).endswith("NVIDIA X, all right but layers, see docs/gpu-check.json.")
 
