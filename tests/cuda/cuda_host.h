@@ -226,7 +226,7 @@ static void sweep(Block &b, unsigned &seed, bool alone)
 struct Launch {
     unsigned grid[3], block[3];
     uint64_t first, count;  // window of blocks to run: all of them, or a few of a very large grid
-    unsigned schedule;      // 0: threads and blocks ascending, 1: descending, more: shuffled by that seed, four blocks in turns
+    unsigned schedule;      // 0: threads and blocks ascending, 1: descending, more: both shuffled by that seed, four blocks in turns
     int flush;              // flush subnormals to zero, as CuPy's -ftz=true does
 };
 
@@ -250,9 +250,15 @@ static const char *run(const Launch &launch, void (*kernel)(void *), void *args)
     static std::vector<Block> blocks(4);
     std::vector<Block *> idle, running;
     for (size_t i = 0; i < (turns ? blocks.size() : 1); ++i) idle.push_back(&blocks[i]);
+    // A GPU starts blocks in about their order, and ends them in any: whoever counts them must not count on neighbours.
+    std::vector<uint64_t> shuffled;
+    if (turns && end - launch.first <= 65536) {
+        for (uint64_t i = launch.first; i < end; ++i) shuffled.push_back(i);
+        for (size_t i = shuffled.size(); i > 1; --i) std::swap(shuffled[i - 1], shuffled[random(seed, (unsigned)i)]);
+    }
     for (uint64_t i = launch.first; (i < end || !running.empty()) && !failure[0];) {
         while (i < end && !idle.empty()) {
-            start(*idle.back(), seed == 1 ? end - 1 - (i - launch.first) : i, seed);
+            start(*idle.back(), seed == 1 ? end - 1 - (i - launch.first) : shuffled.empty() ? i : shuffled[i - launch.first], seed);
             // One block in four has a slow thread, often of the first warp, which does what one thread does for all.
             if (turns) idle.back()->slow = random(seed, 4) ? n : random(seed, random(seed, 2) || n < 32 ? n : 32);
             ++i;

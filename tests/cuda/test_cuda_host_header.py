@@ -128,7 +128,8 @@ def test_shuffled_schedules_let_blocks_take_turns(module: host_build.HostModule)
     assert order(1) == sorted([*range(8)] * 3, reverse=True)
     for schedule in (7, 12345):
         assert sorted(order(schedule)) == order(0)
-        assert sum(a != b for a, b in itertools.pairwise(order(schedule))) > 12  # seven where each block ends before the next begins
+        assert sum(a != b for a, b in itertools.pairwise(order(schedule))) > 10  # seven where each block ends before the next begins
+        assert list(dict.fromkeys(order(schedule))) != [*range(8)]  # nor do they begin in their order
 
 
 def test_blocks_that_take_turns_have_shared_memory_of_their_own(module: host_build.HostModule, integers: object) -> None:

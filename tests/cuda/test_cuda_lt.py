@@ -234,8 +234,14 @@ def test_a_long_sum_is_rounded_once_with_a_bias_and_without(host: Host, dtype: s
         want = z if bias is None else z + b.astype("f8")
         half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
         assert (np.abs(got - want) <= half_ulp * np.abs(want) + 1e-4).all()
+    # Of the same shapes, in float32 throughout, and of the other 16 bits.
+    wide = be.affine_forward(*(be.asarray(a.astype("f4")) for a in (x, w)), None, None).get()
+    assert np.abs(wide - z).max() < 1e-4
+    other = gpu_cases.numpy_dtype("float16" if dtype == "bfloat16" else "bfloat16")
+    got = be.affine_forward(*(be.asarray(a.astype("f4").astype(other)) for a in (x, w, b)), None).get()
+    assert np.abs(got.astype("f8") - (z + b.astype("f8"))).max() < 0.2  # operands of fewer digits
     found = [(plan.splits, plan.recipe.bias_step is not None) for plan in be.products._plans.values()]
-    assert sorted(found) == [(True, False), (True, False), (True, True)]  # the last only says that it splits
+    assert sorted(found) == [(True, False)] * 4 + [(True, True)] * 2  # the last only say that they split
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
