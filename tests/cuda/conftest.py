@@ -33,12 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[[str, Callable[[Path], object]], Path]:
     """A folder that is filled once a run: by the first of pytest-xdist's processes that asks for it; the others wait."""
     import fcntl  # these tests are collected where there is none, too
 
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(pytestconfig, "workerinput"):  # not by the variable: a test's own pytest inherits it, and all runs have that folder's parent
         base = base.parent
 
     def folder(name: str, fill: Callable[[Path], object]) -> Path:
