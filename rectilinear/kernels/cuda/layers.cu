@@ -583,9 +583,9 @@ softmax_loss(const T* x, const i64* y, T* dx, A* parts, u32* counter, T* loss, i
 // Where launches cost more than arithmetic, one launch does a whole forward, and one all gradients of a backward. A block
 // makes one TILE x TILE tile of a product by multiply-adds. Its 256 threads are 4 groups of 64: a thread has 4 x 4 sums,
 // and each group takes its quarter of every SLAB of the summed extent; the four sums of an element meet in the end, in one
-// order. While a slab is multiplied the next one is on its way into registers. A slab takes about as long to come as to be multiplied,
-// so where tiles are few several blocks share one: each takes `span` of the summed extent, and the last of them to end adds up what
-// all have left, in their order. float64 is left to cuBLAS: many GPUs have few units for it.
+// order. While a slab is multiplied the next one is on its way into registers. Shared memory bounds a multiprocessor, one block or two,
+// so where there are fewer tiles than those several blocks share one: each takes `span` of the summed extent, and the last to end adds
+// up what all have left, in their order. float64 is left to cuBLAS: many GPUs have few units for it.
 #ifndef DTYPE_float64
 
 enum {
