@@ -91,7 +91,7 @@ def test_numpy_curve_is_of_a_training_that_works(numpy_curve):
     [
         "array_api_strict",
         pytest.param("torch", marks=pytest.mark.libraries),
-        pytest.param("jax.numpy", marks=pytest.mark.libraries),
+        pytest.param("jax.numpy", marks=[pytest.mark.libraries, pytest.mark.nightly]),  # half a minute
     ],
 )
 def test_curve_in_another_library(module, numpy_curve):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_jax_array
+from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
 
 from rectilinear.backends.contract import API_VERSION, Array, Keep, Probe, Wanted
 from rectilinear.keepmask import KeepMask
@@ -19,6 +19,9 @@ from rectilinear.keepmask import KeepMask
 # Rows summed one after the other before partial sums are combined. A plain float32 column sum of 10**6 values of one sign loses
 # 1e-2; blocks of 128 keep every level's relative error under 128 units in the last place, 8e-6.
 SUM_BLOCK = 128
+
+# Terms of a product that are left to the library to add up, where it may do so in one chain.
+LONG_SUM = 4096
 
 
 def may_underflow(primitive: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +63,7 @@ class GenericBackend:
     @may_underflow
     def affine_forward(self, x: Array, w: Array, b: Array | None, out: Array | None) -> Array:
         xp = self.namespace(x)
-        z = xp.matmul(x, w)
+        z = product(xp, x, w)
         return _into(out, z if b is None else z + b[..., None, :])
 
     @may_underflow
@@ -75,8 +78,8 @@ class GenericBackend:
     ) -> tuple[Array | None, Array | None, Array | None]:
         xp = self.namespace(dout)
         dz = dout if keep is None else self.relu_backward(dout, keep, None)
-        dx = _into(out[0], xp.matmul(dz, xp.matrix_transpose(w))) if wanted[0] else None
-        dw = _into(out[1], xp.matmul(xp.matrix_transpose(x), dz)) if wanted[1] else None
+        dx = _into(out[0], product(xp, dz, xp.matrix_transpose(w))) if wanted[0] else None
+        dw = _into(out[1], product(xp, xp.matrix_transpose(x), dz)) if wanted[1] else None
         db = self.bias_backward(dz, out[2]) if wanted[2] else None
         return dx, dw, db
 
@@ -134,6 +137,26 @@ class GenericBackend:
 
     def synchronize(self) -> None:
         """Nothing is pending here; `rectilinear.synchronize` waits for the arrays it is given."""
+
+
+def product(xp: Any, a: Array, b: Array) -> Array:
+    """a (..., n, k) b (..., k, m), in blocks of `LONG_SUM` terms where the library would add up a longer k in one chain.
+
+    A BLAS may do so for results too narrow for its tiles. Of float32 numbers of one sign, k = 10**6, PyTorch's product on a CPU had errors
+    of 1.5e-4 at n = m = 2 and JAX's at n = 1, where NumPy's has 3e-7; in blocks they are below 1e-7, and on PyTorch no slower (Zen 4).
+    """
+    (n, k), m = a.shape[-2:], b.shape[-1]
+    fewest = 64 if is_torch_array(a) else 2
+    # An extent that a lazy array does not know, or a traced one that is a symbol, is no int.
+    if not (isinstance(k, int) and isinstance(n, int) and isinstance(m, int)) or k <= LONG_SUM or min(n, m) >= fewest:
+        return xp.matmul(a, b)
+    whole = k - k % LONG_SUM
+    blocks = whole // LONG_SUM
+    left = xp.reshape(a[..., :whole], (*a.shape[:-1], blocks, LONG_SUM))
+    right = xp.reshape(b[..., :whole, :], (*b.shape[:-2], blocks, LONG_SUM, m))
+    partial = xp.matmul(xp.moveaxis(left, -2, -3), right)  # (..., blocks, n, m)
+    total = xp.reshape(sum_rows(xp, xp.reshape(partial, (*partial.shape[:-2], n * m))), (*partial.shape[:-3], n, m))
+    return total if whole == k else total + xp.matmul(a[..., whole:], b[..., whole:, :])
 
 
 def sum_rows(xp: Any, a: Array) -> Array:

@@ -226,11 +226,16 @@ def test_the_page_counts_what_a_run_comes_to() -> None:
 @pytest.mark.parametrize(
     ("kernel", "steps"),
     [
-        ("relu_wide", {"parity", "large", "specials"}),
-        ("colsum_wide", {"parity"}),
-        ("bias_relu_mask_wide", {"parity"}),
-        ("mask_backward_wide", {"parity", "large"}),
-        ("softmax_loss", {"parity"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (
+                ("relu_wide", {"parity", "large", "specials"}),
+                ("colsum_wide", {"parity"}),
+                ("bias_relu_mask_wide", {"parity"}),
+                ("mask_backward_wide", {"parity", "large"}),
+                ("softmax_loss", {"parity"}),
+            )
+        ),
         ("small_forward", {"parity", "layers", "determinism", "memory"}),
     ],
 )

@@ -29,11 +29,15 @@ def _pack_task(zero: Any, index: int, job: Backward) -> None:
         pack_w(zero, job, job.group, index, job.packed_w + index * m * vectors(zero) * lanes(zero) * size)
         return
     index -= panels
+    nr, parts = vectors(zero) * lanes(zero), job.tasks.z_parts
+    index, part = index // parts, index % parts
+    p0, p1 = block_start(block_count(m, nr), parts, part), block_start(block_count(m, nr), parts, part + 1)
+    columns = min(m, p1 * nr) - p0 * nr
     first = job.first + index * BLOCK_ROWS
-    b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * job.plan.lead)
+    b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * job.plan.lead, panel=p0)
     sums = job.sums + index * round_up(m * size, 64)
-    clear(zero, sums, m)
-    masked_block(zero, job, b, sums)
+    clear(zero, sums + p0 * nr * size, columns)
+    masked_block(zero, job, b, columns, sums)
 
 
 @jit_inner
@@ -130,7 +134,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
             for first in range(0, max(n, 1), stretch):
                 job.first, job.last = first, min(n, first + stretch)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
-                parallel_for(c_address(pack), address_of(job), job.tasks.panels_to_pack + blocks, threads)
+                parallel_for(c_address(pack), address_of(job), job.tasks.panels_to_pack + blocks * job.tasks.z_parts, threads)
                 job.tasks.panels_to_pack = 0
                 for block in range(blocks):
                     add_sums(zero, job.sums + block * bytes_of_sums, totals, m)

@@ -12,8 +12,8 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
 from rectilinear.kernels.loops.inner import Inner, inner_products
-from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
-from rectilinear.kernels.loops.plan import COPIED, PACKED, PACKED_BY_TASKS, Forward, plan_forward, rows_at_once, schedule_forward
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
+from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, rows_at_once, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
 from rectilinear.kernels.micro.library import lanes, strip
 from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
@@ -60,6 +60,8 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     space = job.slots.data + slot * job.slots.row
 
     x = Matrix(job.x.data + group * job.x.group + first_row * job.x.row, job.x.row, job.x.column)
+    if tasks.copies != 0:
+        x = Matrix(job.copied.data + (group * job.n + first_row) * job.copied.row, job.copied.row, size)
     w = Matrix(job.w.data + group * job.w.group + first * nr * job.w.column, job.w.row, job.w.column)
     bias = job.bias.data + group * job.bias.row + first * nr * size if job.bias.data != 0 else 0
     out = job.out.data + group * job.out.group + first_row * job.out.row + first * nr * size
@@ -86,7 +88,7 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
         block.n, block.k = rows, k1 - k0
         block.flags = (ADD if step > 0 else 0) | (job.flags if step == steps - 1 else 0)
         block.a = Matrix(x.data + k0 * x.column, x.row, x.column)
-        if plan.x == COPIED:
+        if _copies_itself(job):
             copied = Rows(space, packed_row(block.k * size))
             copy(zero, Packing(rows=rows, columns=block.k, src=block.a, dst=copied))
             block.a = Matrix(copied.data, copied.row, size)
@@ -97,6 +99,11 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
 
 
 @jit_inner
+def _copies_itself(job: Forward) -> bool:
+    return job.plan.x == COPIED and job.tasks.copies == 0
+
+
+@jit_inner
 def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, packed: int, space: int) -> None:
     """`columns` columns of a block, whose part of w is `w`, or lies packed at `packed`, or is to be packed into `space`."""
     size, nr = size_of(zero), job.plan.width * lanes(zero)
@@ -104,19 +111,20 @@ def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, p
         block.b = Panels(data=packed, panel=block.k * nr * size, row=nr * size, padded=1)
     else:
         block.b = Panels(data=w.data, panel=nr * size, row=w.row, padded=0)
-    if job.plan.w != PACKED_BY_TASKS:
+    if job.tasks.packs == 0:
         block.m = columns
         product(zero, block)
         return
-    block.b = Panels(data=space, row=nr * size, padded=1)
-    for j in range(0, columns, nr):
-        block.m = min(nr, columns - j)
+    block.b.data = space
+    step = panels_at_once(host(zero), block.b.panel) * nr
+    for j in range(0, columns, step):
+        block.m = min(step, columns - j)
         src = Matrix(w.data + j * w.column, w.row, w.column)
-        pack_panel(zero, Packing(rows=block.k, columns=block.m, src=src, dst=Rows(space, nr * size)))
+        pack_panels(zero, Packing(rows=block.k, columns=block.m, src=src, dst=Rows(space, nr * size)), nr, block.b.panel)
         product(zero, block)
-        block.c.data += nr * size
-        block.bits.data += nr >> 3
-        block.bias = block.bias + nr * size if block.bias != 0 else 0
+        block.c.data += step * size
+        block.bits.data += step >> 3
+        block.bias = block.bias + step * size if block.bias != 0 else 0
 
 
 @jit_inner
@@ -154,7 +162,7 @@ def _by_strips(zero: Any, job: Forward, columns: int, x: Matrix, w: Matrix, bloc
 def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Matrix, block: Product, space: int) -> None:
     """A block of out by inner products."""
     a = Rows(x.data, x.row)
-    if job.plan.x == COPIED:
+    if _copies_itself(job):
         a = Rows(space, packed_row(job.d * size_of(zero)))
         copy(zero, Packing(rows=rows, columns=job.d, src=x, dst=a))
     inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=Rows(w.data, w.column), c=block.c))
@@ -164,19 +172,28 @@ def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Mat
 
 
 @jit_inner
-def _pack_task(zero: Any, index: int, job: Forward) -> None:
-    """One panel of w, all of d, into the packed B: block after block of K, in each panel after panel."""
-    size, nr = size_of(zero), job.plan.width * lanes(zero)
+def _prepare_task(zero: Any, index: int, job: Forward) -> None:
+    """Some panels of w, all of d, into the packed B, block after block of K, in each panel after panel; or a copy of some rows of x."""
+    tasks, size, nr = job.tasks, size_of(zero), job.plan.width * lanes(zero)
+    group, part = index // (tasks.parts + tasks.copies), index % (tasks.parts + tasks.copies)
+    if part >= tasks.parts:
+        part -= tasks.parts
+        first, last = block_start(job.n, tasks.copies, part), block_start(job.n, tasks.copies, part + 1)
+        x = Matrix(job.x.data + group * job.x.group + first * job.x.row, job.x.row, job.x.column)
+        copied = Rows(job.copied.data + (group * job.n + first) * job.copied.row, job.copied.row)
+        copy(zero, Packing(rows=last - first, columns=job.d, src=x, dst=copied))
+        return
     panels = block_count(job.m, nr)
-    group, panel = index // panels, index % panels
+    first, last = block_start(panels, tasks.parts, part), block_start(panels, tasks.parts, part + 1)
     steps = block_count(job.d, job.plan.depth)
-    w = job.w.data + group * job.w.group + panel * nr * job.w.column
+    w = job.w.data + group * job.w.group + first * nr * job.w.column
     packed = job.packed.data + group * job.packed.row
     for step in range(steps):
         k0, k1 = block_start(job.d, steps, step), block_start(job.d, steps, step + 1)
         src = Matrix(w + k0 * job.w.row, job.w.row, job.w.column)
-        dst = Rows(packed + (k0 * panels + panel * (k1 - k0)) * nr * size, nr * size)
-        pack_panel(zero, Packing(rows=k1 - k0, columns=min(nr, job.m - panel * nr), src=src, dst=dst))
+        dst = Rows(packed + (k0 * panels + first * (k1 - k0)) * nr * size, nr * size)
+        columns = min(job.m, last * nr) - first * nr
+        pack_panels(zero, Packing(rows=k1 - k0, columns=columns, src=src, dst=dst), nr, (k1 - k0) * nr * size)
 
 
 @jit_inner
@@ -207,22 +224,21 @@ def _read(zero: Any, job: Forward, x: int, w: int, b: int, out: int, bits: int) 
 @jit_inner
 def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     """Say where in the scratch memory everything lies; returns how many bytes that takes."""
-    plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
-    slot = 0
-    if plan.by_dots != 0:
-        slot = job.n * packed_row(job.d * size) if plan.x == COPIED else 0
-    elif plan.x == COPIED:
-        depth = min(job.d, plan.depth)
+    plan, tasks, size, nr = job.plan, job.tasks, size_of(zero), job.plan.width * lanes(zero)
+    depth, slot = min(job.d, plan.depth), 0
+    if _copies_itself(job) and plan.by_dots != 0:
+        slot = job.n * packed_row(job.d * size)
+    elif _copies_itself(job):
         slot = rows_at_once(host(zero), depth) * packed_row(depth * size)
     if plan.by_strips != 0:
         slot = STRIP_ROWS * packed_row(job.m * size)
     job.copy_bytes = slot
-    if plan.w == PACKED_BY_TASKS:
-        slot += plan.depth * nr * size
-    packed = round_up(block_count(job.m, nr) * nr * size * job.d, 64) if plan.w == PACKED else 0
-    job.packed = Rows(scratch, packed)
-    job.slots = Rows(scratch + job.groups * packed, slot)
-    return job.groups * packed + threads * slot
+    if tasks.packs != 0:
+        slot += panels_at_once(host(zero), depth * nr * size) * depth * nr * size
+    job.packed = Rows(scratch, round_up(block_count(job.m, nr) * nr * size * job.d, 64) if tasks.parts != 0 else 0)
+    job.copied = Rows(scratch + job.groups * job.packed.row, packed_row(job.d * size) if tasks.copies != 0 else 0)
+    job.slots = Rows(job.copied.data + job.groups * job.n * job.copied.row, slot)
+    return job.slots.data + threads * slot - scratch
 
 
 def entry(zero: Any) -> Any:
@@ -238,8 +254,8 @@ def entry(zero: Any) -> Any:
             _task(zero, i, job, slot)
 
     @jit_inner
-    def pack(index: int, address: int, slot: int) -> None:
-        _pack_task(zero, index, at(Forward, address))
+    def prepare(index: int, address: int, slot: int) -> None:
+        _prepare_task(zero, index, at(Forward, address))
 
     @jit(nogil=False)
     def forward(x: int, w: int, b: int, out: int, bits: int, flags: int, scratch: int, scratch_bytes: int, threads: int) -> int:
@@ -255,9 +271,7 @@ def entry(zero: Any) -> Any:
         if needed > scratch_bytes:
             return needed
         others = let_go_of_gil(work > TINY_WORK)
-        if job.plan.w == PACKED:
-            panels = block_count(job.m, job.plan.width * lanes(zero))
-            parallel_for(c_address(pack), address_of(job), job.groups * panels, threads)
+        parallel_for(c_address(prepare), address_of(job), job.groups * (job.tasks.parts + job.tasks.copies), threads)
         parallel_for(c_address(task), address_of(job), -(-job.tasks.count // job.tasks.run), threads)
         take_gil_back(others)
         return 0

@@ -16,7 +16,7 @@ from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
 from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
 from rectilinear.kernels.micro.library import lanes, rows, vectors
-from rectilinear.kernels.micro.rows import KEEP_Z, PAD, SUM, WRITE, RowsOperands
+from rectilinear.kernels.micro.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import get, put, rounded, size_of
@@ -48,25 +48,30 @@ class Block:
 
 
 @jit_inner
-def masked_block(zero: Any, job: Backward, b: Block, sums: int) -> None:
-    """The block's rows of dz to b.z, if a product needs them, and their column sums added to `sums`, if db is wanted."""
-    size, m, lead = size_of(zero), job.m, job.plan.lead
+def masked_block(zero: Any, job: Backward, b: Block, columns: int, sums: int) -> None:
+    """`columns` columns of the block's rows of dz, from panel b.panel on, to b.z, if a product needs them, and their sums added to `sums`,
+    if db is wanted."""
+    size, lead = size_of(zero), job.plan.lead
+    first = b.panel * vectors(zero) * lanes(zero)
     kind, keep = job.keep_kind, job.keep
-    mask = Rows(keep.data + b.group * keep.group + b.first * keep.row, keep.row)
-    src = Matrix(job.dout.data + b.group * job.dout.group + b.first * job.dout.row, job.dout.row, job.dout.column)
-    dst = Rows(b.z, lead)
+    ahead = first >> 3 if kind == KEEP_BITS else first * keep.column
+    mask = Rows(keep.data + b.group * keep.group + b.first * keep.row + ahead, keep.row)
+    start = job.dout.data + b.group * job.dout.group + b.first * job.dout.row + first * job.dout.column
+    src = Matrix(start, job.dout.row, job.dout.column)
+    dst = Rows(b.z + first * size, lead)
     z_by_columns = kind == KEEP_Z and keep.column != size
     if src.column != size or z_by_columns:
-        copy(zero, Packing(rows=b.count, columns=m, src=src, dst=dst))
+        copy(zero, Packing(rows=b.count, columns=columns, src=src, dst=dst))
         src = Matrix(dst.data, dst.row, size)
     if z_by_columns:
         for i in range(b.count):
-            for j in range(m):
+            for j in range(columns):
                 if get(zero, mask.data + i * mask.row + j * keep.column) < zero:
                     put(dst.data + i * dst.row + j * size, zero)
         kind = 0
     flags = kind | PAD | (WRITE if job.dx.data != 0 or job.dw.data != 0 else 0) | (SUM if job.db.data != 0 else 0)
-    rows(zero, RowsOperands(rows=b.count, columns=m, src=Rows(src.data, src.row), keep=mask, dst=dst, sums=sums, flags=flags))
+    src_rows, total = Rows(src.data, src.row), sums + first * size
+    rows(zero, RowsOperands(rows=b.count, columns=columns, src=src_rows, keep=mask, dst=dst, sums=total, flags=flags))
 
 
 @jit_inner

@@ -46,6 +46,24 @@ def _pack_panel(zero: Any, p: Packing) -> None:
 
 
 @jit_inner
+def pack_panels(zero: Any, p: Packing, nr: int, panel: int) -> None:
+    """Panels of B, nr columns each and `panel` bytes apart.
+
+    Where w lies in rows they are read to the end, one after the other: panel by panel each would be another page, and a line that two
+    panels share, since it is not aligned, would come from L3 twice.
+    """
+    size = size_of(zero)
+    whole = p.columns // nr if p.src.column == size else 0
+    for k in range(p.rows if whole > 0 else 0):
+        src, dst = Rows(p.src.data + k * p.src.row, nr * size), Rows(p.dst.data + k * p.dst.row, panel)
+        rows(zero, RowsOperands(rows=whole, columns=nr, src=src, dst=dst, flags=WRITE))
+    for j in range(whole * nr, p.columns, nr):
+        rest = Matrix(p.src.data + j * p.src.column, p.src.row, p.src.column)
+        to = Rows(p.dst.data + j // nr * panel, p.dst.row)
+        pack_panel(zero, Packing(rows=p.rows, columns=min(nr, p.columns - j), src=rest, dst=to))
+
+
+@jit_inner
 def _copy(zero: Any, p: Packing) -> None:
     """The block as it is, with its elements side by side along rows; what lies beyond its columns stays as it was."""
     if p.src.column == size_of(zero):

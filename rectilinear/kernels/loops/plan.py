@@ -19,14 +19,14 @@ from rectilinear.kernels.runtime.cache import jit_too
 from rectilinear.kernels.runtime.operands import Rows, Stack
 from rectilinear.kernels.runtime.records import record
 
-IN_PLACE, PACKED, PACKED_BY_TASKS = 0, 1, 2
-"""How w is read: where it lies, packed into panels once, or packed by each task, a panel at a time, where all of it would be too much."""
+IN_PLACE, PACKED = 0, 1
+"""How w is read: where it lies, or packed into panels."""
 
 COPIED = 2
 """How x is read: IN_PLACE, COPIED a block at a time with its rows as they are, or for dw PACKED into what its tiles read."""
 
 PACK_AT_ONCE = 1 << 30
-"""Bytes of packed w beyond which each task packs for itself: a narrow w is padded to whole vectors."""
+"""Bytes of packed w, padded to whole vectors, beyond which each task packs for itself."""
 
 PACKED_X_USES = 16
 """How many panels must use a packed block of x for that to pay. dw on AVX2, one thread: 7 panels 0.95, 16 panels 1.0, 32 panels and more
@@ -85,7 +85,7 @@ class ForwardPlan:
     x: int = 0
     """IN_PLACE or COPIED."""
     w: int = 0
-    """IN_PLACE, PACKED or PACKED_BY_TASKS."""
+    """IN_PLACE or PACKED."""
     by_strips: int = 0
     """1 where rows are so few that w is read along its rows."""
     by_dots: int = 0
@@ -101,6 +101,11 @@ class ForwardTasks:
     count: int = 0
     run: int = 0
     """Tasks handed out together."""
+    packs: int = 0
+    """1 where each task packs its own part of w; else all of it is packed before, in `parts` parts a group."""
+    parts: int = 0
+    copies: int = 0
+    """Into how many blocks of rows x is cut to be copied for all tasks; 0 where each task copies its own."""
 
 
 @record
@@ -122,6 +127,8 @@ class Forward:
     tasks: ForwardTasks = ForwardTasks()
     packed: Rows = Rows()
     """Packed w, and its bytes for each group."""
+    copied: Rows = Rows()
+    """The copy of x for all tasks, group after group."""
     slots: Rows = Rows()
     """Scratch of the threads, and the bytes of each."""
     copy_bytes: int = 0
@@ -159,6 +166,8 @@ class BackwardTasks:
     dw_columns: int = 0
     panels_to_pack: int = 0
     """Panels of w^T that are packed once, for all tasks."""
+    z_parts: int = 0
+    """Into how many ranges of columns a block of dz is cut to be packed."""
     adders: int = 0
     """Tasks that add up the slabs of a group, each of them some rows of dw."""
     count: int = 0
@@ -245,6 +254,12 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 
 @jit_too
+def panels_at_once(host: Host, panel: int) -> int:
+    """How many panels of so many bytes a task packs before it uses them: from rows of w that are read a few lines at a time."""
+    return max(1, host.l2 // 4 // panel)
+
+
+@jit_too
 def run_length(tasks: int, threads: int) -> int:
     """How many tasks to hand out at once: enough turns for the threads to even out, and no more claims than that."""
     return max(1, tasks // (16 * threads))
@@ -294,8 +309,6 @@ def plan_forward(job: Forward, host: Host) -> None:
     packs = w_meets and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
-    if job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE and plan.w == PACKED:
-        plan.w = PACKED_BY_TASKS
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
     plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
     few = job.w.column == size and 1 <= n <= STRIP_ROWS and d >= STRIP_DEPTH
@@ -334,6 +347,12 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
+    # Every task uses a w of its own where there is one block of rows. Packed at once, a large one would go to L3 and come back: (128, 1024,
+    # 1024) on AVX2, two threads, ran 1.1 to 1.6 times as fast without, but (128, 784, 512), 1.6 MB, 0.95 times (Zen 4, 1 MiB of L2).
+    large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or (rows == 1 and d * m * size > 2 * host.l2)
+    tasks.packs = 1 if plan.w == PACKED and large else 0
+    tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and not large else 0
+    tasks.copies = min(n, 2 * threads) if plan.x == COPIED and rows == 1 and columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
     tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
     tasks.count = job.groups * rows * columns
@@ -370,7 +389,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     # does not hold it, x is packed, which leaves that part alone, and half of L1 holds the panel of dz.
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     k = min(n, BLOCK_ROWS if plan.by_slabs != 0 else host.kc)
-    streams = bytes_of_k > L2_RATE * cycles_of_k and bytes_of_k * k > l1 // 2
+    streams = bytes_of_k > L2_RATE * cycles_of_k and bytes_of_k * k >= l1 // 2
     if streams and panels >= PACKED_X_USES:
         plan.x, plan.dw_depth = PACKED, min(host.kc, l1 // 2 // (nr * size))
     if plan.dw_by_columns != 0:
@@ -398,6 +417,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         return
     wanted = host.choices.turns * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
+    # A single block would keep one thread busy and let the others fall asleep.
+    tasks.z_parts = min(block_count(m, nr), block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
     tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
