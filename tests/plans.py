@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, PACKED_BY_TASKS, plan
+from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, Simd
 
 PATH = Path(__file__).with_suffix(".txt")
@@ -48,7 +48,7 @@ SHAPES = [
 ]
 """n, d, m."""
 
-W = {IN_PLACE: "in-place", PACKED: "packed", PACKED_BY_TASKS: "packed-by-tasks"}
+W = {IN_PLACE: "in-place", PACKED: "packed"}
 X = {IN_PLACE: "in-place", COPIED: "copied", PACKED: "packed"}
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, PACKED_BY_TASKS, Backward, Forward, plan
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, Backward, Forward, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON
 from rectilinear.kernels.runtime.threads import TINY_WORK
 
@@ -93,16 +93,18 @@ def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
     chosen, tasks, size = job.plan, job.tasks, host.itemsize
     nr = chosen.width * host.lanes
     panels = block_count(job.m, nr)
-    panel = nr * job.d * size
-    stays = chosen.w == PACKED and panels * panel <= host.past
-    if chosen.w == PACKED:
-        yield Phase([Task(copied=2 * panel, memory=panel * (1 if stays else 3))] * (job.groups * panels))
+    packed = panels * nr * job.d * size
+    stays = tasks.parts > 0 and packed <= host.past
+    prepared = [Task(copied=2 * part, memory=part * (1 if stays else 3)) for part in blocks(packed, tasks.parts) if tasks.parts]
+    prepared += [Task(copied=2 * rows * job.d * size, memory=rows * job.d * size) for rows in blocks(job.n, tasks.copies) if tasks.copies]
+    if prepared:
+        yield Phase(prepared * job.groups)
     made = []
     for panels_of_task in blocks(panels, tasks.columns):
         columns = min(panels_of_task * nr, job.m)
         for rows in blocks(job.n, tasks.rows):
             x, w, out = rows * job.d * size, columns * job.d * size, rows * columns * size
-            copied = 2 * x * (chosen.x != IN_PLACE) + (2 * w if chosen.w == PACKED_BY_TASKS else 0)
+            copied = 2 * x * (chosen.x != IN_PLACE and tasks.copies == 0) + 2 * w * tasks.packs
             # Tasks of the same columns come one after the other.
             memory = x * again(host, job.n * job.d * size, tasks.columns) + (0 if stays else w * again(host, w, tasks.rows)) + 2 * out
             made.append(Task(2 * rows * job.d * padded(host, columns, chosen.width), copied, memory))
@@ -134,7 +136,8 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     count = -(-job.n // stretches)
     repeats = job.groups * stretches
     pieces = -(-count // BLOCK_ROWS)
-    rows_of_dz = [Task(copied=2 * rows * m * size, memory=rows * m * size) for rows in blocks(count, pieces)]
+    elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
+    rows_of_dz = [Task(copied=2 * part * size, memory=part * size) for part in elements]
     panel = m * nr * size
     if tasks.panels_to_pack:
         yield Phase([Task(copied=2 * panel, memory=panel)] * tasks.panels_to_pack + rows_of_dz)

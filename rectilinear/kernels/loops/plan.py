@@ -52,6 +52,9 @@ dx, of k = 256; (100, 3072, 100) 1.1 with AVX-512, 0.9 with AVX2 (Zen 4)."""
 BLOCK_ROWS = 128
 """Rows of dz that are packed and summed at a time."""
 
+PART_ELEMENTS = 1 << 13
+"""The least of a block of dz for a task: a microsecond or two, as long as it takes to hand it out."""
+
 SLAB_ROWS = 1024
 """The shortest slab: shorter ones would spend their time adding up partial dw."""
 
@@ -352,7 +355,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or (rows == 1 and d * m * size > 2 * host.l2)
     tasks.packs = 1 if plan.w == PACKED and large else 0
     tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and not large else 0
-    tasks.copies = min(n, 2 * threads) if plan.x == COPIED and rows == 1 and columns > 1 else 0
+    tasks.copies = min(n, 2 * threads) if plan.x == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
     tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
     tasks.count = job.groups * rows * columns
@@ -418,7 +421,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     wanted = host.choices.turns * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
     # A single block would keep one thread busy and let the others fall asleep.
-    tasks.z_parts = min(block_count(m, nr), block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
+    most = min(block_count(m, nr), max(1, min(stretch, BLOCK_ROWS) * m // PART_ELEMENTS))
+    tasks.z_parts = min(most, block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
     tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
