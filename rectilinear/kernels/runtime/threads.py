@@ -7,7 +7,7 @@ interpreter exit do not concern them.
 
 How a job goes. The caller sets `busy`; if it cannot (another Python thread is inside, or this is a nested call), it
 runs all tasks itself. It writes the job down and opens `gate`, which holds the number of helpers still welcome. A worker
-joins by taking one from `gate`; everyone claims task indices from `next` until they run out. The caller then closes `gate`
+joins by taking one from `gate`; everyone claims task indices, from `lower` or `upper`, until both have run out. The caller then closes `gate`
 and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker costs
 nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
 
@@ -137,7 +137,8 @@ class Pool:
     gate: Counter = Counter()
     job: Job = Job()
     float_env: Opaque = Opaque()
-    next: Counter = Counter()
+    lower: Counter = Counter()
+    upper: Counter = Counter()
     leaving: Leaving = Leaving()
     sleeping: Sleeping = Sleeping()
     mutex: Opaque = Opaque()
@@ -200,13 +201,22 @@ def _patience(pool: Pool) -> int:
 
 @jit_inner
 def _drain(pool: Pool, slot: int) -> None:
-    """Claim and run tasks until none is left."""
+    """Claim and run tasks until none is left: of the lower half first where the slot is even, of the upper one where it is odd.
+
+    So in job after job a thread comes to the same tasks again, and finds their operands in its own L2, where one count for all would deal
+    them out anew. Two threads on AVX2, layers of 128 rows: 1.1 to 1.25 times as fast, 1024^3 and beyond alike (Zen 4 shared with others).
+    """
     function, arg, ntasks = load(pool.job.function), load(pool.job.arg), load(pool.job.ntasks)
-    while True:
-        index = fetch_add(pool.next.count, 1)
-        if index >= ntasks:
-            return
-        call_task(function, index, arg, slot)
+    half = ntasks - ntasks // 2
+    for turn in range(2):
+        if (slot + turn) % 2 == 0:
+            claimed, first, end = address_of(pool.lower.count), 0, half
+        else:
+            claimed, first, end = address_of(pool.upper.count), half, ntasks
+        index = first + fetch_add(claimed, 1)
+        while index < end:
+            call_task(function, index, arg, slot)
+            index = first + fetch_add(claimed, 1)
 
 
 @jit_inner
@@ -390,7 +400,8 @@ def _write_down(pool: Pool, function: int, arg: int, ntasks: int) -> None:
     store(pool.job.begun, monotonic_ns())
     # Rounding mode and flush-to-zero are per thread; helpers take the caller's, or bits could depend on who computes.
     _fegetenv(pool.float_env)
-    store(pool.next.count, 0)
+    store(pool.lower.count, 0)
+    store(pool.upper.count, 0)
     store(pool.leaving.left, 0)
 
 
