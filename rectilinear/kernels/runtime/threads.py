@@ -7,9 +7,9 @@ interpreter exit do not concern them.
 
 How a job goes. The caller sets `busy`; if it cannot (another Python thread is inside, or this is a nested call), it
 runs all tasks itself. It writes the job down and opens `gate`, which holds the number of helpers still welcome. A worker
-joins by taking one from `gate`; everyone claims task indices, from `lower` or `upper`, until both have run out. The caller then closes `gate`
-and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker costs
-nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
+joins by taking one from `gate`; everyone claims task indices, from `lower` or `upper`, until both have run out. The caller
+then closes `gate` and waits for those who had joined (`left` counts them out), not for those still waking up, so a late worker
+costs nothing. Job and counters cannot change under a worker, since a job ends only when all who joined have left.
 
 Where `rectilinear.threads.team` names a function that starts threads, as PyTorch's OpenMP has one, the job runs on those instead: they
 are awake already, and would keep the processors from our own.
@@ -50,7 +50,7 @@ from rectilinear.kernels.runtime.native import (
 from rectilinear.kernels.runtime.records import PAIR_BYTES, WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record
 from rectilinear.threads import MAX_THREADS, team
 
-SPIN_NS, MOST_SPIN_NS = 30_000, 1_000_000
+SPIN_NS, MOST_SPIN_NS = 30_000, 300_000
 """A worker without work looks for more before it sleeps, and the caller for the last helper to leave, for as long as the last job took,
 within these bounds.
 
