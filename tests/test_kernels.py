@@ -17,6 +17,7 @@ from rectilinear.backends.contract import Wanted
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
 from rectilinear.kernels.loops import host, passes
+from rectilinear.kernels.loops.tuned import Choices
 from rectilinear.kernels.micro import library
 from rectilinear.threads import num_threads
 
@@ -630,3 +631,33 @@ def test_a_w_too_large_to_pack_at_once(threads: int) -> None:
     z = column * row * d + b
     np.testing.assert_allclose(out, np.where(z < 0, 0, z), rtol=1e-9, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(keep)[:, np.abs(row) > 0.01] > 0, z[:, np.abs(row) > 0.01] >= 0)
+
+
+@pytest.fixture
+def small_l2() -> Iterator[None]:
+    """An L2 that extents of some dozens go beyond, and one use enough to pack a w whose rows meet."""
+    for itemsize in (4, 8):
+        passes.prepare[itemsize]
+        host.publish_host(itemsize, kc=16, mc=24, l2=1 << 14, w_uses=1, choices=Choices(w_uses=1, x_uses=2, turns=2, w_share=4))
+    yield
+    for itemsize in (4, 8):
+        host.publish_host(itemsize)
+
+
+@pytest.mark.usefixtures("small_l2")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["rows that meet", "columns", "every second"])
+@pytest.mark.parametrize("shape", [(30, 37, 290), (13, 70, 301), (2, 20, 60, 290)], ids=str)
+def test_tasks_that_pack_for_themselves_and_share_a_copy_of_x(
+    dtype: np.dtype[Any], layout: str, shape: tuple[int, ...], threads: int, rng: np.random.Generator
+) -> None:
+    """One block of rows and a w beyond twice L2: each task packs its columns of it, and x, whose rows meet, is copied once for all."""
+    *lead, n, d, m = shape
+    x = whole(rng, (*lead, n, 1024), dtype)[..., :d]
+    w = {
+        "rows that meet": whole(rng, (*lead, d, 1024), dtype)[..., :m],
+        "columns": whole(rng, (*lead, m, d), dtype).swapaxes(-1, -2),
+        "every second": whole(rng, (*lead, d, 2 * m), dtype)[..., ::2],
+    }[layout]
+    with num_threads(threads):
+        check_step(x, w, whole(rng, (*lead, m), dtype), whole(rng, (*lead, n, m), dtype), frames=True)
