@@ -89,7 +89,7 @@ docs: $(VENV)/.installed-test $(VENV)/.installed-docs  ## build the documentatio
 	@$(BIN)/python -m tests.documents
 	@echo "== done: out/site/index.html"
 
-release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the wheel, under the newest
+release-check: $(VENV)/.installed-lint  ## build sdist and wheel, check them, try both installed under every CPython here; RELEASE_CHECK=--quick: the bare wheel, under the newest
 	@echo "== building sdist and wheel, and trying them outside of the checkout"
 	@$(BIN)/python tools/release_check.py $(RELEASE_CHECK)
 
