@@ -257,9 +257,10 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 
 @jit_too
-def panels_at_once(host: Host, panel: int) -> int:
-    """How many panels of so many bytes a task packs before it uses them: from rows of w that are read a few lines at a time."""
-    return max(1, host.l2 // 4 // panel)
+def panels_at_once(job: Forward, host: Host) -> int:
+    """How many panels of w a task packs before it uses them, from rows that it reads a few lines at a time: a quarter of L2."""
+    panel = min(job.d, job.plan.depth) * job.plan.width * host.lanes * host.itemsize
+    return max(1, host.l2 // 4 // max(panel, 1))
 
 
 @jit_too
