@@ -54,7 +54,7 @@ def exact(p: dict[str, np.ndarray], keep: np.ndarray | None, bias: bool = True) 
 @pytest.mark.parametrize("host", ["plans", "gemm"], indirect=True)
 @pytest.mark.parametrize("dtype", gpu_cases.DTYPES)
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_affine_and_fused(host: Host, dtype: str, groups: int | None, bias: bool, way: None) -> None:
     be = host.backend
     for n, d, m in EXTENTS:
