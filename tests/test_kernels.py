@@ -622,7 +622,7 @@ def test_a_mask_with_longer_rows_is_read_right(rng: np.random.Generator) -> None
 
 @pytest.mark.parametrize("threads", [1, 2])  # one thread has both panels in one task, two have a task each
 def test_a_w_too_large_to_pack_at_once(threads: int) -> None:
-    """Rows of stride 0 have to be packed, and these would take 1.3 GB: each task packs a panel at a time for itself."""
+    """Rows of stride 0 have to be packed, and these would take 1.3 GB: each task packs for itself, as much as it uses at a time."""
     d = 2_500_000
     row, column, b = np.linspace(-1, 1, 41), np.array([[1.0], [-2.0], [0.5]]), np.linspace(3, -3, 41)
     x, w = np.broadcast_to(column, (3, d)), np.broadcast_to(row, (d, 41))

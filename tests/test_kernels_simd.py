@@ -206,7 +206,7 @@ def test_the_target_decides(triple: str, features: str, wanted: Simd) -> None:
 
 
 def _marks(unit: Simd) -> list[pytest.MarkDecorator]:
-    """Nightly, since all kernels compile once more for each; the fuzzing of every CI run takes those of this host's widths, too."""
+    """Nightly, since all kernels compile once more for each. Every CI run fuzzes AVX2 beside the widest of the host."""
     return [pytest.mark.cpu(unit.name), pytest.mark.nightly]
 
 

@@ -158,8 +158,27 @@ def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[For
     assert tasks.count == job.groups * tasks.rows * tasks.columns
     assert 1 <= tasks.run <= tasks.count
     assert tasks.columns == 1 or tasks.prefetch == 0
+    # w is packed once for all tasks or by each for itself; x copied for all only where several would copy the same.
+    assert (tasks.packs > 0) + (tasks.parts > 0) == (job.plan.w == PACKED)
+    assert tasks.parts <= panels(job.m, host, job.plan.width)
+    assert tasks.copies <= job.n
+    assert tasks.copies == 0 or (job.plan.x == COPIED and tasks.rows == 1 and tasks.columns > 1)
     if job.plan.by_strips:
         assert tasks.rows == 1
+        assert tasks.copies == 0
+
+
+def test_who_packs_w_and_copies_x() -> None:
+    """Each task a w that L2 does not hold and no other block of rows needs, or one of gigabytes; else all of them together."""
+    caches = Caches(Cache(32 << 10, 8), Cache(1 << 20, 8), Cache(32 << 20, 16))
+    for shape, packs, parts, copies in (
+        ((128, 1024, 1024), 1, 0, 4),
+        ((128, 784, 512), 0, 4, 0),
+        ((1024, 1024, 1024), 0, 4, 0),
+        ((1024, 1 << 16, 1 << 13), 1, 0, 0),
+    ):
+        job = plan("forward", shape, host_of(AVX2, 4, caches, cores=2), threads=2)
+        assert (job.tasks.packs, job.tasks.parts, job.tasks.copies) == (packs, parts, copies), shape
 
 
 @quick
@@ -177,6 +196,7 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
     rows, columns = (job.m, job.d) if chosen.dw_by_columns else (job.d, job.m)
     assert 1 <= tasks.dx_columns <= panels(job.d, host, host.vectors)
     assert 1 <= tasks.dw_columns <= panels(columns, host, host.vectors)
+    assert 1 <= tasks.z_parts <= panels(job.m, host, host.vectors)
     for part, wanted, extent in ((tasks.dx_rows, job.dx.data, stretch), (tasks.dw_rows, job.dw.data, rows)):
         assert (1 <= part <= max(1, extent)) if wanted else part == 0
     assert tasks.count == tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns

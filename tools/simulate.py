@@ -95,8 +95,8 @@ def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
     panels = block_count(job.m, nr)
     packed = panels * nr * job.d * size
     stays = tasks.parts > 0 and packed <= host.past
-    prepared = [Task(copied=2 * part, memory=part * (1 if stays else 3)) for part in blocks(packed, tasks.parts) if tasks.parts]
-    prepared += [Task(copied=2 * rows * job.d * size, memory=rows * job.d * size) for rows in blocks(job.n, tasks.copies) if tasks.copies]
+    prepared = [Task(copied=2 * part, memory=part * (1 if stays else 3)) for part in blocks(packed, tasks.parts)]
+    prepared += [Task(copied=2 * rows * job.d * size, memory=rows * job.d * size) for rows in blocks(job.n, tasks.copies)]
     if prepared:
         yield Phase(prepared * job.groups)
     made = []

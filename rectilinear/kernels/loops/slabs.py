@@ -80,7 +80,6 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
             next_group, next_row, left, next_d = group + 1, 0, n, d
         left = min(left, BLOCK_ROWS)
         clear(zero, space.sums, m)
-        b.panel = 0
         masked_block(zero, job, b, m, space.sums)
         add_sums(zero, space.sums, space.total, m)
         b.panels, b.prefetch = dx_panels, 0

@@ -58,7 +58,7 @@ The least is about what putting a thread to sleep and waking it costs (20 to 27 
 at most twice what the best choice in hindsight would have cost. More after longer jobs: where others use the machine too, waking takes
 several times as long, and a layer of 400 us is followed by some 50 us of Python and of work for one thread. With the least alone helpers
 overslept half of the next job: dw of (128, 784, 512) on AVX2 ran 1.15 times as fast with this, the step of (128, 784, 256) 1.13 times (two
-threads, Zen 4 shared with others). No thread spins for longer than it was of use.
+threads, Zen 4 shared with others). So no job is followed by more spinning than it took, but for the least.
 """
 
 _EXIT_PATIENCE_US = 2_000_000
