@@ -259,10 +259,11 @@ def _out_of_range(asker: str, met: object) -> str:
 
 
 class _Team(ctypes.Structure):
-    """`start` is the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does; 0: the kernels' own pool.
-    `at_most` is how many threads may take part, or 0: as many as a call may use."""
+    """`start` is the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does, and `number` of one that says
+    which of a team's threads it is called from, as ``omp_get_thread_num``. Where `start` is 0 the kernels' own pool serves. `at_most` is how
+    many threads may take part, or 0: as many as a call may use."""
 
-    _fields_ = (("start", ctypes.c_ssize_t), ("at_most", ctypes.c_ssize_t))
+    _fields_ = (("start", ctypes.c_ssize_t), ("number", ctypes.c_ssize_t), ("at_most", ctypes.c_ssize_t))
 
 
 # importlib.reload, and IPython's autoreload, keep what was chosen.

@@ -201,7 +201,7 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
         assert (1 <= part <= max(1, extent)) if wanted else part == 0
     assert tasks.count == tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
     # Tasks that share panels of w^T find all of them packed.
-    assert tasks.panels_to_pack == (panels(job.d, host, host.vectors) if tasks.dx_rows > 1 and chosen.w == PACKED else 0)
+    assert (1 <= tasks.w_parts <= panels(job.d, host, host.vectors)) == (tasks.dx_rows > 1 and chosen.w == PACKED)
 
 
 @quick

@@ -420,6 +420,7 @@ def test_without_pthreads() -> None:
 
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 START = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
 
 
 class Team:
@@ -432,16 +433,21 @@ class Team:
         libm = ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None)
         self.get_round, self.set_round = libm.fegetround, libm.fesetround
         self.start = START(self._start)
+        self.numbers = range(1, 1000)
+        """Of its threads but the caller, whose number is 0."""
+        self.own = threading.local()
+        self.number = NUMBER(lambda: getattr(self.own, "number", 0))
 
     def _start(self, function: int, data: int, nthreads: int, flags: int) -> None:
-        def help_out() -> None:
+        def help_out(number: int) -> None:
+            self.own.number = number
             self.set_round(0)  # FE_TONEAREST everywhere; a thread begins as the one that starts it
             before = self.get_round()
             WORK(function)(data)
             self.around.append((before, self.get_round()))
 
         self.asked.append(nthreads)
-        helpers = [threading.Thread(target=help_out) for _ in range(min(nthreads, self.at_most) - 1)]
+        helpers = [threading.Thread(target=help_out, args=[number]) for number in self.numbers[: min(nthreads, self.at_most) - 1]]
         for helper in helpers:
             helper.start()
         WORK(function)(data)
@@ -451,10 +457,11 @@ class Team:
 
 @pytest.fixture
 def team() -> Iterator[Team]:
-    given = Team()
-    threads.team.start = ctypes.cast(given.start, ctypes.c_void_p).value or 0
+    given, number = Team(), threads.team.number
+    threads.team.start, threads.team.number = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (given.start, given.number))
     yield given
     threads.team.start = threads.team.at_most = 0
+    threads.team.number = number
 
 
 @pytest.mark.parametrize("at_most", [1, 2, 1000])
@@ -467,6 +474,15 @@ def test_a_team_runs_every_task_once(team: Team, at_most: int) -> None:
     assert team.asked == [2, 3, 3]
     assert pool_demo.count_runs(np.zeros(1001, np.intp), 5, 1) == 1
     assert len(team.asked) == 3, "nobody is needed for one thread"
+
+
+def test_the_place_of_a_teams_thread_is_its_number(team: Team) -> None:
+    """So that it comes to the same tasks again in job after job."""
+    team.numbers = range(3, 8, 2)
+    done, in_two_hands = pool_demo.busy(0.01, 16, 8)
+    assert in_two_hands == 0
+    assert sum(done) == 16
+    assert [slot for slot, count in enumerate(done) if count > 0] == [0, 3, 5, 7]
 
 
 def test_no_more_threads_than_somebody_else_allows(team: Team) -> None:

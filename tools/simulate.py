@@ -139,8 +139,10 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
     rows_of_dz = [Task(copied=2 * part * size, memory=part * size) for part in elements]
     panel = m * nr * size
-    if tasks.panels_to_pack:
-        yield Phase([Task(copied=2 * panel, memory=panel)] * tasks.panels_to_pack + rows_of_dz)
+    if tasks.w_parts:
+        yield Phase(
+            [Task(copied=2 * share * panel, memory=share * panel) for share in blocks(block_count(d, nr), tasks.w_parts)] + rows_of_dz
+        )
         yield Phase(rows_of_dz, repeats=repeats - 1)
     else:
         yield Phase(rows_of_dz, repeats=repeats)
@@ -150,8 +152,8 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     for panels_of_task in blocks(panels, tasks.dx_columns):
         columns = min(panels_of_task * nr, d)
         for rows in blocks(count, tasks.dx_rows):
-            packs = 0 if tasks.panels_to_pack or chosen.by_dots or chosen.w == IN_PLACE else 2 * columns * m * size
-            w = columns * m * size * (1 if tasks.panels_to_pack == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
+            packs = 0 if tasks.w_parts or chosen.by_dots or chosen.w == IN_PLACE else 2 * columns * m * size
+            w = columns * m * size * (1 if tasks.w_parts == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
             made.append(Task(2 * rows * m * padded(host, columns, host.vectors), packs, w + 2 * rows * columns * size))
     down, across = (m, d) if chosen.dw_by_columns else (d, m)
     dw_share = 1 if d * m * size > host.past else 1 / stretches

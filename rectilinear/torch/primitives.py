@@ -44,16 +44,19 @@ def backend_for(x: Tensor) -> Backend | None:
     return None
 
 
-def _starter() -> int:
-    """The address of what starts a team of PyTorch's OpenMP threads; 0 where PyTorch has none, or none that is started so."""
+def _openmp() -> tuple[int, int]:
+    """The addresses of what starts a team of PyTorch's OpenMP threads, and of what tells each its number; 0 where PyTorch has none, or none
+    that is started so."""
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
         with suppress(OSError, AttributeError):
             # Looked up in what PyTorch itself is linked to: a process may have loaded OpenMP more than once.
-            return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
-    return 0
+            pytorchs = ctypes.CDLL(str(library))
+            start, number = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (pytorchs.GOMP_parallel, pytorchs.omp_get_thread_num))
+            return start, number
+    return 0, 0
 
 
-_start = _starter()
+_start, team.number = _openmp()
 
 
 def _forget_threads() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, Backward
+from rectilinear.kernels.loops.host import host
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, Backward, panels_at_once
 from rectilinear.kernels.loops.product import packed_step, tiles_of
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -22,14 +23,15 @@ from rectilinear.kernels.runtime.threads import parallel_for
 
 @jit_inner
 def _pack_task(zero: Any, index: int, job: Backward) -> None:
-    """One block of rows of dz with its sums, or one panel of w^T."""
+    """Some columns of one block of rows of dz with their sums, or some panels of w^T."""
     size, m = size_of(zero), job.m
-    panels = job.tasks.panels_to_pack
-    if index < panels:
-        pack_w(zero, job, job.group, index, job.packed_w + index * m * vectors(zero) * lanes(zero) * size)
+    nr, parts = vectors(zero) * lanes(zero), job.tasks.w_parts
+    if index < parts:
+        panels = block_count(job.d, nr)
+        first, last = block_start(panels, parts, index), block_start(panels, parts, index + 1)
+        pack_w(zero, job, job.group, first, last, job.packed_w + first * m * nr * size)
         return
-    index -= panels
-    nr, parts = vectors(zero) * lanes(zero), job.tasks.z_parts
+    index, parts = index - parts, job.tasks.z_parts
     index, part = index // parts, index % parts
     p0, p1 = block_start(block_count(m, nr), parts, part), block_start(block_count(m, nr), parts, part + 1)
     columns = min(m, p1 * nr) - p0 * nr
@@ -58,10 +60,10 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
         dx_block(zero, job, b)
     else:
         b.packed_w = job.slots.data + slot * job.slots.row
-        b.panels = 1
-        for panel in range(p0, p1):
-            b.panel = panel
-            pack_w(zero, job, job.group, panel, b.packed_w)
+        step = panels_at_once(host(zero), m * nr)
+        for panel in range(p0, p1, step):
+            b.panel, b.panels = panel, min(step, p1 - panel)
+            pack_w(zero, job, job.group, panel, panel + b.panels, b.packed_w)
             dx_block(zero, job, b)
 
 
@@ -87,7 +89,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
 
 @jit_inner
 def _slot_bytes(zero: Any, job: Backward) -> int:
-    """Scratch of one thread: a panel of w^T, or a block of x."""
+    """Scratch of one thread: panels of w^T, or a block of x."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     if job.plan.dw_by_columns != 0:
         columns = (block_count(job.d, nr) // max(1, job.tasks.dw_columns) + 1) * nr
@@ -96,7 +98,7 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     row = packed_row(columns * size)
     if job.plan.x == PACKED:
         row = tiles_of(zero, columns, vectors(zero)) * packed_step(zero, vectors(zero))
-    return round_up(max(job.m * nr * size, job.plan.dw_depth * row), 64)
+    return round_up(max(panels_at_once(host(zero), job.m * nr) * job.m * nr * size, job.plan.dw_depth * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
@@ -117,8 +119,8 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
 
     @jit_inner
     def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:
-        size, n, m, stretch = size_of(zero), job.n, job.m, job.plan.stretch
-        panels = job.tasks.panels_to_pack
+        size, n, m, stretch, w_parts = size_of(zero), job.n, job.m, job.plan.stretch, job.tasks.w_parts
+        panels = block_count(job.d, vectors(zero) * lanes(zero)) if w_parts != 0 else 0
         bytes_of_sums = round_up(m * size, 64)
         job.z = scratch
         job.sums = job.z + stretch * job.plan.lead
@@ -129,13 +131,13 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         if needed > scratch_bytes:
             return needed
         for group in range(job.groups):
-            job.group, job.tasks.panels_to_pack = group, panels
+            job.group, job.tasks.w_parts = group, w_parts
             clear(0.0, totals, m)
             for first in range(0, max(n, 1), stretch):
                 job.first, job.last = first, min(n, first + stretch)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
-                parallel_for(c_address(pack), address_of(job), job.tasks.panels_to_pack + blocks * job.tasks.z_parts, threads)
-                job.tasks.panels_to_pack = 0
+                parallel_for(c_address(pack), address_of(job), job.tasks.w_parts + blocks * job.tasks.z_parts, threads)
+                job.tasks.w_parts = 0
                 for block in range(blocks):
                     add_sums(zero, job.sums + block * bytes_of_sums, totals, m)
                 parallel_for(c_address(compute), address_of(job), job.tasks.count, threads)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.inner import Inner, inner_products
-from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
 from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
 from rectilinear.kernels.micro.library import lanes, rows, vectors
@@ -99,12 +99,12 @@ def write_db(zero: Any, job: Backward, group: int, total: int) -> None:
 
 
 @jit_inner
-def pack_w(zero: Any, job: Backward, group: int, panel: int, dst: int) -> None:
-    """Panel `panel` of w^T, all of m, by blocks of k: block after block of nr columns."""
-    nr = vectors(zero) * lanes(zero)
-    j = panel * nr
-    src = Matrix(job.w.data + group * job.w.group + j * job.w.row, job.w.column, job.w.row)
-    pack_panel(zero, Packing(rows=job.m, columns=min(nr, job.d - j), src=src, dst=Rows(dst, nr * size_of(zero))))
+def pack_w(zero: Any, job: Backward, group: int, first: int, last: int, dst: int) -> None:
+    """Panels `first` to `last` of w^T, all of m, panel after panel."""
+    nr, row = vectors(zero) * lanes(zero), vectors(zero) * lanes(zero) * size_of(zero)
+    src = Matrix(job.w.data + group * job.w.group + first * nr * job.w.row, job.w.column, job.w.row)
+    columns = min(job.d, last * nr) - first * nr
+    pack_panels(zero, Packing(rows=job.m, columns=columns, src=src, dst=Rows(dst, row)), nr, job.m * row)
 
 
 @jit_inner

@@ -162,7 +162,7 @@ def _uses_of_w(mr: int, nv: int) -> int:
     (48, 512, 512), 8 uses, 0.9 to 1.1; 28 multiply-adds (AVX-512 on Zen 4) unpacked (128, 1024, 1024) ran 1.17 times as fast,
     (512, 1024, 1024), 36 uses, alike, 2048^3 0.88. In between a square is a guess.
     """
-    return (mr * nv) ** 2 // 16
+    return (mr * nv) ** 2 // 22
 
 
 def model_of_host(itemsize: int) -> Host:

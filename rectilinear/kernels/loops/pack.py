@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import round_up
-from rectilinear.kernels.micro.library import lanes_of_rows, rows, transpose
+from rectilinear.kernels.micro.library import lanes, lanes_of_rows, panels, rows, transpose, vectors
+from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.transpose import TransposeOperands
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -17,6 +18,10 @@ from rectilinear.kernels.runtime.records import at, record
 pack_panel = by_name("rectilinear_pack_panel")
 copy = by_name("rectilinear_copy")
 """`_pack_panel` and `_copy`, compiled once for a dtype and called by name."""
+
+
+SIDE_BY_SIDE = 4
+"""Panels written to at a time."""
 
 
 @record
@@ -53,10 +58,10 @@ def pack_panels(zero: Any, p: Packing, nr: int, panel: int) -> None:
     panels share, since it is not aligned, would come from L3 twice.
     """
     size = size_of(zero)
-    whole = p.columns // nr if p.src.column == size else 0
-    for k in range(p.rows if whole > 0 else 0):
-        src, dst = Rows(p.src.data + k * p.src.row, nr * size), Rows(p.dst.data + k * p.dst.row, panel)
-        rows(zero, RowsOperands(rows=whole, columns=nr, src=src, dst=dst, flags=WRITE))
+    whole = p.columns // nr if p.src.column == size and nr == vectors(zero) * lanes(zero) else 0
+    for j in range(0, whole, SIDE_BY_SIDE):
+        src, dst = Rows(p.src.data + j * nr * size, p.src.row), Rows(p.dst.data + j * panel, p.dst.row)
+        panels(zero, PanelsOperands(k=p.rows, panels=min(SIDE_BY_SIDE, whole - j), panel=panel, src=src, dst=dst))
     for j in range(whole * nr, p.columns, nr):
         rest = Matrix(p.src.data + j * p.src.column, p.src.row, p.src.column)
         to = Rows(p.dst.data + j // nr * panel, p.dst.row)

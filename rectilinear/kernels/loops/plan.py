@@ -167,8 +167,8 @@ class BackwardTasks:
     dx_columns: int = 0
     dw_rows: int = 0
     dw_columns: int = 0
-    panels_to_pack: int = 0
-    """Panels of w^T that are packed once, for all tasks."""
+    w_parts: int = 0
+    """Into how many parts w^T is cut to be packed once, for all tasks; 0 where each task packs its own."""
     z_parts: int = 0
     """Into how many ranges of columns a block of dz is cut to be packed."""
     adders: int = 0
@@ -257,10 +257,9 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 
 @jit_too
-def panels_at_once(job: Forward, host: Host) -> int:
-    """How many panels of w a task packs before it uses them, from rows that it reads a few lines at a time: a quarter of L2."""
-    panel = min(job.d, job.plan.depth) * job.plan.width * host.lanes * host.itemsize
-    return max(1, host.l2 // 4 // max(panel, 1))
+def panels_at_once(host: Host, elements: int) -> int:
+    """How many panels of w, of so many elements each, a task packs before it uses them: a quarter of L2."""
+    return max(1, host.l2 // 4 // max(elements * host.itemsize, 1))
 
 
 @jit_too
@@ -283,10 +282,13 @@ def suits_dots(host: Host, n: int, k: int) -> int:
 
 
 @jit_too
-def rows_meet(host: Host, stride: int, k: int) -> bool:
-    """Whether k rows of B so far apart push one another out of the caches, while a tile goes down a panel of them in place."""
-    kept = lines_kept(host, stride)
-    return kept < min(k, host.kc) and (stride >= host.page or kept < host.l1_sets * host.l1_ways)
+def outgrows_l1(host: Host, stride: int, k: int, columns: int) -> bool:
+    """Whether a panel of k rows of B, so far apart, does not stay in half of L1, or of the sets that its rows fall into.
+
+    Then each tile takes it from L2 anew, a line of another page with every k, which no hardware prefetches, while packed panels stream.
+    """
+    lines = min(k, host.kc) * max(1, columns * host.itemsize // host.line)
+    return 2 * lines > lines_kept(host, stride)
 
 
 # The forward pass.
@@ -306,11 +308,11 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.x = COPIED if meets and panels >= host.choices.x_uses and n >= host.choices.x_uses else IN_PLACE
     uses = n // mr
     far = job.w.row >= host.page
-    w_meets = rows_meet(host, job.w.row, d)
+    outgrows = outgrows_l1(host, job.w.row, d, plan.width * host.lanes)
     # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
     # read in place, where its chain has a cut more (`product._read_past`).
-    packs_by_model = w_meets and uses >= host.w_uses
-    packs = w_meets and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
+    packs_by_model = outgrows and uses >= host.w_uses
+    packs = outgrows and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
@@ -378,7 +380,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
     plan.depth = depth_for(host, n)
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
-    packs = rows_meet(host, job.w.column, m) and n // host.rows >= host.w_uses
+    packs = outgrows_l1(host, job.w.column, m, nr) and n // host.rows >= host.w_uses
     plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
     narrow = d * m * size <= host.l2 // 4
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
@@ -430,7 +432,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
-    tasks.panels_to_pack = block_count(d, nr) if tasks.dx_rows > 1 and plan.w == PACKED else 0
+    tasks.w_parts = min(block_count(d, nr), 2 * threads) if tasks.dx_rows > 1 and plan.w == PACKED else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own. But a copy
     # of x serves all rows of dw^T, whole ones: (8, 1024, 1024) ran 1.6 times as fast on two threads so (Zen 4).

@@ -51,7 +51,7 @@ def _lay_out(zero: Any, job: Backward, start: int, space: Space) -> None:
 @jit_inner
 def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
     """The whole backward of one slab of one group."""
-    plan, size, nr = job.plan, size_of(zero), vectors(zero) * lanes(zero)
+    plan, nr = job.plan, vectors(zero) * lanes(zero)
     n, d, m, slabs = job.n, job.d, job.m, plan.slabs
     group, slab = index // slabs, index % slabs
     first, last = block_start(n, slabs, slab), block_start(n, slabs, slab + 1)
@@ -69,8 +69,7 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
     clear(0.0, space.total, m)
     dx_panels, dw_panels = block_count(d, nr), block_count(d if by_columns else m, nr)
     if want_dx and plan.by_dots == 0 and plan.w == PACKED:
-        for panel in range(dx_panels):
-            pack_w(zero, job, group, panel, space.packed_w + panel * m * nr * size)
+        pack_w(zero, job, group, 0, dx_panels, space.packed_w)
     for r0 in range(first, max(last, first + 1), BLOCK_ROWS):
         # The same blocks as in `blocks`: they decide the order in which db is summed.
         b.first, b.count = r0, min(BLOCK_ROWS, last - r0)

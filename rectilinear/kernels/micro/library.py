@@ -14,6 +14,7 @@ from numba.core.registry import cpu_target
 
 from rectilinear.kernels.micro import simd
 from rectilinear.kernels.micro.dots import dots_rows, emit_dots
+from rectilinear.kernels.micro.panels import emit_panels
 from rectilinear.kernels.micro.relu import emit_relu
 from rectilinear.kernels.micro.rows import emit_rows, row_lanes
 from rectilinear.kernels.micro.sgd import emit_sgd
@@ -34,13 +35,14 @@ strip = from_table("rectilinear_strips")
 
 ROW_KERNELS = {
     "rows": emit_rows,
+    "panels": emit_panels,
     "transpose": emit_transpose,
     "dots": emit_dots,
     "relu": emit_relu,
     "softmax": emit_softmax,
     "sgd": emit_sgd,
 }
-rows, transpose, dots, relu, softmax, sgd = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
+rows, panels, transpose, dots, relu, softmax, sgd = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
 
 
 @cache

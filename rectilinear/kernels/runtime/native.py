@@ -135,6 +135,17 @@ def _call_at_address(context: Any, builder: Any, signature: Any, args: Any) -> A
 
 
 @intrinsic
+def call_number(typingctx: Any, function: Any) -> Any:
+    """Call the C function ``int (void)`` that is at the address `function`, as ``omp_get_thread_num``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ctype = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], ctype.as_pointer()), []), _WORD)
+
+    return types.intp(types.intp), codegen
+
+
+@intrinsic
 def call_task(typingctx: Any, function: Any, index: Any, arg: Any, slot: Any) -> Any:
     """Call the C function ``void (intp, intp, intp)`` that is at the address `function`."""
     return types.void(*(types.intp,) * 4), _call_at_address

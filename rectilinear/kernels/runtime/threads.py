@@ -34,6 +34,7 @@ from rectilinear.kernels.runtime import symbols
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.native import (
     c_address,
+    call_number,
     call_task,
     call_team,
     compare_exchange,
@@ -154,6 +155,7 @@ class Team:
     """`rectilinear.threads.team`, as jitted code sees it."""
 
     start: int = 0
+    number: int = 0
     at_most: int = 0
 
 
@@ -422,12 +424,12 @@ def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: in
 
 @jit_inner
 def _take_part(address: int) -> None:
-    """What each thread of a team does for a job."""
+    """What each thread of a team does for a job. Its number in the team is its slot: it is the same one job after job."""
     pool, own = at(Pool, address), stack_bytes(_FLOAT_ENV_BYTES)
-    slot = fetch_add(pool.leaving.left, 1)  # not the gate, by which workers of our own would join
+    fetch_add(pool.leaving.left, 1)  # not the gate, by which workers of our own would join
     _fegetenv(own)
     _fesetenv(pool.float_env)
-    _drain(pool, slot)
+    _drain(pool, call_number(at(Team, symbol_address("rectilinear_team")).number))
     _fesetenv(own)
 
 
