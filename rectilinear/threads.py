@@ -259,9 +259,9 @@ def _out_of_range(asker: str, met: object) -> str:
 
 
 class _Team(ctypes.Structure):
-    """`start` is the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does, and `number` of one that says
-    which of a team's threads it is called from, as ``omp_get_thread_num``. Where `start` is 0 the kernels' own pool serves. `at_most` is how
-    many threads may take part, or 0: as many as a call may use."""
+    """`start` is the address of a function that starts a team of threads as OpenMP's ``GOMP_parallel`` does; 0: the kernels' own pool.
+    `number` is that of one that says which of its team the calling thread is, as ``omp_get_thread_num``. `at_most` is how many threads may
+    take part, or 0: as many as a call may use."""
 
     _fields_ = (("start", ctypes.c_ssize_t), ("number", ctypes.c_ssize_t), ("at_most", ctypes.c_ssize_t))
 

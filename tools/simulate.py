@@ -140,9 +140,8 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     rows_of_dz = [Task(copied=2 * part * size, memory=part * size) for part in elements]
     panel = m * nr * size
     if tasks.w_parts:
-        yield Phase(
-            [Task(copied=2 * share * panel, memory=share * panel) for share in blocks(block_count(d, nr), tasks.w_parts)] + rows_of_dz
-        )
+        panels_of_w = blocks(block_count(d, nr), tasks.w_parts)
+        yield Phase([Task(copied=2 * part * panel, memory=part * panel) for part in panels_of_w] + rows_of_dz)
         yield Phase(rows_of_dz, repeats=repeats - 1)
     else:
         yield Phase(rows_of_dz, repeats=repeats)

@@ -60,7 +60,7 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
         dx_block(zero, job, b)
     else:
         b.packed_w = job.slots.data + slot * job.slots.row
-        step = panels_at_once(host(zero), m * nr)
+        step = panels_at_once(host(zero), p1 - p0, m * nr)
         for panel in range(p0, p1, step):
             b.panel, b.panels = panel, min(step, p1 - panel)
             pack_w(zero, job, job.group, panel, panel + b.panels, b.packed_w)
@@ -98,7 +98,8 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     row = packed_row(columns * size)
     if job.plan.x == PACKED:
         row = tiles_of(zero, columns, vectors(zero)) * packed_step(zero, vectors(zero))
-    return round_up(max(panels_at_once(host(zero), job.m * nr) * job.m * nr * size, job.plan.dw_depth * row), 64)
+    panels = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr)
+    return round_up(max(panels * job.m * nr * size, job.plan.dw_depth * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:

@@ -116,7 +116,7 @@ def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, p
         product(zero, block)
         return
     block.b.data = space
-    step = panels_at_once(host(zero), min(job.d, job.plan.depth) * nr) * nr
+    step = panels_at_once(host(zero), block_count(columns, nr), min(job.d, job.plan.depth) * nr) * nr
     for j in range(0, columns, step):
         block.m = min(step, columns - j)
         src = Matrix(w.data + j * w.column, w.row, w.column)
@@ -234,7 +234,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
         slot = STRIP_ROWS * packed_row(job.m * size)
     job.copy_bytes = slot
     if tasks.packs != 0:
-        slot += panels_at_once(host(zero), depth * nr) * depth * nr * size
+        slot += panels_at_once(host(zero), block_count(job.m, nr), depth * nr) * depth * nr * size
     job.packed = Rows(scratch, round_up(block_count(job.m, nr) * nr * size * job.d, 64) if tasks.parts != 0 else 0)
     job.copied = Rows(scratch + job.groups * job.packed.row, packed_row(job.d * size) if tasks.copies != 0 else 0)
     job.slots = Rows(job.copied.data + job.groups * job.n * job.copied.row, slot)

@@ -257,9 +257,9 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 
 @jit_too
-def panels_at_once(host: Host, elements: int) -> int:
-    """How many panels of w, of so many elements each, a task packs before it uses them: a quarter of L2."""
-    return max(1, host.l2 // 4 // max(elements * host.itemsize, 1))
+def panels_at_once(host: Host, panels: int, elements: int) -> int:
+    """How many of its panels of w, of so many elements each, a task packs before it uses them: a quarter of L2."""
+    return max(1, min(panels, host.l2 // 4 // max(elements * host.itemsize, 1)))
 
 
 @jit_too
