@@ -155,14 +155,14 @@ def host_of(unit: Simd, itemsize: int, caches: Caches, cores: int) -> Host:
 
 
 def _uses_of_w(mr: int, nv: int) -> int:
-    """How often packed lines of w must be read for packing them to pay.
+    """How often packed lines of a w of up to twice L2 must be read for packing them to pay.
 
-    The fewer multiply-adds a tile has for each line, the less of the wait for it they hide. Measured: 12 multiply-adds a k (AVX2 on Zen 4,
-    two threads, forward) (128, 1024, 1024) packed ran 1.6 times as fast, (64, 1024, 1024) 1.3, (128, 784, 256) 1.1 to 1.3, but
-    (48, 512, 512), 8 uses, 0.9 to 1.1; 28 multiply-adds (AVX-512 on Zen 4) unpacked (128, 1024, 1024) ran 1.17 times as fast,
-    (512, 1024, 1024), 36 uses, alike, 2048^3 0.88. In between a square is a guess.
+    The fewer multiply-adds a tile has for each line, the less of the wait for it they hide. Measured on Zen 4: with 12 multiply-adds a k
+    (AVX2, two threads, forward) packed (32, 1024, 1024) ran 1.6 times as fast, (24, 512, 512), 4 uses, alike, (256, 500, 300) 1.4 times,
+    (16, 2048, 1000) 0.8; with 28 (AVX-512) (256, 500, 300), 18 uses, 0.94, (512, 512, 512), 36 uses, 1.0 to 1.1. In between a square is a
+    guess.
     """
-    return (mr * nv) ** 2 // 22
+    return (mr * nv) ** 2 // 28
 
 
 def model_of_host(itemsize: int) -> Host:

@@ -28,6 +28,11 @@ COPIED = 2
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w, padded to whole vectors, beyond which each task packs for itself."""
 
+LARGE_W_USES = 16
+"""As `Host.w_uses`, of a w beyond twice L2, which is on more pages than a core knows at a time. With AVX-512, one thread and two, packed
+ran (256, 1000, 1000), 18 uses, 1.34 and 1.13 times as fast, (256, 2048, 1000) 1.49 and 1.24, but (256, 512, 512) 0.99 and 0.94, and
+(128, 768, 3072), 9 uses, between 0.86 and 1.17, as busy as memory was with others (Zen 4, 1 MiB of L2)."""
+
 PACKED_X_USES = 16
 """How many panels must use a packed block of x for that to pay. dw on AVX2, one thread: 7 panels 0.95, 16 panels 1.0, 32 panels and more
 1.05 to 1.15 (Zen 4)."""
@@ -285,10 +290,17 @@ def suits_dots(host: Host, n: int, k: int) -> int:
 def outgrows_l1(host: Host, stride: int, k: int, columns: int) -> bool:
     """Whether a panel of k rows of B, so far apart, does not stay in half of L1, or of the sets that its rows fall into.
 
-    Then each tile takes it from L2 anew, a line of another page with every k, which no hardware prefetches, while packed panels stream.
+    Then each tile takes it from L2 anew, a line of another page with every k, which no hardware prefetches, while packed panels stream. So
+    do those whose rows lie almost side by side.
     """
-    lines = min(k, host.kc) * max(1, columns * host.itemsize // host.line)
-    return 2 * lines > lines_kept(host, stride)
+    row = columns * host.itemsize
+    return stride > 2 * row and 2 * min(k, host.kc) * max(1, row // host.line) > lines_kept(host, stride)
+
+
+@jit_too
+def pays(host: Host, w_uses: int, uses: int, w_bytes: int) -> bool:
+    """Whether to pack a w that could be read in place, for tiles that read each line so often; `w_uses` is what a small one takes."""
+    return uses >= (min(w_uses, LARGE_W_USES) if w_bytes > 2 * host.l2 else w_uses)
 
 
 # The forward pass.
@@ -311,8 +323,8 @@ def plan_forward(job: Forward, host: Host) -> None:
     outgrows = outgrows_l1(host, job.w.row, d, plan.width * host.lanes)
     # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
     # read in place, where its chain has a cut more (`product._read_past`).
-    packs_by_model = outgrows and uses >= host.w_uses
-    packs = outgrows and uses >= host.choices.w_uses if m % (plan.width * host.lanes) == 0 else packs_by_model
+    packs_by_model = outgrows and pays(host, host.w_uses, uses, d * m * size)
+    packs = outgrows and pays(host, host.choices.w_uses, uses, d * m * size) if m % (plan.width * host.lanes) == 0 else packs_by_model
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
@@ -380,7 +392,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
     plan.depth = depth_for(host, n)
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
-    packs = outgrows_l1(host, job.w.column, m, nr) and n // host.rows >= host.w_uses
+    packs = outgrows_l1(host, job.w.column, m, nr) and pays(host, host.w_uses, n // host.rows, d * m * size)
     plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
     narrow = d * m * size <= host.l2 // 4
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
