@@ -34,12 +34,14 @@ demo-dask: $(VENV)/.installed-examples $(VENV)/.installed-dask  ## train over wo
 	@$(BIN)/python examples/two_layer_net_dask.py
 
 # Kernels of the two dtypes compile side by side first, since two processes that test would both compile what they both need.
-test: $(VENV)/.installed-test  ## the tests that need no large library (7 minutes)
+kernels: $(VENV)/.installed-test
 	@echo "== compiling kernels, where they are not on disk"
 	@printf '%s\n' float32 float64 | xargs -P 2 -I DTYPE $(BIN)/python -c 'import rectilinear; rectilinear.warmup(["DTYPE"])'
+
+test: kernels  ## the tests that need no large library (6 minutes)
 	@echo "== running the tests"
 	@$(PYTEST) -m 'not libraries and not browser and not cuda and not nightly and not alone and not docs' --junitxml=out/test.xml
-	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml
+	@$(BIN)/python -m pytest -q -m alone --junitxml=out/test-alone.xml tests/test_threads.py
 
 test-smoke: $(VENV)/.installed-smoke  ## a quick subset of the tests, across all layers
 	@echo "== running the smoke subset in $(VENV)"
@@ -60,7 +62,7 @@ nightly: $(VENV)/.installed-test $(VENV)/.installed-peers  ## what takes longer 
 	@$(PYTEST) -m 'nightly and not cuda and not libraries' --junitxml=out/nightly.xml
 	@$(PYTEST) -m 'nightly and libraries' --junitxml=out/nightly-libraries.xml
 	@$(MAKE) --no-print-directory fuzz FUZZ="--seconds 300"
-	@$(MAKE) --no-print-directory release-check
+	@$(MAKE) --no-print-directory release-check test-floor
 	@$(MAKE) --no-print-directory test-arm
 	@$(MAKE) --no-print-directory test-cuda
 	@.venv-cuda/bin/python -m pytest -q -m 'cuda and nightly' --junitxml=out/nightly-cuda.xml tests/cuda
@@ -73,7 +75,7 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the tests on torc
 	@$(PYTEST) -m 'libraries and not nightly' --junitxml=out/test-all.xml
 	@$(BIN)/python -m pytest -q -o testpaths= --doctest-modules $(LIBRARY_DOCTESTS)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff, mypy, doctests
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint kernels  ## ruff, mypy, doctests
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -117,13 +119,14 @@ test-browser: docs  ## look at the documentation and the benchmark report in hea
 	@$(BIN)/python -m pytest -q -m browser --junitxml=out/test-browser.xml
 
 # An environment of its own: everything else is to be tested where CuPy is not installed.
-test-cuda:  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
+cuda-environment:
 	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
+
+test-cuda: cuda-environment  ## compile the CUDA kernels for real and run them on the CPU, without a GPU; needs g++
 	@echo "== compiling the CUDA kernels, and running them on the CPU"
 	@.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal -m 'cuda and not nightly' --junitxml=out/test-cuda.xml tests/cuda bench/test_bench_host_cost.py
 
-cuda-mutants:  ## plant bugs into the CUDA kernels one by one and see each found (an hour)
-	@$(MAKE) --no-print-directory VENV=.venv-cuda .venv-cuda/.installed-cuda-ci
+cuda-mutants: cuda-environment  ## plant bugs into the CUDA kernels one by one and see each found (an hour)
 	@.venv-cuda/bin/python -m tests.cuda.mutants
 
 gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there in six minutes; in two: make gpu-check GPU_CHECK=--first
@@ -132,4 +135,4 @@ gpu-check:  ## on a machine with a GPU: prove and measure the cupy backend there
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-cuda .venv-floor .venv-py3.* .arm out build dist rectilinear-bench
 
-.PHONY: help demo demo-dask test test-smoke test-floor test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser test-cuda cuda-mutants gpu-check lint docs release-check bench bench-full clean
+.PHONY: help demo demo-dask kernels test test-smoke test-floor test-arm nightly fuzz fuzz-mutants kernel-mutants test-all test-browser cuda-environment test-cuda cuda-mutants gpu-check lint docs release-check bench bench-full clean

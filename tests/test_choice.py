@@ -204,7 +204,7 @@ assert (info.name, info.threads, info.chosen_by) == ("numba", 2, "auto"), info
 """
 
 
-@pytest.mark.parametrize("text", ["auto", "0", "4,2", "-1"])
+@pytest.mark.parametrize("text", ["auto", "0", *(pytest.param(text, marks=pytest.mark.nightly) for text in ("4,2", "-1"))])
 def test_a_bad_variable_never_changes_the_backend(text: str) -> None:
     run(BAD, RECTILINEAR_NUM_THREADS=text, RECTILINEAR_BACKEND=None)
 

@@ -590,10 +590,10 @@ time.sleep(0.1)
     "missing",
     [
         "allocator._HOOK_SINCE = 1 << 30",
-        "allocator._ALLOCATES = False",
-        "del np._core.multiarray.get_handler_name",
-        "allocator._Handler.version = property(lambda self: 2)",
         "sys.modules['rectilinear.kernels.runtime.allocator'] = None",
+        pytest.param("allocator._ALLOCATES = False", marks=pytest.mark.nightly),
+        pytest.param("del np._core.multiarray.get_handler_name", marks=pytest.mark.nightly),
+        pytest.param("allocator._Handler.version = property(lambda self: 2)", marks=pytest.mark.nightly),
     ],
 )
 def test_without_the_hook_results_are_plain_and_right(missing: str) -> None:

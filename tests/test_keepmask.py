@@ -214,7 +214,7 @@ mask.__class__ = module.KeepMask
 
 
 @pytest.mark.parametrize("name", ANEW)
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", ["numba", pytest.param("numpy", marks=pytest.mark.nightly)])
 def test_a_mask_survives_its_module(name: str, backend: str) -> None:
     assert "kept" in run(
         f"""

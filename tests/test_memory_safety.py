@@ -95,7 +95,7 @@ def test_a_pass_refuses_extents_that_do_not_fit(numba: None) -> None:
 # ---------------------------------------------------------------- first calls under fire
 
 
-@pytest.mark.parametrize("seed", [0, 4, 1, 5, 2])
+@pytest.mark.parametrize("seed", [0, 4, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 5, 2))])
 def test_first_calls_of_many_threads_with_a_warm_cache(seed: int) -> None:
     # Freed memory is overwritten, so that whoever still points there is seen.
     run(f"from tests.first_use import main; main({seed})", MALLOC_PERTURB_="165")

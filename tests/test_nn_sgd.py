@@ -395,7 +395,7 @@ def train(net, optimizer, steps):
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("through", ["state", "file"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.9, pytest.param(0.0, marks=pytest.mark.nightly)])
 def test_training_goes_on_from_a_state(through, momentum, xp, rng, tmp_path):
     net, other = net_of(rng, xp), net_of(rng, xp)
     optimizer, fresh = SGD(net, 0.1, momentum, 0.01), SGD(other, 0.5)
