@@ -661,3 +661,19 @@ def test_tasks_that_pack_for_themselves_and_share_a_copy_of_x(
     }[layout]
     with num_threads(threads):
         check_step(x, w, whole(rng, (*lead, m), dtype), whole(rng, (*lead, n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+def test_whole_panels_are_packed_side_by_side(dtype: np.dtype[Any], by_columns: bool, threads: int, rng: np.random.Generator) -> None:
+    """More of them in a part than are written to at a time: of w where it lies in rows, of w^T for dx where in columns."""
+    n, d, m = (60, 640, 301) if by_columns else (60, 301, 641)
+    x, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (m,), (n, m)))
+    w = whole(rng, (m, d), dtype).T if by_columns else whole(rng, (d, m), dtype)
+    choices = Choices(w_uses=1, x_uses=4, turns=8, w_share=4)
+    host.publish_host(dtype.itemsize, mc=24, w_uses=1, choices=choices)
+    try:
+        with num_threads(threads):
+            check_step(x, w, b, dout, frames=True)
+    finally:
+        host.publish_host(dtype.itemsize)

@@ -16,6 +16,7 @@ from rectilinear.kernels.loops.inner import DOTS_DEPTH
 from rectilinear.kernels.loops.plan import (
     COPIED,
     IN_PLACE,
+    LARGE_W_USES,
     MOST_DOTS_ROWS,
     MOST_SLABS,
     PACKED,
@@ -23,6 +24,7 @@ from rectilinear.kernels.loops.plan import (
     SLAB_ROWS,
     Backward,
     Forward,
+    lines_kept,
     plan,
     plan_backward,
     plan_forward,
@@ -181,6 +183,26 @@ def test_who_packs_w_and_copies_x() -> None:
         assert (job.tasks.packs, job.tasks.parts, job.tasks.copies) == (packs, parts, copies), shape
 
 
+def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_again() -> None:
+    caches = Caches(Cache(32 << 10, 8), Cache(1 << 20, 8), Cache(32 << 20, 16))
+    for unit, shape, packed in (
+        (AVX2, (256, 1000, 1000), True),
+        (AVX2, (32, 1024, 1024), True),  # rows that meet in L1
+        (AVX2, (24, 1024, 1024), False),  # too few tiles
+        (AVX2, (256, 500, 300), True),
+        (AVX2, (256, 200, 300), False),  # a panel of 12,800 bytes
+        (AVX2, (4096, 1000, 30), False),  # rows nearly side by side
+        (AVX512, (256, 1000, 1000), True),  # 4 MB
+        (AVX512, (128, 1000, 1000), False),
+        (AVX512, (256, 512, 512), False),  # 1 MB
+        (AVX512, (512, 512, 512), True),
+    ):
+        job = plan("forward", shape, host_of(unit, 4, caches, cores=2), threads=2)
+        assert job.plan.w == (PACKED if packed else IN_PLACE), (unit.name, shape)
+        by_columns = plan("backward", shape[:1] + shape[:0:-1], host_of(unit, 4, caches, cores=2), threads=2, w_by_columns=True)
+        assert by_columns.plan.w == job.plan.w, "dx, from the same w"
+
+
 @quick
 @given(backwards(), threads)
 def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: tuple[Backward, Host], count: int) -> None:
@@ -239,7 +261,9 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         assert in_rows
     if chosen.w == PACKED and in_rows:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
-        assert job.n // tallest >= host.w_uses
+        large = job.d * job.m * host.itemsize > 2 * host.l2
+        assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
+        assert 2 * job.d * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
     if chosen.by_strips:
         assert w.column == host.itemsize
         assert job.n <= STRIP_ROWS
