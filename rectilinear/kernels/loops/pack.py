@@ -21,7 +21,8 @@ copy = by_name("rectilinear_copy")
 
 
 SIDE_BY_SIDE = 4
-"""Panels written to at a time."""
+"""Panels written to at a time. From L3 one took 5 to 30 GB/s, four took 30 to 40, 16 and more 20, where panels lie a power of two bytes
+apart and so in the same ways of L1 (Zen 4, AVX2 and AVX-512)."""
 
 
 @record

@@ -290,8 +290,8 @@ def suits_dots(host: Host, n: int, k: int) -> int:
 def outgrows_l1(host: Host, stride: int, k: int, columns: int) -> bool:
     """Whether a panel of k rows of B, so far apart, does not stay in half of L1, or of the sets that its rows fall into.
 
-    Then each tile takes it from L2 anew, a line of another page with every k, which no hardware prefetches, while packed panels stream. So
-    do those whose rows lie almost side by side.
+    Then each tile takes it from L2 anew, a line of another page with every k, which no hardware prefetches, while a packed panel streams. A
+    panel whose rows lie almost side by side streams as it is.
     """
     row = columns * host.itemsize
     return stride > 2 * row and 2 * min(k, host.kc) * max(1, row // host.line) > lines_kept(host, stride)
