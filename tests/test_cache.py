@@ -239,6 +239,19 @@ def test_switches_that_do_not(filled: Path) -> None:
     assert use_anew(filled, NUMBA_NUM_THREADS="1", NUMBA_CACHE_DIR="/proc/none") == 2
 
 
+def test_what_else_is_installed_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyYAML, which dask and PyTorch bring, is a switch of numba's."""
+    from numba.core import config
+    from numba.core.registry import cpu_target
+
+    codegen = cpu_target.target_context.codegen()
+    before = fingerprint.environment(codegen)
+    monkeypatch.setattr(config, "_HAVE_YAML", not config._HAVE_YAML)
+    assert fingerprint.environment(codegen) == before
+    monkeypatch.setattr(config, "OPT", 1)
+    assert fingerprint.environment(codegen) != before
+
+
 MODULE = """
 import numba
 from rectilinear.kernels.runtime.cache import jit

@@ -234,7 +234,8 @@ def test_backends_and_the_baseline_are_right_in_every_pass(dtype):
 
 
 @pytest.mark.libraries
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # a minute
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_peers_are_right_in_every_pass(dtype):
     names = {"torch", "torch-lean", "torch-nn", "torch-accelerated", "jax", "thinc"}
     peers = [peer for peer in (*PEERS, *IN_FRAMEWORKS) if peer.name in names]

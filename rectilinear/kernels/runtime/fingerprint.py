@@ -37,8 +37,8 @@ _KNOWN_BY_NAME = (ModuleType, type, BuiltinFunctionType, np.ufunc, TargetDescrip
 # Their versions are part of `environment`, so their functions need only their names.
 _VERSIONED = {"builtins", "llvmlite", "numba", "numpy"} | sys.stdlib_module_names
 
-# numba's switches that say where and how loudly to compile, not what comes out.
-_IMMATERIAL_SWITCHES = ("CACHE_", "COLOR_", "CUDA_", "DEBUG_CACHE", "FULL_TRACEBACKS", "NUMBA_", "PARALLEL_", "THREADING_")
+# numba's switches that say where and how loudly to compile, and whether PyYAML is there to read them from a file: not what comes out.
+_IMMATERIAL_SWITCHES = ("CACHE_", "COLOR_", "CUDA_", "DEBUG_CACHE", "FULL_TRACEBACKS", "NUMBA_", "PARALLEL_", "THREADING_", "_HAVE_YAML")
 
 
 def environment(codegen: Any) -> str:
