@@ -22,7 +22,7 @@ copy = by_name("rectilinear_copy")
 
 SIDE_BY_SIDE = 4
 """Panels written to at a time. From L3 one took 5 to 30 GB/s, four took 30 to 40, 16 and more 20, where panels lie a power of two bytes
-apart and so in the same ways of L1 (Zen 4, AVX2 and AVX-512)."""
+apart and so in the same sets of L1 (Zen 4, AVX2 and AVX-512)."""
 
 
 @record
@@ -55,7 +55,7 @@ def _pack_panel(zero: Any, p: Packing) -> None:
 def pack_panels(zero: Any, p: Packing, nr: int, panel: int) -> None:
     """Panels of B, nr columns each and `panel` bytes apart.
 
-    Where w lies in rows they are read to the end, one after the other: panel by panel each would be another page, and a line that two
+    Where w lies in rows, whole panels are packed several at a time: one by one, each line would be on another page, and a line that two
     panels share, since it is not aligned, would come from L3 twice.
     """
     size = size_of(zero)
