@@ -10,13 +10,14 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
 from rectilinear.kernels.loops.host import host
+from rectilinear.kernels.loops.pack import Packing, pack_panels
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, Backward, panels_at_once
 from rectilinear.kernels.loops.product import packed_step, tiles_of
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -40,6 +41,12 @@ def _pack_task(zero: Any, index: int, job: Backward) -> None:
     sums = job.sums + index * round_up(m * size, 64)
     clear(zero, sums + p0 * nr * size, columns)
     masked_block(zero, job, b, columns, sums)
+    if job.plan.z == PACKED and job.dw.data != 0:
+        row = nr * size
+        src = Matrix(b.z + p0 * row, job.plan.lead, size)
+        panel = job.plan.stretch * row
+        dst = Rows(job.z_panels + p0 * panel + index * BLOCK_ROWS * row, row)
+        pack_panels(zero, Packing(rows=b.count, columns=columns, src=src, dst=dst), nr, panel)
 
 
 @jit_inner
@@ -79,10 +86,12 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     b = Block(group=job.group, row=r0, rows=r1 - r0, panel=p0, panels=p1 - p0, space=job.slots.data + slot * job.slots.row)
     b.dw = Rows(job.dw.data + job.group * job.dw.group, job.dw.column if by_columns else job.dw.row)
     count = job.last - job.first
-    steps = block_count(count, job.plan.dw_depth)
+    steps = block_count(count, host(zero).kc)
     for step in range(steps):
         k0, k1 = block_start(count, steps, step), block_start(count, steps, step + 1)
         b.first, b.count, b.z = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead
+        if job.plan.z == PACKED:
+            b.z = job.z_panels + k0 * nr * size_of(zero)
         b.adds = 1 if b.first > 0 else 0
         dw_block(zero, job, b)
 
@@ -99,7 +108,7 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     if job.plan.x == PACKED:
         row = tiles_of(zero, columns, vectors(zero)) * packed_step(zero, vectors(zero))
     panels = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr)
-    return round_up(max(panels * job.m * nr * size, job.plan.dw_depth * row), 64)
+    return round_up(max(panels * job.m * nr * size, host(zero).kc * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
@@ -124,7 +133,9 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         panels = block_count(job.d, vectors(zero) * lanes(zero)) if w_parts != 0 else 0
         bytes_of_sums = round_up(m * size, 64)
         job.z = scratch
-        job.sums = job.z + stretch * job.plan.lead
+        job.z_panels = job.z + stretch * job.plan.lead
+        bytes_of_panels = stretch * round_up(m, vectors(zero) * lanes(zero)) * size if job.plan.z == PACKED else 0
+        job.sums = job.z_panels + bytes_of_panels
         totals = job.sums + stretch // BLOCK_ROWS * bytes_of_sums
         job.packed_w = totals + round_up(m * 8, 64)
         job.slots = Rows(job.packed_w + panels * m * vectors(zero) * lanes(zero) * size, _slot_bytes(zero, job))

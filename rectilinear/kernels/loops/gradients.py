@@ -170,5 +170,9 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
         block.a = Matrix(x.data, x.column, x.row)
         if job.plan.x == PACKED:
             pack_a(zero, block, b.space)
-        block.b = Panels(data=b.z + j * size, panel=nr * size, row=job.plan.lead, padded=1)
+        if job.plan.z == PACKED:
+            panel = job.plan.stretch * nr * size
+            block.b = Panels(data=b.z + b.panel * panel, panel=panel, row=nr * size, padded=1)
+        else:
+            block.b = Panels(data=b.z + j * size, panel=nr * size, row=job.plan.lead, padded=1)
     product(zero, block)

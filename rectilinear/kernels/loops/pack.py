@@ -62,7 +62,8 @@ def pack_panels(zero: Any, p: Packing, nr: int, panel: int) -> None:
     whole = p.columns // nr if p.src.column == size and nr == vectors(zero) * lanes(zero) else 0
     for j in range(0, whole, SIDE_BY_SIDE):
         src, dst = Rows(p.src.data + j * nr * size, p.src.row), Rows(p.dst.data + j * panel, p.dst.row)
-        panels(zero, PanelsOperands(k=p.rows, panels=min(SIDE_BY_SIDE, whole - j), panel=panel, src=src, dst=dst))
+        count = min(SIDE_BY_SIDE, whole - j)
+        panels(zero, PanelsOperands(k=p.rows, panels=count, panel=panel, apart=nr * size, src=src, dst=dst))
     for j in range(whole * nr, p.columns, nr):
         rest = Matrix(p.src.data + j * p.src.column, p.src.row, p.src.column)
         to = Rows(p.dst.data + j // nr * panel, p.dst.row)

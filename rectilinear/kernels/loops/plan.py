@@ -33,10 +33,6 @@ LARGE_W_USES = 16
 ran (256, 1000, 1000), 18 uses, 1.34 and 1.13 times as fast, (256, 2048, 1000) 1.49 and 1.24, but (256, 512, 512) 0.99 and 0.94, and
 (128, 768, 3072), 9 uses, between 0.86 and 1.17, as busy as memory was with others (Zen 4, 1 MiB of L2)."""
 
-PACKED_X_USES = 16
-"""How many panels must use a packed block of x for that to pay. dw on AVX2, one thread: 7 panels 0.95, 16 panels 1.0, 32 panels and more
-1.05 to 1.15 (Zen 4)."""
-
 L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
 
@@ -153,11 +149,12 @@ class BackwardPlan:
     """How dx reads w^T: IN_PLACE or PACKED."""
     x: int = 0
     """IN_PLACE, COPIED or PACKED for dw."""
+    z: int = 0
+    """How dw reads dz: IN_PLACE, in the rows that dx reads, or PACKED into panels as well."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
     depth: int = 0
     """kc of dx."""
-    dw_depth: int = 0
     dw_by_columns: int = 0
     """1 where dw is stored by columns, so that dw^T = dz^T x is computed."""
     by_slabs: int = 0
@@ -208,6 +205,8 @@ class Backward:
     packed_w: int = 0
     z: int = 0
     """Packed dz, of rows first to last of a group."""
+    z_panels: int = 0
+    """The same in panels of nr columns, all of a stretch of rows, where the plan has it PACKED."""
     group: int = 0
     first: int = 0
     last: int = 0
@@ -394,26 +393,26 @@ def plan_backward(job: Backward, host: Host) -> None:
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
     packs = outgrows_l1(host, job.w.column, m, nr) and pays(host, host.w_uses, n // host.rows, d * m * size)
     plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
-    narrow = d * m * size <= host.l2 // 4
+    narrow = d * m * size <= host.l2
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     panels = block_count(m, nr)
-    plan.x = COPIED if meets and panels >= host.choices.x_uses and n > host.choices.x_uses else IN_PLACE
-    plan.dw_depth = host.kc
-    l1 = host.l1_sets * host.l1_ways * host.line
-    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part. Where L2 does not deliver that meanwhile, and L1
-    # does not hold it, x is packed, which leaves that part alone, and half of L1 holds the panel of dz.
+    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
+    narrow_tile = bytes_of_k > L2_RATE * cycles_of_k
     k = min(n, BLOCK_ROWS if plan.by_slabs != 0 else host.kc)
-    streams = bytes_of_k > L2_RATE * cycles_of_k and bytes_of_k * k >= l1 // 2
-    if streams and panels >= PACKED_X_USES:
-        plan.x, plan.dw_depth = PACKED, min(host.kc, l1 // 2 // (nr * size))
     if plan.dw_by_columns != 0:
         # x is B, and the copy of it padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
         plan.x = COPIED if meets or job.x.column != size or d % nr != 0 else IN_PLACE
-    most = max(4 * BLOCK_ROWS, host.past // plan.lead // BLOCK_ROWS * BLOCK_ROWS)
+    elif panels >= host.choices.x_uses and n > host.choices.x_uses:
+        outgrows = narrow_tile and bytes_of_k * k >= host.l1_sets * host.l1_ways * host.line // 2
+        plan.x = PACKED if outgrows else COPIED if meets else IN_PLACE
+    packs_z = narrow_tile and outgrows_l1(host, plan.lead, n, nr) and d // host.rows >= host.w_uses
+    plan.z = PACKED if packs_z and plan.by_slabs == 0 and plan.dw_by_columns == 0 else IN_PLACE
+    bytes_of_row = plan.lead + (round_up(m, nr) * size if plan.z == PACKED else 0)
+    most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 
 

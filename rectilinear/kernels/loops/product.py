@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import LINE_BYTES, block_count, block_start, round_up
-from rectilinear.kernels.loops.pack import Packing, pack_panel
-from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, least_vectors, most_rows, rows, tile
+from rectilinear.kernels.loops.pack import SIDE_BY_SIDE, Packing, pack_panel
+from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, least_vectors, most_rows, panels_of_a, rows, tile, vectors
+from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD, TileOperands
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -96,15 +97,35 @@ def tiles_of(zero: Any, n: int, nv: int) -> int:
 def pack_a(zero: Any, p: Product, dst: int) -> None:
     """Pack the rows of A for the product's tiles: of each, for every k, one element of each of its rows, and set p.a to it."""
     size = size_of(zero)
-    count = tiles_of(zero, p.n, p.width)
+    count = tiles_of(zero, p.n, p.width) if p.n > 0 else 0
     step = packed_step(zero, p.width)
     a, p.a_panel = Matrix(p.a.data, p.a.row, p.a.column), p.k * step
-    for i in range(count if p.n > 0 else 0):
+    done = _pack_side_by_side(zero, p, count, Rows(dst, step)) if a.row == size and p.width == vectors(zero) else 0
+    for i in range(done, count):
         first = block_start(p.n, count, i)
         src = Matrix(a.data + first * a.row, a.column, a.row)
         height = block_start(p.n, count, i + 1) - first
         pack_panel(zero, Packing(rows=p.k, columns=height, src=src, dst=Rows(dst + i * p.a_panel, step)))
     p.a = Matrix(dst, size, step)
+
+
+@jit_inner
+def _pack_side_by_side(zero: Any, p: Product, count: int, dst: Rows) -> int:
+    """Those of the `count` tiles of an A that lies in columns whose vectors end within the block, several at a time. Returns how many."""
+    size, n, done = size_of(zero), p.n, 0
+    width = round_up(most_rows(zero, vectors(zero)), lanes(zero))
+    while done < count:
+        first = block_start(n, count, done)
+        height = block_start(n, count, done + 1) - first
+        same = (n % count if done < n % count else count) - done
+        within = (n - first - width) // height + 1
+        if within <= 0:
+            break
+        some = min(SIDE_BY_SIDE, same, within)
+        src, to = Rows(p.a.data + first * size, p.a.column), Rows(dst.data + done * p.a_panel, dst.row)
+        panels_of_a(zero, PanelsOperands(k=p.k, panels=some, panel=p.a_panel, apart=height * size, src=src, dst=to))
+        done += some
+    return done
 
 
 @jit_inner

@@ -14,7 +14,7 @@ from numba.core.registry import cpu_target
 
 from rectilinear.kernels.micro import simd
 from rectilinear.kernels.micro.dots import dots_rows, emit_dots
-from rectilinear.kernels.micro.panels import emit_panels
+from rectilinear.kernels.micro.panels import emit_panels, emit_panels_of_a
 from rectilinear.kernels.micro.relu import emit_relu
 from rectilinear.kernels.micro.rows import emit_rows, row_lanes
 from rectilinear.kernels.micro.sgd import emit_sgd
@@ -36,13 +36,14 @@ strip = from_table("rectilinear_strips")
 ROW_KERNELS = {
     "rows": emit_rows,
     "panels": emit_panels,
+    "panels_of_a": emit_panels_of_a,
     "transpose": emit_transpose,
     "dots": emit_dots,
     "relu": emit_relu,
     "softmax": emit_softmax,
     "sgd": emit_sgd,
 }
-rows, panels, transpose, dots, relu, softmax, sgd = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
+rows, panels, panels_of_a, transpose, dots, relu, softmax, sgd = (by_name(f"rectilinear_{name}") for name in ROW_KERNELS)
 
 
 @cache

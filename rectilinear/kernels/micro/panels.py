@@ -2,7 +2,7 @@
 
 for k in range(k):
     for p in range(panels):
-        dst[p][k, :] = src[k, p * nr : (p + 1) * nr]        (panels `panel` bytes apart)
+        dst[p][k, :] = src[k, p * apart : p * apart + width]        (panels `panel` bytes apart, what they are made of `apart` bytes)
 """
 
 from __future__ import annotations
@@ -20,29 +20,35 @@ class PanelsOperands:
     k: int = 0
     panels: int = 0
     panel: int = 0
+    apart: int = 0
     src: Rows = Rows()
     dst: Rows = Rows()
 
 
 def emit_panels(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
-    """Add ``void name(PanelsOperands *)`` to `module`, for panels as wide as full tiles."""
-    return _PanelsEmitter(module, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)), simd.tile(itemsize)[1]).run()
+    """Add ``void name(PanelsOperands *)`` to `module`, for panels of B, as wide as full tiles."""
+    return _PanelsEmitter(module, name, simd, itemsize, simd.tile(itemsize)[1]).run()
+
+
+def emit_panels_of_a(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
+    """The same for panels of A, as wide as full tiles are high, padded to whole vectors with what follows in `src`."""
+    return _PanelsEmitter(module, name, simd, itemsize, -(-simd.tile(itemsize)[0] // simd.lanes(itemsize))).run()
 
 
 class _PanelsEmitter(Emitter):
-    def __init__(self, module: ir.Module, name: str, operands: type, vector: ir.VectorType, width: int) -> None:
-        super().__init__(module, name, operands, vector)
+    def __init__(self, module: ir.Module, name: str, simd: Simd, itemsize: int, width: int) -> None:
+        super().__init__(module, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.width = width
 
     def run(self) -> ir.Function:
         builder, arg = self.builder, self.arg
-        step = self.vector.count * self.itemsize
         with self.steps(I64(0), arg["k"], 1) as k:
             src, dst = self.row("src", k), self.row("dst", k)
             with self.steps(I64(0), arg["panels"], 1) as p:
-                place = self.offset(src, p, self.width * step)
-                values = [self.load(self.offset(place, v, step)) for v in range(self.width)]
+                start, place = self.offset(src, p, arg["apart"]), self.offset(dst, p, arg["panel"])
+                step = self.vector.count * self.itemsize
+                values = [self.load(self.offset(start, v, step)) for v in range(self.width)]
                 for v, value in enumerate(values):
-                    self.store(value, self.offset(self.offset(dst, p, arg["panel"]), v, step))
+                    self.store(value, self.offset(place, v, step))
         builder.ret_void()
         return self.function
