@@ -13,7 +13,7 @@ from rectilinear.kernels.loops.arithmetic import block_count, block_start, packe
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
-from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, rows_at_once, schedule_forward
+from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
 from rectilinear.kernels.micro.library import lanes, strip
 from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
@@ -229,7 +229,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     if _copies_itself(job) and plan.by_dots != 0:
         slot = job.n * packed_row(job.d * size)
     elif _copies_itself(job):
-        slot = rows_at_once(host(zero), depth) * packed_row(depth * size)
+        slot = -(-job.n // tasks.rows) * packed_row(depth * size)
     if plan.by_strips != 0:
         slot = STRIP_ROWS * packed_row(job.m * size)
     job.copy_bytes = slot

@@ -250,14 +250,21 @@ def lines_kept(host: Host, stride: int) -> int:
 
 @jit_too
 def depth_for(host: Host, n: int) -> int:
-    """kc for an A of n rows: half of it where twice mc rows are all there are, so that B is read once."""
-    return max(1, host.kc // 2) if n <= 2 * host.mc else host.kc
+    """kc for an A of n rows: less, down to three eighths of it, where L2 then holds all rows, so that each panel of B is used once."""
+    fits = host.l2 * 7 // 8 // (max(n, 1) * host.itemsize) // 8 * 8
+    return max(1, min(fits, host.kc // 2)) if 8 * fits >= 3 * host.kc else host.kc
 
 
 @jit_too
 def rows_at_once(host: Host, depth: int) -> int:
     """mc for such a depth: rows of A that L2 holds along it, up to twice as many where it is less than kc."""
     return max(1, host.mc * host.kc // max(min(depth, host.kc), host.kc // 2))
+
+
+@jit_too
+def row_blocks(host: Host, n: int, rows: int, k: int, depth: int) -> int:
+    """Into how many blocks so many of the n rows of A are cut: one where `depth_for` made room for all of them."""
+    return 1 if depth_for(host, n) < host.kc else block_count(rows, rows_at_once(host, min(k, depth)))
 
 
 @jit_too
@@ -327,7 +334,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    plan.depth = max(1, host.kc // 2) if in_rows and not packs_by_model and far else depth_for(host, n)
+    plan.depth = min(depth_for(host, n), max(1, host.kc // 2) if in_rows and not packs_by_model and far else host.kc)
     few = job.w.column == size and 1 <= n <= STRIP_ROWS and d >= STRIP_DEPTH
     # Where w comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
     # the next panel is lost, too. One tile of several rows hides that. (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7 times with
@@ -350,7 +357,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     size = host.itemsize
     panels = block_count(m, plan.width * host.lanes)
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
-    rows, columns = block_count(n, rows_at_once(host, min(d, plan.depth))), 1
+    rows, columns = row_blocks(host, n, n, d, plan.depth), 1
     wanted = host.choices.turns * threads
     if threads > 1 and job.groups * rows < wanted:
         most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.x == COPIED else (panels, 4)
@@ -364,9 +371,9 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
-    # Every task uses a w of its own where there is one block of rows. Packed at once, a large one would go to L3 and come back: (128, 1024,
-    # 1024) on AVX2, two threads, ran 1.1 to 1.6 times as fast without, but (128, 784, 512), 1.6 MB, 0.95 times (Zen 4, 1 MiB of L2).
-    large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or (rows == 1 and d * m * size > 2 * host.l2)
+    # Every task uses a w of its own where there is one block of rows, and no thread has to wait for what another one packs, nor to fetch it:
+    # (128, 784, 256) ran 1.09 to 1.13 times as fast, (128, 512, 512) 1.09, (256, 512, 512) 1.05, (256, 784, 512) alike (Zen 3, two threads).
+    large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
     tasks.packs = 1 if plan.w == PACKED and large else 0
     tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and not large else 0
     tasks.copies = min(n, 2 * threads) if plan.x == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
@@ -437,7 +444,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     # A single block would keep one thread busy and let the others fall asleep.
     most = min(block_count(m, nr), max(1, min(stretch, BLOCK_ROWS) * m // PART_ELEMENTS))
     tasks.z_parts = min(most, block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
-    tasks.dx_rows = block_count(stretch, rows_at_once(host, min(m, plan.depth))) if job.dx.data != 0 else 0
+    tasks.dx_rows = row_blocks(host, n, stretch, m, plan.depth) if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
