@@ -5,6 +5,7 @@ Operands are small whole numbers, so that float32 and float64 products are exact
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from rectilinear.backends.contract import Wanted
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
 from rectilinear.kernels.loops import host, passes
+from rectilinear.kernels.loops.plan import PACKED, plan
 from rectilinear.kernels.loops.tuned import Choices
 from rectilinear.kernels.micro import library
 from rectilinear.threads import num_threads
@@ -414,12 +416,12 @@ from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]
-SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33)]
+SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33), (140, 79, 130), (333, 64, 130)]
 for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
     size = np.dtype(T).itemsize
     passes.prepare[size]
-    # Either few rows go by strips, or w is packed from one use on where a panel outgrows L1.
-    host.publish_host(size, **({"past": 2, "page": 1} if few_by_strips else {"w_uses": 1}))
+    # Either few rows go by strips, or w is packed from one use on where a panel outgrows L1, and x and dz are as for low tiles.
+    host.publish_host(size, **({"past": 2, "page": 1} if few_by_strips else {"w_uses": 1, "rows": 4}))
     for n, d, m in SHAPES:
         for at_end in (False, True):
             x, w, b, dout = (rng.integers(-3, 4, s).astype(T) for s in ((n, d), (d, m), (m,), (n, m)))
@@ -672,7 +674,25 @@ def test_whole_panels_are_packed_side_by_side(dtype: np.dtype[Any], by_columns: 
     x, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (m,), (n, m)))
     w = whole(rng, (m, d), dtype).T if by_columns else whole(rng, (d, m), dtype)
     choices = Choices(w_uses=1, x_uses=4, turns=8, w_share=4)
-    host.publish_host(dtype.itemsize, mc=24, w_uses=1, choices=choices)
+    host.publish_host(dtype.itemsize, mc=24, l2=1 << 14, w_uses=1, choices=choices)
+    try:
+        with num_threads(threads):
+            check_step(x, w, b, dout, frames=True)
+    finally:
+        host.publish_host(dtype.itemsize)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(700, 70, 290), (2, 650, 67, 301)], ids=str)
+def test_dz_is_packed_in_parts(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
+    """For dw: several blocks of rows, each in several ranges of columns, in three chains of kc. x is packed, in tiles of unequal height."""
+    *lead, n, d, m = shape
+    x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+    passes.prepare[dtype.itemsize]
+    fields = {"kc": 304, "rows": 4, "w_uses": 1, "cores": 64}
+    made = plan("backward", shape, dataclasses.replace(host.this_host(dtype.itemsize), **fields))
+    assert made.plan.x == made.plan.z == PACKED
+    host.publish_host(dtype.itemsize, **fields)
     try:
         with num_threads(threads):
             check_step(x, w, b, dout, frames=True)

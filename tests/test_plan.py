@@ -15,6 +15,7 @@ from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, h
 from rectilinear.kernels.loops.inner import DOTS_DEPTH
 from rectilinear.kernels.loops.plan import (
     COPIED,
+    FEW_TASKS,
     IN_PLACE,
     LARGE_W_USES,
     MOST_DOTS_ROWS,
@@ -24,6 +25,7 @@ from rectilinear.kernels.loops.plan import (
     SLAB_ROWS,
     Backward,
     Forward,
+    even_out,
     lines_kept,
     plan,
     plan_backward,
@@ -171,16 +173,60 @@ def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[For
 
 
 def test_who_packs_w_and_copies_x() -> None:
-    """Each task a w that L2 does not hold and no other block of rows needs, or one of gigabytes; else all of them together."""
+    """Each task a w that no other block of rows needs, or one of gigabytes; else all of them together."""
     caches = Caches(Cache(32 << 10, 8), Cache(1 << 20, 8), Cache(32 << 20, 16))
     for shape, packs, parts, copies in (
         ((128, 1024, 1024), 1, 0, 4),
-        ((128, 784, 512), 0, 4, 0),
+        ((128, 784, 512), 1, 0, 0),
+        ((128, 784, 64), 0, 4, 0),  # so few columns that rows are cut, too
         ((1024, 1024, 1024), 0, 4, 0),
         ((1024, 1 << 16, 1 << 13), 1, 0, 0),
     ):
         job = plan("forward", shape, host_of(AVX2, 4, caches, cores=2), threads=2)
         assert (job.tasks.packs, job.tasks.parts, job.tasks.copies) == (packs, parts, copies), shape
+
+
+def test_a_batch_is_one_block_where_l2_holds_it() -> None:
+    for shape, itemsize, depth, blocks in (
+        ((128, 784, 256), 4, 512, 1),
+        ((256, 784, 256), 4, 448, 1),  # 256 * 448 * 4 bytes are seven eighths of L2
+        ((320, 784, 256), 4, 1024, 5),
+        ((128, 784, 256), 8, 448, 1),
+        ((192, 784, 256), 8, 1024, 6),
+        ((128, 784, 32), 4, 1024, 2),  # all of w stays in L2
+    ):
+        host = plans.host("Zen 3", f"float{8 * itemsize}")
+        job = plan("forward", shape, host)
+        assert (job.plan.depth, job.tasks.rows) == (depth, blocks), (shape, itemsize)
+
+
+@quick
+@given(st.integers(1, 10_000), st.integers(1, 64), threads)
+def test_few_tasks_are_evened_out(blocks: int, tasks: int, count: int) -> None:
+    more = even_out(blocks, tasks, count)
+    assert blocks <= more <= 1.5 * blocks
+    if more > blocks:
+        assert more * tasks % count == 0
+        assert blocks * tasks < FEW_TASKS * count
+
+
+def test_nineteen_tasks_for_two_threads_are_twenty() -> None:
+    assert [even_out(19, 1, 2), even_out(19, 2, 2), even_out(19, 2, 4), even_out(3, 1, 64), even_out(1, 1, 2)] == [20, 19, 20, 3, 1]
+
+
+def test_how_dw_reads_x_and_dz() -> None:
+    for unit, shape, x, z in (
+        (AVX2, (1024, 1024, 1024), PACKED, PACKED),
+        (AVX2, (256, 784, 512), PACKED, IN_PLACE),  # a panel of dz stays in half of L1
+        (AVX2, (512, 24, 4096), PACKED, IN_PLACE),  # read by four tiles
+        (AVX2, (100, 784, 512), IN_PLACE, IN_PLACE),
+        (AVX2, (512, 784, 32), IN_PLACE, PACKED),  # x is read by two panels
+        (AVX2, (65536, 64, 64), PACKED, IN_PLACE),  # by slabs, of blocks of 128 rows
+        (AVX512, (1024, 1024, 1024), COPIED, IN_PLACE),  # tiles that wait for nothing
+    ):
+        caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))
+        job = plan("backward", shape, host_of(unit, 4, caches, cores=2))
+        assert (job.plan.x, job.plan.z) == (x, z), (unit.name, shape)
 
 
 def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_again() -> None:

@@ -12,6 +12,8 @@ rows, A in blocks of mc rows and kc columns. See Low et al., "Analytical modelin
 
 from __future__ import annotations
 
+from math import gcd
+
 from rectilinear.kernels.loops.arithmetic import block_count, packed_row, round_up
 from rectilinear.kernels.loops.host import Host
 from rectilinear.kernels.micro.strip import STRIP_DEPTH, STRIP_ROWS
@@ -75,6 +77,10 @@ MOST_SLABS_OF_SUMS = 64
 
 FOLD_COLUMNS = 512
 """Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
+
+FEW_TASKS = 32
+"""For a thread: one more is no more than 3 % of its time. 1024^3, 19 tasks for two threads, ran 1.04 times as fast in 20, each pass of it,
+(100, 3072, 100) 1.04, (256, 512, 10) 1.1 (Zen 3)."""
 
 DW_ROWS = 28
 """The least rows of dw in a task: two tall tiles of AVX-512."""
@@ -249,10 +255,16 @@ def lines_kept(host: Host, stride: int) -> int:
 
 
 @jit_too
-def depth_for(host: Host, n: int) -> int:
-    """kc for an A of n rows: less, down to three eighths of it, where L2 then holds all rows, so that each panel of B is used once."""
+def depth_of_all(host: Host, n: int) -> int:
+    """kc for which L2 holds all n rows of A, beside what streams past, or kc itself, where that would be less than three eighths of it."""
     fits = host.l2 * 7 // 8 // (max(n, 1) * host.itemsize) // 8 * 8
     return max(1, min(fits, host.kc // 2)) if 8 * fits >= 3 * host.kc else host.kc
+
+
+@jit_too
+def depth_for(host: Host, n: int, b_bytes: int) -> int:
+    """kc for an A of n rows and a B of so many bytes: each panel of B is used once, if L2 can hold A, but a B that stays in L2 need not be."""
+    return depth_of_all(host, n) if b_bytes > host.l2 // 4 else host.kc
 
 
 @jit_too
@@ -263,14 +275,25 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 @jit_too
 def row_blocks(host: Host, n: int, rows: int, k: int, depth: int) -> int:
-    """Into how many blocks so many of the n rows of A are cut: one where `depth_for` made room for all of them."""
-    return 1 if depth_for(host, n) < host.kc else block_count(rows, rows_at_once(host, min(k, depth)))
+    """Into how many blocks so many of the n rows of A are cut: one where L2 holds all of them, `k` or `depth` elements of each."""
+    if depth_of_all(host, n) < host.kc and rows * min(k, depth) * host.itemsize <= (host.l2 * 7 // 8 if depth < host.kc else host.l2 // 4):
+        return 1
+    return block_count(rows, rows_at_once(host, min(k, depth)))
 
 
 @jit_too
 def panels_at_once(host: Host, panels: int, elements: int) -> int:
     """How many of its panels of w, of so many elements each, a task packs before it uses them: a quarter of L2."""
     return max(1, min(panels, host.l2 // 4 // max(elements * host.itemsize, 1)))
+
+
+@jit_too
+def even_out(blocks: int, tasks: int, threads: int) -> int:
+    """So many blocks of `tasks` tasks each, or some more, so that every thread gets the same number of tasks, where that is a small one."""
+    if threads < 2 or blocks < 2:
+        return blocks
+    more = round_up(blocks, threads // gcd(threads, tasks))
+    return more if 2 * more <= 3 * blocks and blocks * tasks < FEW_TASKS * threads else blocks
 
 
 @jit_too
@@ -334,7 +357,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    plan.depth = min(depth_for(host, n), max(1, host.kc // 2) if in_rows and not packs_by_model and far else host.kc)
+    plan.depth = min(depth_for(host, n, d * m * size), max(1, host.kc // 2) if in_rows and not packs_by_model and far else host.kc)
     few = job.w.column == size and 1 <= n <= STRIP_ROWS and d >= STRIP_DEPTH
     # Where w comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
     # the next panel is lost, too. One tile of several rows hides that. (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7 times with
@@ -368,6 +391,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
         columns = max(columns, min(panels, block_count(d * m * size, w_at_once(host))))
+    rows = even_out(rows, job.groups * columns, threads)
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
@@ -396,7 +420,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
     plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
-    plan.depth = depth_for(host, n)
+    plan.depth = depth_for(host, n, d * m * size)
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
     packs = outgrows_l1(host, job.w.column, m, nr) and pays(host, host.w_uses, n // host.rows, d * m * size)
     plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
@@ -450,6 +474,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
+    tasks.dx_rows = even_out(tasks.dx_rows, tasks.dx_columns, threads)
     tasks.w_parts = min(block_count(d, nr), 2 * threads) if tasks.dx_rows > 1 and plan.w == PACKED else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own. But a copy
@@ -460,6 +485,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     wanted_rows = rows if scattered and not by_columns else -(-wanted // dw_columns)
     tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted_rows) if job.dw.data != 0 else 0
     tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, max(dw_columns, -(-wanted // max(tasks.dw_rows, 1))))
+    tasks.dw_rows = even_out(tasks.dw_rows, tasks.dw_columns, threads)
     tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
 
 
