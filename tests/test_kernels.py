@@ -682,7 +682,7 @@ def test_whole_panels_are_packed_side_by_side(dtype: np.dtype[Any], by_columns: 
         host.publish_host(dtype.itemsize)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("shape", [(700, 70, 290), (2, 650, 67, 301)], ids=str)
 def test_dz_is_packed_in_parts(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
     """For dw: several blocks of rows, each in several ranges of columns, in three chains of kc. x is packed, in tiles of unequal height."""
