@@ -155,7 +155,8 @@ def _tile_index(nv: int) -> int:
 def _panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> None:
     """One panel of B, nv vectors wide, against all rows of A, in tiles of nearly equal height; `t` is moved on from one to the next.
 
-    The tiles prefetch what p.prefetch says, else the panel that follows (at `following`, not 0), a line of each row of k at a time.
+    The tiles prefetch what p.prefetch says, else the panel that follows (at `following`, not 0): each an equal share of a packed one, or
+    one line of each row of k of one in place. A packed one by the first tile alone would be more than L3 delivers meanwhile.
     """
     n, prefetch = p.n, p.prefetch
     count = tiles_of(zero, n, p.width if p.a_panel != 0 else nv)
@@ -175,6 +176,8 @@ def _panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> N
             now = at(Prefetch, prefetch).now
             t.prefetch, t.prefetch_step = now.start, LINE_BYTES
             now.start += t.k * LINE_BYTES
+        elif following != 0 and t.b.row == nv * lanes(zero) * size_of(zero):
+            t.prefetch, t.prefetch_step = following + i * t.k * t.b.row // count, t.b.row // count
         elif following != 0 and i < lines:
             t.prefetch, t.prefetch_step = following + i * LINE_BYTES, t.b.row
         tile(zero, index + height, t)
