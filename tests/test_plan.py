@@ -175,23 +175,25 @@ def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[For
 def test_who_packs_w_and_copies_x() -> None:
     """Each task a w that no other block of rows needs, or one of gigabytes; else all of them together."""
     caches = Caches(Cache(32 << 10, 8), Cache(1 << 20, 8), Cache(32 << 20, 16))
-    for shape, packs, parts, copies in (
-        ((128, 1024, 1024), 1, 0, 4),
-        ((128, 784, 512), 1, 0, 0),
-        ((128, 784, 64), 0, 4, 0),  # so few columns that rows are cut, too
-        ((1024, 1024, 1024), 0, 4, 0),
-        ((1024, 1 << 16, 1 << 13), 1, 0, 0),
+    for unit, shape, packs, parts, copies in (
+        (AVX2, (128, 784, 512), 1, 0, 0),
+        (AVX2, (128, 784, 64), 0, 4, 0),  # so few columns that rows are cut, too
+        (AVX2, (1024, 1024, 1024), 0, 4, 0),
+        (AVX2, (1024, 1 << 16, 1 << 13), 1, 0, 0),
+        (AVX512, (128, 1024, 2048), 0, 0, 4),  # higher tiles, whose rows push one another out
+        (AVX512, (448, 1000, 1000), 1, 0, 0),
     ):
-        job = plan("forward", shape, host_of(AVX2, 4, caches, cores=2), threads=2)
+        job = plan("forward", shape, host_of(unit, 4, caches, cores=2), threads=2)
         assert (job.tasks.packs, job.tasks.parts, job.tasks.copies) == (packs, parts, copies), shape
 
 
 def test_a_batch_is_one_block_where_l2_holds_it() -> None:
     for shape, itemsize, depth, blocks in (
         ((128, 784, 256), 4, 512, 1),
-        ((256, 784, 256), 4, 448, 1),  # 256 * 448 * 4 bytes are seven eighths of L2
+        ((256, 784, 256), 4, 512, 1),  # two blocks of 392, 401,408 bytes each
+        ((256, 1024, 256), 4, 1024, 5),
         ((320, 784, 256), 4, 1024, 5),
-        ((128, 784, 256), 8, 448, 1),
+        ((128, 784, 256), 8, 512, 1),
         ((192, 784, 256), 8, 1024, 6),
         ((128, 784, 32), 4, 1024, 2),  # all of w stays in L2
     ):

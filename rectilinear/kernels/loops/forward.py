@@ -66,7 +66,7 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     bias = job.bias.data + group * job.bias.row + first * nr * size if job.bias.data != 0 else 0
     out = job.out.data + group * job.out.group + first_row * job.out.row + first * nr * size
     bits = job.bits.data + group * job.bits.group + first_row * job.bits.row + (first * nr >> 3)
-    block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width)
+    block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width, low_tiles=plan.low_tiles)
     if plan.by_strips != 0:
         _by_strips(zero, job, columns, x, w, block, space)
         return

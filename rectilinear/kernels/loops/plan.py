@@ -94,6 +94,8 @@ class ForwardPlan:
     """kc."""
     x: int = 0
     """IN_PLACE or COPIED."""
+    low_tiles: int = 0
+    """1 where x is read in place and its rows meet: the tiles of a narrow last panel are then no higher than others."""
     w: int = 0
     """IN_PLACE or PACKED."""
     by_strips: int = 0
@@ -255,16 +257,20 @@ def lines_kept(host: Host, stride: int) -> int:
 
 
 @jit_too
-def depth_of_all(host: Host, n: int) -> int:
-    """kc for which L2 holds all n rows of A, beside what streams past, or kc itself, where that would be less than three eighths of it."""
-    fits = host.l2 * 7 // 8 // (max(n, 1) * host.itemsize) // 8 * 8
-    return max(1, min(fits, host.kc // 2)) if 8 * fits >= 3 * host.kc else host.kc
+def l2_holds(host: Host, n: int, k: int) -> bool:
+    """Whether L2 has room for all n rows of A, cut along k into blocks of no more than half of kc, beside what streams past."""
+    depth = -(-k // block_count(k, max(1, host.kc // 2)))
+    return n <= 8 * host.mc and n * depth * host.itemsize <= host.l2 * 7 // 8
 
 
 @jit_too
-def depth_for(host: Host, n: int, b_bytes: int) -> int:
-    """kc for an A of n rows and a B of so many bytes: each panel of B is used once, if L2 can hold A, but a B that stays in L2 need not be."""
-    return depth_of_all(host, n) if b_bytes > host.l2 // 4 else host.kc
+def depth_for(host: Host, n: int, k: int, b_bytes: int, packed: bool) -> int:
+    """kc for an A of n rows: half of it where L2 then holds all of them, so that a panel of B is used once, by the thread that packed it.
+
+    A B that stays in L2 itself can be used often.
+    """
+    one_block = n <= 2 * host.mc or (packed and l2_holds(host, n, k))
+    return max(1, host.kc // 2) if one_block and b_bytes > host.l2 // 4 else host.kc
 
 
 @jit_too
@@ -275,8 +281,8 @@ def rows_at_once(host: Host, depth: int) -> int:
 
 @jit_too
 def row_blocks(host: Host, n: int, rows: int, k: int, depth: int) -> int:
-    """Into how many blocks so many of the n rows of A are cut: one where L2 holds all of them, `k` or `depth` elements of each."""
-    if depth_of_all(host, n) < host.kc and rows * min(k, depth) * host.itemsize <= (host.l2 * 7 // 8 if depth < host.kc else host.l2 // 4):
+    """Into how many blocks so many of the n rows of A are cut: one where L2 holds all of them."""
+    if l2_holds(host, n, k) and (depth < host.kc or rows * k * host.itemsize <= host.l2 // 4):
         return 1
     return block_count(rows, rows_at_once(host, min(k, depth)))
 
@@ -344,9 +350,13 @@ def plan_forward(job: Forward, host: Host) -> None:
     panels = block_count(m, plan.width * host.lanes)
     # A tile reads a line of each of its rows of x for several k: twice as many must find room beside what streams past. 1024^3 went
     # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
-    # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast).
+    # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast). A tile of no more rows than a set has ways keeps them:
+    # on AVX2 (128, 1024, 256) ran 1.14 times as fast without, (512, 1024, 300) 1.04, 2048^3 0.99 (Zen 3, two threads).
     meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
-    plan.x = COPIED if meets and panels >= host.choices.x_uses and n >= host.choices.x_uses else IN_PLACE
+    crowds = meets and host.rows > host.l1_ways
+    copies = crowds and panels >= host.choices.x_uses and n >= host.choices.x_uses
+    plan.x = COPIED if copies else IN_PLACE
+    plan.low_tiles = 1 if meets and not copies else 0
     uses = n // mr
     far = job.w.row >= host.page
     outgrows = outgrows_l1(host, job.w.row, d, plan.width * host.lanes)
@@ -357,7 +367,8 @@ def plan_forward(job: Forward, host: Host) -> None:
     in_rows = job.w.column == size and job.w.row >= m * size
     plan.w = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
-    plan.depth = min(depth_for(host, n, d * m * size), max(1, host.kc // 2) if in_rows and not packs_by_model and far else host.kc)
+    depth = depth_for(host, n, d, d * m * size, (packs_by_model or not in_rows) and not crowds)
+    plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
     few = job.w.column == size and 1 <= n <= STRIP_ROWS and d >= STRIP_DEPTH
     # Where w comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
     # the next panel is lost, too. One tile of several rows hides that. (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7 times with
@@ -395,8 +406,8 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
-    # Every task uses a w of its own where there is one block of rows, and no thread has to wait for what another one packs, nor to fetch it:
-    # (128, 784, 256) ran 1.09 to 1.13 times as fast, (128, 512, 512) 1.09, (256, 512, 512) 1.05, (256, 784, 512) alike (Zen 3, two threads).
+    # Every task uses a w of its own where there is one block of rows: no thread waits for what another one packs, nor fetches it from there.
+    # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
     tasks.packs = 1 if plan.w == PACKED and large else 0
     tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and not large else 0
@@ -420,10 +431,10 @@ def plan_backward(job: Backward, host: Host) -> None:
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
     plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
-    plan.depth = depth_for(host, n, d * m * size)
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
     packs = outgrows_l1(host, job.w.column, m, nr) and pays(host, host.w_uses, n // host.rows, d * m * size)
     plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
+    plan.depth = depth_for(host, n, m, d * m * size, plan.w == PACKED)
     narrow = d * m * size <= host.l2
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
     if plan.slabs > 1:

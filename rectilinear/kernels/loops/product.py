@@ -60,7 +60,8 @@ class Prefetch:
 
 @record
 class Product:
-    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. `bias` is 0 where there is none. `prefetch` is the address of a
+    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. The tiles of a panel that is narrower than `width` are higher, if A
+    is not packed and `low_tiles` is 0. `bias` is 0 where there is none. `prefetch` is the address of a
     `Prefetch`, or 0 to prefetch the panel that follows."""
 
     n: int = 0
@@ -68,6 +69,7 @@ class Product:
     m: int = 0
     a: Matrix = Matrix()
     a_panel: int = 0
+    low_tiles: int = 0
     b: Panels = Panels()
     c: Rows = Rows()
     bias: int = 0
@@ -159,7 +161,7 @@ def _panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> N
     one line of each row of k of one in place. A packed one by the first tile alone would be more than L3 delivers meanwhile.
     """
     n, prefetch = p.n, p.prefetch
-    count = tiles_of(zero, n, p.width if p.a_panel != 0 else nv)
+    count = tiles_of(zero, n, p.width if p.a_panel != 0 or p.low_tiles != 0 else nv)
     index = _tile_index(nv)
     lines = max(1, nv * lanes(zero) * size_of(zero) // LINE_BYTES)
     first = 0
