@@ -223,7 +223,7 @@ def test_how_dw_reads_x_and_dz() -> None:
         (AVX2, (512, 24, 4096), PACKED, IN_PLACE),  # read by four tiles
         (AVX2, (100, 784, 512), IN_PLACE, IN_PLACE),
         (AVX2, (512, 784, 32), IN_PLACE, PACKED),  # x is read by two panels
-        (AVX2, (65536, 64, 64), PACKED, IN_PLACE),  # by slabs, of blocks of 128 rows
+        (AVX2, (65536, 64, 64), IN_PLACE, IN_PLACE),  # by slabs, of blocks of 128 rows
         (AVX512, (1024, 1024, 1024), COPIED, IN_PLACE),  # tiles that wait for nothing
     ):
         caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))

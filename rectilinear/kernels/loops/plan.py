@@ -406,7 +406,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
-    # Every task uses a w of its own where there is one block of rows: no thread waits for what another one packs, nor fetches it from there.
+    # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
     tasks.packs = 1 if plan.w == PACKED and large else 0
@@ -441,18 +441,18 @@ def plan_backward(job: Backward, host: Host) -> None:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     panels = block_count(m, nr)
-    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
+    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile. Slabs
+    # have little of both at a time: packing x there took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3, two threads).
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
-    narrow_tile = bytes_of_k > L2_RATE * cycles_of_k
-    k = min(n, BLOCK_ROWS if plan.by_slabs != 0 else host.kc)
+    waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
     if plan.dw_by_columns != 0:
         # x is B, and the copy of it padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
         plan.x = COPIED if meets or job.x.column != size or d % nr != 0 else IN_PLACE
     elif panels >= host.choices.x_uses and n > host.choices.x_uses:
-        outgrows = narrow_tile and bytes_of_k * k >= host.l1_sets * host.l1_ways * host.line // 2
+        outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
         plan.x = PACKED if outgrows else COPIED if meets else IN_PLACE
-    packs_z = narrow_tile and outgrows_l1(host, plan.lead, n, nr) and d // host.rows >= host.w_uses
-    plan.z = PACKED if packs_z and plan.by_slabs == 0 and plan.dw_by_columns == 0 else IN_PLACE
+    packs_z = waits and outgrows_l1(host, plan.lead, n, nr) and d // host.rows >= host.w_uses
+    plan.z = PACKED if packs_z and plan.dw_by_columns == 0 else IN_PLACE
     bytes_of_row = plan.lead + (round_up(m, nr) * size if plan.z == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)

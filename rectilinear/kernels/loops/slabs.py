@@ -10,7 +10,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
-from rectilinear.kernels.loops.product import Prefetch, packed_step, prefetch_rows, tiles_of
+from rectilinear.kernels.loops.product import Prefetch, prefetch_rows
 from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import SUM, WRITE, RowsOperands
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -42,8 +42,6 @@ def _lay_out(zero: Any, job: Backward, start: int, space: Space) -> None:
     space.total = space.sums + round_up(m * size, 64)
     space.x = space.total + round_up(m * 8, 64)
     row = packed_row((round_up(d, nr) if job.plan.dw_by_columns != 0 else d) * size)
-    if job.plan.x == PACKED:
-        row = tiles_of(zero, d, vectors(zero)) * packed_step(zero, vectors(zero))
     space.packed_w = space.x + round_up(BLOCK_ROWS * row, 64)
     space.end = space.packed_w + round_up(block_count(d, nr) * m * nr * size, 64)
 
