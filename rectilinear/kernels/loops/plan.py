@@ -441,8 +441,8 @@ def plan_backward(job: Backward, host: Host) -> None:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
     panels = block_count(m, nr)
-    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile. Slabs
-    # have little of both at a time: packing x there took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3, two threads).
+    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
+    # Slabs have little of both at a time: x packed for them took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3).
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
     if plan.dw_by_columns != 0:
