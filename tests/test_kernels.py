@@ -666,6 +666,19 @@ def test_tasks_that_pack_for_themselves_and_share_a_copy_of_x(
         check_step(x, w, whole(rng, (*lead, m), dtype), whole(rng, (*lead, n, m), dtype), frames=True)
 
 
+@pytest.mark.parametrize("n", [29, 48])
+@pytest.mark.parametrize("d", [1, 5, 40])
+def test_inner_products_of_more_rows_than_a_block_has(dtype: np.dtype[Any], n: int, d: int, rng: np.random.Generator) -> None:
+    x, w, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (d, 2048), (2048,), (n, 2048)))
+    passes.prepare[dtype.itemsize]
+    assert plan("backward", (n, d, 2048), host.this_host(dtype.itemsize)).plan.by_dots
+    host.publish_host(dtype.itemsize, mc=8)
+    try:
+        check_step(x, w, b, dout, frames=True)
+    finally:
+        host.publish_host(dtype.itemsize)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 def test_whole_panels_are_packed_side_by_side(dtype: np.dtype[Any], by_columns: bool, threads: int, rng: np.random.Generator) -> None:

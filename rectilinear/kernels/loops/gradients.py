@@ -109,7 +109,7 @@ def pack_w(zero: Any, job: Backward, group: int, first: int, last: int, dst: int
 
 @jit_inner
 def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
-    """Panels of dx by inner products, from w as it lies."""
+    """Panels of dx by inner products, from w as it lies: all rows of them."""
     size = size_of(zero)
     first = b.panel * vectors(zero) * lanes(zero)
     columns = min(job.d - first, b.panels * vectors(zero) * lanes(zero))

@@ -479,7 +479,9 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     # A single block would keep one thread busy and let the others fall asleep.
     most = min(block_count(m, nr), max(1, min(stretch, BLOCK_ROWS) * m // PART_ELEMENTS))
     tasks.z_parts = min(most, block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
-    tasks.dx_rows = row_blocks(host, n, stretch, m, plan.depth) if job.dx.data != 0 else 0
+    # Inner products are of all rows (`gradients.dx_by_dots`).
+    dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 else 1
+    tasks.dx_rows = dx_rows if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
