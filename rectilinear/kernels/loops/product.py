@@ -60,9 +60,9 @@ class Prefetch:
 
 @record
 class Product:
-    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. The tiles of a panel that is narrower than `width` are higher, if A
-    is not packed and `low_tiles` is 0. `bias` is 0 where there is none. `prefetch` is the address of a
-    `Prefetch`, or 0 to prefetch the panel that follows."""
+    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. A last panel narrower than `width`
+    vectors has higher tiles than the others, unless A is packed or `low_tiles` is 1. `bias` is 0 where there is none. `prefetch` is the
+    address of a `Prefetch`, or 0 to prefetch the panel that follows."""
 
     n: int = 0
     k: int = 0
