@@ -93,17 +93,17 @@ def labels_on_its_device(x: Array, y: Array) -> bool:
 def fits_at_once(out: Array, shape: Any, dtype: Any, arguments: Sequence[Array | None]) -> bool:
     """Whether `out` can take a result of this shape and dtype, as nearly always; if not, `check_outs` says why not, if anything is.
 
-    Arguments, the first of which is there, are what `plain_backend` let pass. NumPy arrays that own their memory share none of it unless
-    they are one object: to see that all of them are of that kind takes a third of the time that comparing bounds does.
+    Arguments, the first of which is there, are what `plain_backend` let pass. NumPy arrays that own their memory share none of it with
+    what another one owns: to see that all of them are of that kind takes a third of the time that comparing bounds does.
     """
     if type(arguments[0]) is not _ndarray:
         return _fit_by_bounds((out,), (shape,), dtype, arguments)
-    owns = _takes(out, shape, dtype)
-    if owns is None:
+    owner = _owner_for(out, shape, dtype)
+    if owner is None:
         return False
-    if owns:
+    if owner is not _UNKNOWN:
         for other in arguments:
-            if other is not None and (other is out or not other.flags.owndata):
+            if other is not None and (other is owner or not other.flags.owndata):
                 break
         else:
             return True
@@ -116,29 +116,35 @@ def gradients_fit_at_once(outs: Sequence[Array | None], dout: Array, x: Array, w
     if type(dout) is not _ndarray:
         return _fit_by_bounds(outs, (x.shape, w.shape, None if b is None else b.shape), dtype, (dout, x, w, b, keep))
     dx, dw, db = outs
-    dx_owns = dx is None or _takes(dx, x.shape, dtype)
-    dw_owns = dw is None or _takes(dw, w.shape, dtype)
-    db_owns = db is None or _takes(db, b.shape, dtype)  # type: ignore[union-attr]  # without b no db is asked for
-    if dx_owns is None or dw_owns is None or db_owns is None:
+    of_dx = _NOWHERE if dx is None else _owner_for(dx, x.shape, dtype)
+    of_dw = _NOWHERE if dw is None else _owner_for(dw, w.shape, dtype)
+    of_db = _NOWHERE if db is None else _owner_for(db, b.shape, dtype)  # type: ignore[union-attr]  # without b no db is asked for
+    if of_dx is None or of_dw is None or of_db is None:
         return False
-    if dx_owns and dw_owns and db_owns and (dx is None or (dx is not dw and dx is not db)) and (dw is None or dw is not db):
+    if (dx is None or (of_dx is not of_dw and of_dx is not of_db)) and (dw is None or of_dw is not of_db):
         for other in (dout, x, w, b, keep):
-            if other is not None and (other is dx or other is dw or other is db or not other.flags.owndata):
+            if other is not None and (other is of_dx or other is of_dw or other is of_db or not other.flags.owndata):
                 break
         else:
-            return True
+            if of_dx is not _UNKNOWN and of_dw is not _UNKNOWN and of_db is not _UNKNOWN:
+                return True
     return _lie_apart(outs, (dout, x, w, b, keep))
 
 
 # NumPy's arrays
 
+_NOWHERE, _UNKNOWN = object(), object()
 
-def _takes(out: Array, shape: Any, dtype: Any) -> bool | None:
-    """None if a result of this shape and dtype cannot go there, or not at once; else whether `out` owns its memory."""
+
+def _owner_for(out: Array, shape: Any, dtype: Any) -> Any:
+    """None if a result of this shape and dtype cannot go to `out`, or not at once; else the array that owns its memory, or _UNKNOWN."""
     if type(out) is not _ndarray or out.dtype is not dtype or out.shape != shape:
         return None
     flags = out.flags
-    return flags.owndata if flags.carray or (flags.writeable and elements_apart(out)) else None
+    if not (flags.carray or flags.farray or (flags.writeable and elements_apart(out))):
+        return None
+    owner = out if flags.owndata else _owner(out)
+    return _UNKNOWN if owner is None else owner
 
 
 def _lie_apart(outs: Sequence[Array | None], arguments: Sequence[Array | None]) -> bool:

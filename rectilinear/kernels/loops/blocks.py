@@ -8,10 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
-from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
+from rectilinear.kernels.loops.gradients import (
+    Block,
+    add_sums,
+    clear,
+    dw_block,
+    dx_block,
+    dx_by_dots,
+    masked_block,
+    pack_b,
+    pack_w,
+    write_db,
+    x_of,
+)
 from rectilinear.kernels.loops.host import host
-from rectilinear.kernels.loops.pack import Packing, pack_panels
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, PACKED, Backward, panels_at_once
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, COPIED, IN_PLACE, PACKED, Backward, panels_at_once
 from rectilinear.kernels.loops.product import packed_step, tiles_of
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
@@ -24,29 +35,34 @@ from rectilinear.kernels.runtime.threads import parallel_for
 
 @jit_inner
 def _pack_task(zero: Any, index: int, job: Backward) -> None:
-    """Some columns of one block of rows of dz with their sums, or some panels of w^T."""
-    size, m = size_of(zero), job.m
-    nr, parts = vectors(zero) * lanes(zero), job.tasks.w_parts
+    """Some columns of one block of rows of dz with their sums, or of x, or some panels of w^T."""
+    tasks, plan, size, d, m = job.tasks, job.plan, size_of(zero), job.d, job.m
+    nr, parts = vectors(zero) * lanes(zero), tasks.w_parts
     if index < parts:
-        panels = block_count(job.d, nr)
+        panels = block_count(d, nr)
         first, last = block_start(panels, parts, index), block_start(panels, parts, index + 1)
         pack_w(zero, job, job.group, first, last, job.packed_w + first * m * nr * size)
         return
-    index, parts = index - parts, job.tasks.z_parts
+    # What is there of dz and of x for one block of rows comes together.
+    index, parts = index - parts, tasks.z_parts + tasks.x_parts
     index, part = index // parts, index % parts
-    p0, p1 = block_start(block_count(m, nr), parts, part), block_start(block_count(m, nr), parts, part + 1)
-    columns = min(m, p1 * nr) - p0 * nr
     first = job.first + index * BLOCK_ROWS
-    b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * job.plan.lead, panel=p0)
+    b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * plan.lead)
+    b.packed_b = job.dw_b + index * BLOCK_ROWS * nr * size
+    if part >= tasks.z_parts:
+        panels, part = block_count(d, nr), part - tasks.z_parts
+        p0, p1 = block_start(panels, tasks.x_parts, part), block_start(panels, tasks.x_parts, part + 1)
+        pack_b(zero, job, b, Matrix(x_of(job, b), job.x.row, job.x.column), d, p0, p1)
+        return
+    panels = block_count(m, nr)
+    p0, p1 = block_start(panels, tasks.z_parts, part), block_start(panels, tasks.z_parts, part + 1)
+    columns = min(m, p1 * nr) - p0 * nr
     sums = job.sums + index * round_up(m * size, 64)
     clear(zero, sums + p0 * nr * size, columns)
+    b.panel = p0
     masked_block(zero, job, b, columns, sums)
-    if job.plan.z == PACKED and job.dw.data != 0:
-        row = nr * size
-        src = Matrix(b.z + p0 * row, job.plan.lead, size)
-        panel = job.plan.stretch * row
-        dst = Rows(job.z_panels + p0 * panel + index * BLOCK_ROWS * row, row)
-        pack_panels(zero, Packing(rows=b.count, columns=columns, src=src, dst=dst), nr, panel)
+    if plan.dw_b == PACKED and plan.dw_by_columns == 0 and job.dw.data != 0:
+        pack_b(zero, job, b, Matrix(b.z, plan.lead, size), m, p0, p1)
 
 
 @jit_inner
@@ -89,24 +105,20 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     steps = block_count(count, host(zero).kc)
     for step in range(steps):
         k0, k1 = block_start(count, steps, step), block_start(count, steps, step + 1)
-        b.first, b.count, b.z = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead
-        if job.plan.z == PACKED:
-            b.z = job.z_panels + k0 * nr * size_of(zero)
+        b.first, b.count, b.z, b.packed_b = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead, job.dw_b + k0 * nr * size_of(zero)
         b.adds = 1 if b.first > 0 else 0
         dw_block(zero, job, b)
 
 
 @jit_inner
 def _slot_bytes(zero: Any, job: Backward) -> int:
-    """Scratch of one thread: panels of w^T, or a block of x."""
+    """Scratch of one thread: panels of w^T, or a block of dw's A."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
-    if job.plan.dw_by_columns != 0:
-        columns = (block_count(job.d, nr) // max(1, job.tasks.dw_columns) + 1) * nr
-    else:
-        columns = job.d // max(1, job.tasks.dw_rows) + 1
-    row = packed_row(columns * size)
-    if job.plan.x == PACKED:
-        row = tiles_of(zero, columns, vectors(zero)) * packed_step(zero, vectors(zero))
+    rows, row = (job.m if job.plan.dw_by_columns != 0 else job.d) // max(1, job.tasks.dw_rows) + 1, 0
+    if job.plan.dw_a == COPIED:
+        row = packed_row(rows * size)
+    elif job.plan.dw_a == PACKED:
+        row = tiles_of(zero, rows, vectors(zero)) * packed_step(zero, vectors(zero))
     panels = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr)
     return round_up(max(panels * job.m * nr * size, host(zero).kc * row), 64)
 
@@ -130,25 +142,26 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     @jit_inner
     def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:
         size, n, m, stretch, w_parts = size_of(zero), job.n, job.m, job.plan.stretch, job.tasks.w_parts
-        panels = block_count(job.d, vectors(zero) * lanes(zero)) if w_parts != 0 else 0
+        nr, columns_of_b = vectors(zero) * lanes(zero), job.d if job.plan.dw_by_columns != 0 else m
+        panels = block_count(job.d, nr) if w_parts != 0 else 0
         bytes_of_sums = round_up(m * size, 64)
         job.z = scratch
-        job.z_panels = job.z + stretch * job.plan.lead
-        bytes_of_panels = stretch * round_up(m, vectors(zero) * lanes(zero)) * size if job.plan.z == PACKED else 0
-        job.sums = job.z_panels + bytes_of_panels
+        job.dw_b = job.z + stretch * job.plan.lead
+        job.sums = job.dw_b + (stretch * round_up(columns_of_b, nr) * size if job.plan.dw_b == PACKED else 0)
         totals = job.sums + stretch // BLOCK_ROWS * bytes_of_sums
         job.packed_w = totals + round_up(m * 8, 64)
-        job.slots = Rows(job.packed_w + panels * m * vectors(zero) * lanes(zero) * size, _slot_bytes(zero, job))
+        job.slots = Rows(job.packed_w + panels * m * nr * size, _slot_bytes(zero, job))
         needed = job.slots.data + threads * job.slots.row - scratch
         if needed > scratch_bytes:
             return needed
+        parts = job.tasks.z_parts + job.tasks.x_parts
         for group in range(job.groups):
             job.group, job.tasks.w_parts = group, w_parts
             clear(0.0, totals, m)
             for first in range(0, max(n, 1), stretch):
                 job.first, job.last = first, min(n, first + stretch)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
-                parallel_for(c_address(pack), address_of(job), job.tasks.w_parts + blocks * job.tasks.z_parts, threads)
+                parallel_for(c_address(pack), address_of(job), job.tasks.w_parts + blocks * parts, threads)
                 job.tasks.w_parts = 0
                 for block in range(blocks):
                     add_sums(zero, job.sums + block * bytes_of_sums, totals, m)

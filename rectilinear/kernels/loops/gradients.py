@@ -3,14 +3,14 @@
 dz exists a block of rows at a time, in a pack buffer: masking, packing and the column sums of db are one pass over dout, and
 both products read that buffer, dx as rows of A, dw as rows of B. The transposed operands cost nothing (x, whose
 elements are broadcast from wherever they lie) or one transposition while packing (w). Few rows do without that: their dx is inner products.
-A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then the operand that is broadcast.
+A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
@@ -29,7 +29,8 @@ class Block:
     """What `dx_block` and `dw_block` compute: `count` samples from `first` on of a group, whose dz lies at `z`.
 
     Of dx: `panels` panels from `panel` on, with w^T packed at `packed_w`. Of dw: `rows` rows from `row` on and `panels` panels, where `dw`
-    is the whole of it; `space` is for a copy of x. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
+    is the whole of it; its B may be packed, with these samples of its first panel at `packed_b`, and `space` is for a copy of its A. What
+    the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
     """
 
     group: int = 0
@@ -39,6 +40,7 @@ class Block:
     panel: int = 0
     panels: int = 0
     packed_w: int = 0
+    packed_b: int = 0
     row: int = 0
     rows: int = 0
     dw: Rows = Rows()
@@ -143,36 +145,49 @@ def dx_block(zero: Any, job: Backward, b: Block) -> None:
 
 
 @jit_inner
+def x_of(job: Backward, b: Block) -> int:
+    """Where x of the block's samples begins."""
+    return job.x.data + b.group * job.x.group + b.first * job.x.row
+
+
+@jit_inner
+def pack_b(zero: Any, job: Backward, b: Block, src: Matrix, columns: int, first: int, last: int) -> None:
+    """Panels `first` to `last` of dw's B, the `columns` columns of `src`, for the block's samples."""
+    size, nr = size_of(zero), vectors(zero) * lanes(zero)
+    panel = job.plan.stretch * nr * size
+    part = Matrix(src.data + first * nr * src.column, src.row, src.column)
+    dst = Rows(b.packed_b + first * panel, nr * size)
+    pack_panels(zero, Packing(rows=b.count, columns=min(columns, last * nr) - first * nr, src=part, dst=dst), nr, panel)
+
+
+@jit_inner
 def dw_block(zero: Any, job: Backward, b: Block) -> None:
     """Rows and panels of dw, or of dw^T, from the block's samples: added to what is there, if so asked.
 
-    x is copied or packed first where the plan says so.
+    A is copied or packed first where the plan says so; a packed B is there.
     """
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     j = b.panel * nr
-    x = Matrix(job.x.data + b.group * job.x.group + b.first * job.x.row, job.x.row, job.x.column)
+    x, z = Matrix(x_of(job, b), job.x.row, job.x.column), Matrix(b.z, job.plan.lead, size)
     block = Product(k=b.count, n=b.rows, width=vectors(zero), prefetch=b.prefetch, flags=ADD if b.adds != 0 else 0)
     block.c = Rows(b.dw.data + b.row * b.dw.row + j * size, b.dw.row)
-    by_columns = job.plan.dw_by_columns != 0
-    start = j if by_columns else b.row
-    columns = min(job.d - j, b.panels * nr) if by_columns else b.rows
-    x.data += start * x.column
-    if job.plan.x == COPIED:
-        copied = Rows(b.space, packed_row((round_up(columns, nr) if by_columns else columns) * size))
-        copy(zero, Packing(rows=b.count, columns=columns, src=x, dst=copied))
-        x = Matrix(copied.data, copied.row, size)
-    if by_columns:
-        block.m = columns
-        block.a = Matrix(b.z + b.row * size, size, job.plan.lead)
-        block.b = Panels(data=x.data, panel=nr * size, row=x.row, padded=1)
+    if job.plan.dw_by_columns != 0:
+        columns = job.d
+        block.a = Matrix(z.data + b.row * size, size, z.row)
+        block.b = Panels(data=x.data + j * size, panel=nr * size, row=x.row, padded=1)
     else:
-        block.m = min(job.m - j, b.panels * nr)
-        block.a = Matrix(x.data, x.column, x.row)
-        if job.plan.x == PACKED:
-            pack_a(zero, block, b.space)
-        if job.plan.z == PACKED:
-            panel = job.plan.stretch * nr * size
-            block.b = Panels(data=b.z + b.panel * panel, panel=panel, row=nr * size, padded=1)
-        else:
-            block.b = Panels(data=b.z + j * size, panel=nr * size, row=job.plan.lead, padded=1)
+        columns = job.m
+        block.a = Matrix(x.data + b.row * x.column, x.column, x.row)
+        block.b = Panels(data=z.data + j * size, panel=nr * size, row=z.row, padded=1)
+    block.m = min(columns - j, b.panels * nr)
+    if job.plan.dw_a == COPIED:
+        copied = Rows(b.space, packed_row(b.rows * size))
+        src = Matrix(block.a.data, block.a.column, block.a.row)
+        copy(zero, Packing(rows=b.count, columns=b.rows, src=src, dst=copied))
+        block.a = Matrix(copied.data, size, copied.row)
+    elif job.plan.dw_a == PACKED:
+        pack_a(zero, block, b.space)
+    if job.plan.dw_b == PACKED:
+        panel = job.plan.stretch * nr * size
+        block.b = Panels(data=b.packed_b + b.panel * panel, panel=panel, row=nr * size, padded=1)
     product(zero, block)

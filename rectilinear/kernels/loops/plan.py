@@ -22,10 +22,10 @@ from rectilinear.kernels.runtime.operands import Rows, Stack
 from rectilinear.kernels.runtime.records import record
 
 IN_PLACE, PACKED = 0, 1
-"""How w is read: where it lies, or packed into panels."""
+"""How an operand is read: where it lies, or packed into what tiles read."""
 
 COPIED = 2
-"""How x is read: IN_PLACE, COPIED a block at a time with its rows as they are, or for dw PACKED into what its tiles read."""
+"""Or, of A, a block at a time with its rows as they are."""
 
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w, padded to whole vectors, beyond which each task packs for itself."""
@@ -155,10 +155,10 @@ class BackwardPlan:
     """Bytes between rows of a partial dw."""
     w: int = 0
     """How dx reads w^T: IN_PLACE or PACKED."""
-    x: int = 0
-    """IN_PLACE, COPIED or PACKED for dw."""
-    z: int = 0
-    """How dw reads dz: IN_PLACE, in the rows that dx reads, or PACKED into panels as well."""
+    dw_a: int = 0
+    """How dw reads its A, which is x, or where it is stored by columns dz: IN_PLACE, COPIED or PACKED."""
+    dw_b: int = 0
+    """How dw reads its B, which is dz, or x: IN_PLACE, dz in the rows that dx reads, or PACKED into panels for all tasks."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
     depth: int = 0
@@ -168,7 +168,7 @@ class BackwardPlan:
     by_slabs: int = 0
     slabs: int = 0
     stretch: int = 0
-    """Rows of dz that are packed before dx and dw are computed from them, where it is not by slabs."""
+    """Rows of dz that are packed before dx and dw are computed from them."""
 
 
 @record
@@ -181,6 +181,8 @@ class BackwardTasks:
     """Into how many parts w^T is cut to be packed once, for all tasks; 0 where each task packs its own."""
     z_parts: int = 0
     """Into how many ranges of columns a block of dz is cut to be packed."""
+    x_parts: int = 0
+    """And one of x, where it is the B of dw."""
     adders: int = 0
     """Tasks that add up the slabs of a group, each of them some rows of dw."""
     count: int = 0
@@ -213,8 +215,8 @@ class Backward:
     packed_w: int = 0
     z: int = 0
     """Packed dz, of rows first to last of a group."""
-    z_panels: int = 0
-    """The same in panels of nr columns, all of a stretch of rows, where the plan has it PACKED."""
+    dw_b: int = 0
+    """The B of dw in panels, each of a whole stretch of rows, where the plan has it PACKED."""
     group: int = 0
     first: int = 0
     last: int = 0
@@ -440,22 +442,22 @@ def plan_backward(job: Backward, host: Host) -> None:
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
-    panels = block_count(m, nr)
-    # For every k a tile reads nr elements of dz, and a line of x of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
+    by_columns = plan.dw_by_columns != 0
+    rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, plan.lead)
+    # For every k a tile reads nr elements of B, and a line of A of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
     # Slabs have little of both at a time: x packed for them took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3).
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
-    if plan.dw_by_columns != 0:
-        # x is B, and the copy of it padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
-        plan.x = COPIED if meets or job.x.column != size or d % nr != 0 else IN_PLACE
-    elif panels >= host.choices.x_uses and n > host.choices.x_uses:
+    if block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
         outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
-        plan.x = PACKED if outgrows else COPIED if meets else IN_PLACE
-    packs_z = waits and outgrows_l1(host, plan.lead, n, nr) and d // host.rows >= host.w_uses
-    plan.z = PACKED if packs_z and plan.dw_by_columns == 0 else IN_PLACE
-    bytes_of_row = plan.lead + (round_up(m, nr) * size if plan.z == PACKED else 0)
+        plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
+    packs_b = waits and outgrows_l1(host, row_of_b, n, nr) and rows // host.rows >= host.w_uses
+    # An x as B is padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
+    must = by_columns and (meets or job.x.column != size or d % nr != 0)
+    plan.dw_b = PACKED if packs_b or must else IN_PLACE
+    bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
-    plan.stretch = round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
+    plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 
 
 @jit_too
@@ -477,8 +479,11 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     wanted = host.choices.turns * threads if threads > 1 else 1
     stretch = min(n, plan.stretch)
     # A single block would keep one thread busy and let the others fall asleep.
-    most = min(block_count(m, nr), max(1, min(stretch, BLOCK_ROWS) * m // PART_ELEMENTS))
-    tasks.z_parts = min(most, block_count(2 * threads, block_count(stretch, BLOCK_ROWS))) if threads > 1 else 1
+    parts = block_count(2 * threads, block_count(stretch, BLOCK_ROWS)) if threads > 1 else 1
+    block = min(stretch, BLOCK_ROWS)
+    tasks.z_parts = min(parts, block_count(m, nr), max(1, block * m // PART_ELEMENTS))
+    packs_x = plan.dw_by_columns != 0 and plan.dw_b == PACKED
+    tasks.x_parts = min(parts, block_count(d, nr), max(1, block * d // PART_ELEMENTS)) if packs_x else 0
     # Inner products are of all rows (`gradients.dx_by_dots`).
     dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 else 1
     tasks.dx_rows = dx_rows if job.dx.data != 0 else 0
@@ -490,14 +495,10 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     tasks.dx_rows = even_out(tasks.dx_rows, tasks.dx_columns, threads)
     tasks.w_parts = min(block_count(d, nr), 2 * threads) if tasks.dx_rows > 1 and plan.w == PACKED else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
-    # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own. But a copy
-    # of x serves all rows of dw^T, whole ones: (8, 1024, 1024) ran 1.6 times as fast on two threads so (Zen 4).
-    by_columns = plan.dw_by_columns != 0
+    # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
-    dw_columns = min(block_count(columns, nr), wanted) if by_columns and not scattered else 1
-    wanted_rows = rows if scattered and not by_columns else -(-wanted // dw_columns)
-    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted_rows) if job.dw.data != 0 else 0
-    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, max(dw_columns, -(-wanted // max(tasks.dw_rows, 1))))
+    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
+    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
     tasks.dw_rows = even_out(tasks.dw_rows, tasks.dw_columns, threads)
     tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
 

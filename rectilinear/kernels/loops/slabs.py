@@ -8,7 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
-from rectilinear.kernels.loops.gradients import Block, add_sums, clear, dw_block, dx_block, dx_by_dots, masked_block, pack_w, write_db
+from rectilinear.kernels.loops.gradients import (
+    Block,
+    add_sums,
+    clear,
+    dw_block,
+    dx_block,
+    dx_by_dots,
+    masked_block,
+    pack_b,
+    pack_w,
+    write_db,
+    x_of,
+)
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
 from rectilinear.kernels.loops.product import Prefetch, prefetch_rows
 from rectilinear.kernels.micro.library import lanes, rows, vectors
@@ -16,14 +28,15 @@ from rectilinear.kernels.micro.rows import SUM, WRITE, RowsOperands
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
 from rectilinear.kernels.runtime.threads import parallel_for
 
 
 @record
 class Space:
-    """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, packed w^T; and its end."""
+    """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, copied or packed, packed w^T; and
+    its end."""
 
     z: int = 0
     sums: int = 0
@@ -41,8 +54,7 @@ def _lay_out(zero: Any, job: Backward, start: int, space: Space) -> None:
     space.sums = space.z + BLOCK_ROWS * job.plan.lead
     space.total = space.sums + round_up(m * size, 64)
     space.x = space.total + round_up(m * 8, 64)
-    row = packed_row((round_up(d, nr) if job.plan.dw_by_columns != 0 else d) * size)
-    space.packed_w = space.x + round_up(BLOCK_ROWS * row, 64)
+    space.packed_w = space.x + BLOCK_ROWS * packed_row(round_up(d, nr) * size)
     space.end = space.packed_w + round_up(block_count(d, nr) * m * nr * size, 64)
 
 
@@ -59,7 +71,7 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
     space = Space()
     _lay_out(zero, job, job.slots.data + slot * job.slots.row, space)
     ahead = Prefetch()
-    b = Block(group=group, z=space.z, packed_w=space.packed_w, space=space.x, rows=m if by_columns else d)
+    b = Block(group=group, z=space.z, packed_w=space.packed_w, packed_b=space.x, space=space.x, rows=m if by_columns else d)
     b.dw = Rows(job.dw.data + group * job.dw.group, job.dw.column if by_columns else job.dw.row)
     if slabs > 1:
         b.dw = Rows(job.parts + index * b.rows * plan.part_row, plan.part_row)
@@ -93,6 +105,8 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
                 prefetch_rows(zero, ahead.then, job.dx, next_group, next_row, left, d)
             prefetch_rows(zero, ahead.last, job.dw, next_group, 0, next_d, m)
             b.panels, b.prefetch, b.adds = dw_panels, address_of(ahead), 1 if r0 > first else 0
+            if plan.dw_b == PACKED:
+                pack_b(zero, job, b, Matrix(x_of(job, b), job.x.row, job.x.column), d, 0, dw_panels)
             dw_block(zero, job, b)
     if job.db.data != 0 and slabs == 1:
         write_db(zero, job, group, space.total)

@@ -7,7 +7,7 @@
 
 In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the stack of the function that makes it, passed
 by address: reading and assigning fields costs a load and a store. In both, nested records are parts of the record they stand in, and
-assigning to one copies it. A record must not be returned from jitted code, since it ends with the function that made it.
+assigning to one copies it. Returning one from jitted code is an error at compile time, since it ends with the function that made it.
 Where jitted code wants an address, a record passes for its own. Emitted code finds the fields by `offsets_of`. This is the one place that
 lays them out.
 """
@@ -127,6 +127,9 @@ else:
 class _Address(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, layout: Layout) -> None:
         super().__init__(manager, layout, WORD)
+
+    def get_return_type(self) -> Any:
+        raise TypeError(f"a {self.fe_type} is returned from jitted code, where it ends with the function that made it")
 
 
 @lower_cast(Layout, types.intp)  # type: ignore[untyped-decorator]
