@@ -15,6 +15,7 @@ from rectilinear.kernels.loops.gradients import (
     dw_block,
     dx_block,
     dx_by_dots,
+    dx_by_strips,
     masked_block,
     pack_b,
     pack_w,
@@ -24,6 +25,7 @@ from rectilinear.kernels.loops.gradients import (
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, COPIED, IN_PLACE, PACKED, Backward, panels_at_once
 from rectilinear.kernels.loops.product import packed_step, tiles_of
+from rectilinear.kernels.loops.strips import strips_bytes
 from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
@@ -76,6 +78,9 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     b = Block(group=job.group, first=job.first + r0, count=r1 - r0, z=job.z + r0 * job.plan.lead, panel=p0, panels=p1 - p0)
     if job.plan.by_dots != 0:
         dx_by_dots(zero, job, b)
+    elif job.plan.by_strips != 0:
+        b.space = job.slots.data + slot * job.slots.row
+        dx_by_strips(zero, job, b)
     elif job.plan.w == IN_PLACE:
         dx_block(zero, job, b)
     elif tasks.dx_rows > 1:
@@ -112,7 +117,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
 
 @jit_inner
 def _slot_bytes(zero: Any, job: Backward) -> int:
-    """Scratch of one thread: panels of w^T, or a block of dw's A."""
+    """Scratch of one thread: panels of w^T, or sums of dx, or a block of dw's A."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     rows, row = (job.m if job.plan.dw_by_columns != 0 else job.d) // max(1, job.tasks.dw_rows) + 1, 0
     if job.plan.dw_a == COPIED:
@@ -120,7 +125,8 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     elif job.plan.dw_a == PACKED:
         row = tiles_of(zero, rows, vectors(zero)) * packed_step(zero, vectors(zero))
     panels = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr)
-    return round_up(max(panels * job.m * nr * size, host(zero).kc * row), 64)
+    sums = strips_bytes(zero, job.d) if job.plan.by_strips != 0 else 0
+    return round_up(max(panels * job.m * nr * size, sums, host(zero).kc * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:

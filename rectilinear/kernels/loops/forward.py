@@ -10,24 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
-from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
+from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
-from rectilinear.kernels.micro.library import lanes, strip
-from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
+from rectilinear.kernels.loops.strips import by_strips, strips_bytes
+from rectilinear.kernels.micro.library import lanes
 from rectilinear.kernels.micro.tile import ADD, BITS
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.memory import (
     CHANGED,
     data_of,
     extent_of,
-    get,
     has_extents,
-    put,
     read_stack,
-    room,
     size_of,
     stride_of,
 )
@@ -41,9 +38,6 @@ SMALL_ROWS = 8
 
 SCATTERED = -1
 """What the pass answers to a bias whose elements do not lie side by side."""
-
-STRIP_WORDS = STRIP_DEPTH * STRIP_ROWS
-"""Room for the elements of x that a strip takes."""
 
 
 @jit_inner
@@ -68,7 +62,9 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     bits = job.bits.data + group * job.bits.group + first_row * job.bits.row + (first * nr >> 3)
     block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width, low_tiles=plan.low_tiles)
     if plan.by_strips != 0:
-        _by_strips(zero, job, columns, x, w, block, space)
+        block.n, block.k, block.m, block.a, block.b = rows, job.d, columns, x, Panels(data=w.data, panel=nr * size, row=w.row)
+        block.flags = job.flags
+        by_strips(zero, block, space)
         return
     if plan.by_dots != 0:
         _by_dots(zero, job, rows, columns, x, w, block, space)
@@ -125,37 +121,6 @@ def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, p
         block.c.data += step * size
         block.bits.data += step >> 3
         block.bias = block.bias + step * size if block.bias != 0 else 0
-
-
-@jit_inner
-def _by_strips(zero: Any, job: Forward, columns: int, x: Matrix, w: Matrix, block: Product, space: int) -> None:
-    """`columns` columns of all rows of out, by strips: for a w that comes from memory, where a tile would touch a page with every k."""
-    size, n, d = size_of(zero), job.n, job.d
-    # Sums stay in memory of this task's own: where another one's columns begin, both would write to the same cache lines all along.
-    sums = Rows(space, packed_row(columns * size))
-    a = room(STRIP_WORDS)
-    whole = d // STRIP_DEPTH * STRIP_DEPTH
-    for k in range(0, whole, STRIP_DEPTH):
-        for first in range(0, n, host(zero).rows_of_strips):  # from the second on these rows of w are in the cache
-            rows = min(host(zero).rows_of_strips, n - first)
-            for j in range(STRIP_DEPTH):
-                for i in range(STRIP_ROWS):
-                    put(a + (j * STRIP_ROWS + i) * size, get(zero, x.data + (first + min(i, rows - 1)) * x.row + (k + j) * x.column))
-            so_far = Rows(sums.data + first * sums.row, sums.row)
-            s = StripOperands(rows=rows, a=a, b=Rows(w.data + k * w.row, w.row), init=so_far, c=so_far, columns=columns)
-            s.bits = Rows(block.bits.data + first * block.bits.row, block.bits.row)
-            s.flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
-            s.bias = block.bias if k == 0 else 0
-            if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
-                s.c = Rows(block.c.data + first * block.c.row, block.c.row)
-                s.flags |= (ADD if k >= LONGEST_CHAIN else 0) | (job.flags if k + STRIP_DEPTH == d else 0)
-            strip(zero, rows, s)
-    if whole < d:
-        block.n, block.k, block.m = n, d - whole, columns
-        block.a = Matrix(x.data + whole * x.column, x.row, x.column)
-        block.b = Panels(data=w.data + whole * w.row, panel=block.width * lanes(zero) * size, row=w.row)
-        block.bias, block.flags = 0, ADD | job.flags
-        product(zero, block)
 
 
 @jit_inner
@@ -231,7 +196,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     elif _copies_itself(job):
         slot = -(-job.n // tasks.rows) * packed_row(depth * size)
     if plan.by_strips != 0:
-        slot = STRIP_ROWS * packed_row(job.m * size)
+        slot = strips_bytes(zero, job.m)
     job.copy_bytes = slot
     if tasks.packs != 0:
         slot += panels_at_once(host(zero), block_count(job.m, nr), depth * nr) * depth * nr * size

@@ -15,6 +15,7 @@ from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
 from rectilinear.kernels.loops.product import Panels, Product, pack_a, product
+from rectilinear.kernels.loops.strips import by_strips
 from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import KEEP_BITS, KEEP_Z, PAD, SUM, WRITE, RowsOperands
 from rectilinear.kernels.micro.tile import ADD
@@ -29,8 +30,8 @@ class Block:
     """What `dx_block` and `dw_block` compute: `count` samples from `first` on of a group, whose dz lies at `z`.
 
     Of dx: `panels` panels from `panel` on, with w^T packed at `packed_w`. Of dw: `rows` rows from `row` on and `panels` panels, where `dw`
-    is the whole of it; its B may be packed, with these samples of its first panel at `packed_b`, and `space` is for a copy of its A. What
-    the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
+    is the whole of it; its B may be packed, with these samples of its first panel at `packed_b`, and `space` is for a copy of its A, or
+    for the sums of strips. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
     """
 
     group: int = 0
@@ -118,6 +119,18 @@ def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
     w = Rows(job.w.data + b.group * job.w.group + first * job.w.row, job.w.row)
     dx = Rows(job.dx.data + b.group * job.dx.group + first * size, job.dx.row)
     inner_products(zero, Inner(n=b.count, k=job.m, m=columns, a=Rows(b.z, job.plan.lead), b=w, c=dx))
+
+
+@jit_inner
+def dx_by_strips(zero: Any, job: Backward, b: Block) -> None:
+    """Panels of dx by strips, from a w^T that lies in rows; the sums are in `b.space`."""
+    size, nr = size_of(zero), vectors(zero) * lanes(zero)
+    j = b.panel * nr
+    dx = Rows(job.dx.data + b.group * job.dx.group + b.first * job.dx.row + j * size, job.dx.row)
+    block = Product(n=b.count, k=job.m, m=min(job.d - j, b.panels * nr), c=dx, width=vectors(zero))
+    block.a = Matrix(b.z, job.plan.lead, size)
+    block.b = Panels(data=job.w.data + b.group * job.w.group + j * size, panel=nr * size, row=job.w.column)
+    by_strips(zero, block, b.space)
 
 
 @jit_inner

@@ -161,6 +161,8 @@ class BackwardPlan:
     """How dw reads its B, which is dz, or x: IN_PLACE, dz in the rows that dx reads, or PACKED into panels for all tasks."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
+    by_strips: int = 0
+    """1 where rows are so few that dx reads w^T along its rows."""
     depth: int = 0
     """kc of dx."""
     dw_by_columns: int = 0
@@ -324,6 +326,22 @@ def suits_dots(host: Host, n: int, k: int) -> int:
 
 
 @jit_too
+def suits_strips(host: Host, n: int, k: int, m: int, depth: int, stride: int) -> int:
+    """Whether A (n, k) and B (k, m), with rows of B of a page or more so far apart, take less time by strips than by tiles of such a depth.
+
+    Where B comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
+    the next panel is lost, too. One tile of several rows hides that. The forward of (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7
+    times with AVX2, (8, 1024, 1024), two tiles there, 1.1 to 1.5 times; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long
+    (Zen 4).
+    """
+    kept_by_l2 = lines_kept(host, stride) * host.l2 // (host.l1_sets * host.l1_ways * host.line)
+    meets_in_l2 = kept_by_l2 < min(k, depth) and (n == 1 or n > host.rows)
+    row = m * host.itemsize
+    streams = meets_in_l2 or k * row >= host.past // 2
+    return 1 if 1 <= n <= STRIP_ROWS and k >= STRIP_DEPTH and stride >= host.page and row >= host.page and streams else 0
+
+
+@jit_too
 def outgrows_l1(host: Host, stride: int, k: int, columns: int) -> bool:
     """Whether a panel of k rows of B, so far apart, does not stay in half of L1, or of the sets that its rows fall into.
 
@@ -371,14 +389,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
     depth = depth_for(host, n, d, d * m * size, (packs_by_model or not in_rows) and not crowds)
     plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
-    few = job.w.column == size and 1 <= n <= STRIP_ROWS and d >= STRIP_DEPTH
-    # Where w comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
-    # the next panel is lost, too. One tile of several rows hides that. (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7 times with
-    # AVX2, (8, 1024, 1024), two tiles there, 1.1 to 1.5 times; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long (Zen 4).
-    kept_by_l2 = lines_kept(host, job.w.row) * host.l2 // (host.l1_sets * host.l1_ways * host.line)
-    meets_in_l2 = kept_by_l2 < min(d, plan.depth) and (n == 1 or n > host.rows)
-    streams = meets_in_l2 or d * m * size >= host.past // 2
-    plan.by_strips = 1 if few and far and m * size >= host.page and streams else 0
+    plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.w.row) if job.w.column == size else 0
     plan.by_dots = suits_dots(host, n, d) if job.w.row == size and job.x.column == size else 0
     if plan.by_dots != 0:
         # All rows of x stay in L1 while those of w stream by; the copy has them apart.
@@ -442,6 +453,8 @@ def plan_backward(job: Backward, host: Host) -> None:
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
+    strips = plan.by_slabs == 0 and plan.w == IN_PLACE and plan.by_dots == 0
+    plan.by_strips = suits_strips(host, n, m, d, plan.depth, job.w.column) if strips else 0
     by_columns = plan.dw_by_columns != 0
     rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, plan.lead)
     # For every k a tile reads nr elements of B, and a line of A of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
@@ -492,6 +505,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
     tasks.dx_columns = min(block_count(d, nr), dx_columns)
+    if plan.by_strips != 0:
+        tasks.dx_columns = min(tasks.dx_columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.dx_rows = even_out(tasks.dx_rows, tasks.dx_columns, threads)
     tasks.w_parts = min(block_count(d, nr), 2 * threads) if tasks.dx_rows > 1 and plan.w == PACKED else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
