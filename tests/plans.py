@@ -49,7 +49,7 @@ SHAPES = [
 """n, d, m."""
 
 W = {IN_PLACE: "in-place", PACKED: "packed"}
-X = {IN_PLACE: "in-place", COPIED: "copied", PACKED: "packed"}
+A = {IN_PLACE: "in-place", COPIED: "copied", PACKED: "packed"}
 
 
 def host(machine: str, dtype: str) -> Host:
@@ -80,10 +80,9 @@ DERIVED = {"lead", "part_row", "count"}
 def _fields(record: Any) -> str:
     """Those that are not 0."""
     values = {name: value for name, value in dataclasses.asdict(record).items() if value and name not in DERIVED}
-    if hasattr(record, "w"):
-        values["w"] = W[record.w]
-    if hasattr(record, "x"):
-        values["x"] = X[record.x]
+    for name, words in (("w", W), ("x", A), ("dw_a", A), ("dw_b", W)):
+        if hasattr(record, name):
+            values[name] = words[getattr(record, name)]
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 

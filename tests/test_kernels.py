@@ -83,10 +83,15 @@ def gradients(x: np.ndarray, w: np.ndarray, dz: np.ndarray) -> tuple[np.ndarray,
     return dz @ w.swapaxes(-1, -2), x.swapaxes(-1, -2) @ dz, dz.sum(-2)
 
 
-def check_step(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, dout: np.ndarray, *, frames: bool = False) -> None:
-    """Forward and backward of affine and ReLU against exact arithmetic."""
+def check_step(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray | None, dout: np.ndarray, *, frames: bool = False, by_columns: bool = False
+) -> None:
+    """Forward and backward of affine and ReLU against exact arithmetic; dw is stored by columns, if asked for."""
     out, keep, dx, dw, db = expected(x, w, b, dout)
     made = [framed(array.shape, x.dtype) if frames else (None, np.full(1, CANARY)) for array in (out, dx, dw, db)]
+    if by_columns:
+        columns, frame = framed(dw.swapaxes(-1, -2).shape, x.dtype)
+        made[2] = columns.swapaxes(-1, -2), frame
     got, mask = backend.affine_relu_forward(x, w, b, made[0][0])
     grads = backend.affine_backward(dout, x, w, mask, ALL, (made[1][0], made[2][0], made[3][0]))
     np.testing.assert_array_equal(got, out)
@@ -208,6 +213,19 @@ def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generat
     for d, m in itertools.product([7, 8, 9, 16, 31], [1, 7, nr - 1, nr, nr + 1, 2 * nr, 2 * nr + 9]):
         b = None if m == 2 * nr else whole(rng, (m,), dtype)
         check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), b, whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("far_memory")
+@pytest.mark.parametrize("n", [1, 4, 5, 8, 9])
+def test_dx_of_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
+    """From a w by columns, whose w^T lies in rows."""
+    _, nr = tile_extents(dtype)
+    for (d, m), groups in itertools.product([(7, 9), (nr, 8), (nr + 1, 31), (2 * nr + 9, 16), (1030, 8)], [1, 3]):
+        x, w, dout = (whole(rng, (groups, *extents), dtype) for extents in ((n, d), (m, d), (n, m)))
+        for threads in (1, 2):
+            with num_threads(threads):
+                check_step(x, w.swapaxes(-1, -2), None, dout, frames=True)
 
 
 ODD = [(1, 40, 700), (4, 33, 2100), (8, 803, 1031), (5, 2051, 1031), (3, 5, 40, 300), (0, 5, 40, 300)]
@@ -695,19 +713,24 @@ def test_whole_panels_are_packed_side_by_side(dtype: np.dtype[Any], by_columns: 
         host.publish_host(dtype.itemsize)
 
 
+@pytest.mark.parametrize("by_columns", [False, True], ids=["dw by rows", "dw by columns"])
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("shape", [(700, 70, 290), (2, 650, 67, 301)], ids=str)
-def test_dz_is_packed_in_parts(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
-    """For dw: several blocks of rows, each in several ranges of columns, in three chains of kc. x is packed, in tiles of unequal height."""
+def test_operands_of_dw_are_packed_in_parts(
+    dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, by_columns: bool, rng: np.random.Generator
+) -> None:
+    """B: several blocks of rows, each in several ranges of columns, in three chains of kc; A in tiles of unequal height."""
     *lead, n, d, m = shape
+    d, m = (m, d) if by_columns else (d, m)
     x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
     passes.prepare[dtype.itemsize]
     fields = {"kc": 304, "rows": 4, "w_uses": 1, "cores": 64}
-    made = plan("backward", shape, dataclasses.replace(host.this_host(dtype.itemsize), **fields))
-    assert made.plan.x == made.plan.z == PACKED
+    seen = dataclasses.replace(host.this_host(dtype.itemsize), **fields)
+    made = plan("backward", (*lead, n, d, m), seen, w_by_columns=by_columns)
+    assert made.plan.dw_a == made.plan.dw_b == PACKED
     host.publish_host(dtype.itemsize, **fields)
     try:
         with num_threads(threads):
-            check_step(x, w, b, dout, frames=True)
+            check_step(x, w, b, dout, frames=True, by_columns=by_columns)
     finally:
         host.publish_host(dtype.itemsize)

@@ -216,8 +216,9 @@ def test_nineteen_tasks_for_two_threads_are_twenty() -> None:
     assert [even_out(19, 1, 2), even_out(19, 2, 2), even_out(19, 2, 4), even_out(3, 1, 64), even_out(1, 1, 2)] == [20, 19, 20, 3, 1]
 
 
-def test_how_dw_reads_x_and_dz() -> None:
-    for unit, shape, x, z in (
+def test_how_dw_reads_its_operands() -> None:
+    """x, then dz; where it is stored by columns, with the roles of rows and columns changed, dz and then x."""
+    for unit, shape, a, b in (
         (AVX2, (1024, 1024, 1024), PACKED, PACKED),
         (AVX2, (256, 784, 512), PACKED, IN_PLACE),  # a panel of dz stays in half of L1
         (AVX2, (512, 24, 4096), PACKED, IN_PLACE),  # read by four tiles
@@ -228,7 +229,35 @@ def test_how_dw_reads_x_and_dz() -> None:
     ):
         caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))
         job = plan("backward", shape, host_of(unit, 4, caches, cores=2))
-        assert (job.plan.x, job.plan.z) == (x, z), (unit.name, shape)
+        assert (job.plan.dw_a, job.plan.dw_b) == (a, b), (unit.name, shape)
+    for unit, shape, a, b in (
+        (AVX2, (1024, 1024, 1024), PACKED, PACKED),
+        (AVX2, (256, 512, 784), PACKED, PACKED),  # rows of x meet in L1
+        (AVX2, (256, 528, 784), PACKED, IN_PLACE),  # these do not, and a panel stays in half of it
+        (AVX2, (256, 777, 784), PACKED, PACKED),  # panels that are not whole ones
+        (AVX2, (256, 512, 10), PACKED, IN_PLACE),  # read by two tiles
+        (AVX2, (65536, 64, 64), IN_PLACE, IN_PLACE),
+        (AVX2, (65536, 60, 64), IN_PLACE, PACKED),  # by slabs, of panels that are not whole ones
+        (AVX512, (1024, 1024, 1024), IN_PLACE, PACKED),  # rows of dz do not meet
+    ):
+        job = plan("backward", shape, host_of(unit, 4, caches, cores=2), w_by_columns=True)
+        assert (job.plan.dw_a, job.plan.dw_b) == (a, b), (unit.name, shape)
+        assert (job.tasks.x_parts > 0) == (b == PACKED and not job.plan.by_slabs)
+
+
+def test_dx_goes_by_strips_where_a_w_by_columns_comes_from_memory() -> None:
+    caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))
+    for shape, by_columns, strips in (
+        ((1, 1024, 1024), True, True),
+        ((8, 1024, 1024), True, True),
+        ((9, 1024, 1024), True, False),
+        ((4, 1024, 1024), True, False),  # a single tile
+        ((4, 2048, 2048), True, True),
+        ((1, 1000, 1000), True, False),  # rows of less than a page
+        ((1, 1024, 1024), False, False),  # by inner products
+    ):
+        job = plan("backward", shape, host_of(AVX2, 4, caches, cores=2), threads=2, w_by_columns=by_columns)
+        assert job.plan.by_strips == strips, shape
 
 
 def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_again() -> None:
@@ -238,7 +267,9 @@ def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_
         (AVX2, (32, 1024, 1024), True),  # rows that meet in L1
         (AVX2, (24, 1024, 1024), False),  # too few tiles
         (AVX2, (256, 500, 300), True),
-        (AVX2, (256, 200, 300), False),  # a panel of 12,800 bytes
+        (AVX2, (256, 200, 304), False),  # a panel of 12,800 bytes
+        (AVX2, (256, 200, 300), True),  # rows no multiple of a vector apart
+        (AVX2, (96, 200, 300), False),  # and too few tiles for it
         (AVX2, (4096, 1000, 30), False),  # rows nearly side by side
         (AVX512, (256, 1000, 1000), True),  # 4 MB
         (AVX512, (128, 1000, 1000), False),
@@ -312,7 +343,8 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
         large = job.d * job.m * host.itemsize > 2 * host.l2
         assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
-        assert 2 * job.d * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
+        outgrows = 2 * job.d * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
+        assert outgrows or w.row % (host.lanes * host.itemsize) != 0
     if chosen.by_strips:
         assert w.column == host.itemsize
         assert job.n <= STRIP_ROWS
@@ -333,12 +365,18 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
     job, host = made
     chosen, x = job.plan, job.x
-    if chosen.dw_by_columns and chosen.x != COPIED:
+    if chosen.dw_by_columns and chosen.dw_b == IN_PLACE:
         assert x.column == host.itemsize
         assert job.d % (host.vectors * host.lanes) == 0
+    assert not (chosen.dw_by_columns and chosen.dw_a == COPIED)
     if chosen.by_dots:
         assert job.w.column == host.itemsize
         assert job.n <= MOST_DOTS_ROWS
+    if chosen.by_strips:
+        assert chosen.w == IN_PLACE
+        assert job.n <= STRIP_ROWS
+        assert not chosen.by_dots
+        assert not chosen.by_slabs
     if chosen.w == IN_PLACE:
         assert job.w.row == host.itemsize
         assert job.w.column >= job.d * host.itemsize
