@@ -141,7 +141,8 @@ def _owner_for(out: Array, shape: Any, dtype: Any) -> Any:
     if type(out) is not _ndarray or out.dtype is not dtype or out.shape != shape:
         return None
     flags = out.flags
-    if not (flags.carray or flags.farray or (flags.writeable and elements_apart(out))):
+    # Not flags.farray, which NumPy has true of any array that is writeable and not in C order.
+    if not (flags.carray or (flags.f_contiguous and flags.behaved) or (flags.writeable and elements_apart(out))):
         return None
     owner = out if flags.owndata else _owner(out)
     return _UNKNOWN if owner is None else owner

@@ -165,3 +165,14 @@ def test_a_field_that_is_not_there_is_an_error_that_names_it(use: str) -> None:
         space["misspelt"](1)
     with pytest.raises((numba.TypingError, TypeError), match=wrong):
         numba.njit(space["misspelt"])(1)
+
+
+def test_a_record_cannot_be_returned_from_jitted_code() -> None:
+    """It would end with the function that made it, and be read all the same."""
+
+    @numba.njit
+    def made(x: int) -> Point:
+        return Point(x, 1)
+
+    with pytest.raises(TypeError, match="Point is returned from jitted code"):
+        made(3)
