@@ -81,8 +81,8 @@ def machine(backend: str) -> Machine:
     if backend != "numba":
         return Machine(backend, {4: (4, 8, 16, 64), 8: (4, 8, 16, 64)}, {4: 256, 8: 256})
     from rectilinear.kernels.loops import host
-    from rectilinear.kernels.micro.strip import STRIP_ROWS
     from rectilinear.kernels.micro import library
+    from rectilinear.kernels.micro.strip import STRIP_ROWS
 
     unit = library.host_simd()
     extents, depths = {}, {}
