@@ -87,7 +87,7 @@ def trials(host: Any) -> list[Trial]:
         Trial("turns", "tasks per thread", (4, 16), (*_both(512, 512, 512), Case("forward", (128, 784, 256)), *_both(1024, 1024, 1024))),
         Trial(
             "x_uses",
-            "panels that use a copied block of x",
+            "panels that use a copied or packed A",
             (2, 8, 16),
             tuple(case for panels in (3, 6, 12) for case in _both(512, 1024, panels * nr)),
         ),

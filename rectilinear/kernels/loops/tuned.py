@@ -30,7 +30,7 @@ class Choices:
     w_uses: int = 0
     """How often a line of w must be read for packing it to pay, where that is all that depends on it (see `Host.w_uses`)."""
     x_uses: int = 0
-    """How many panels must use a copied or packed block of x for that to pay."""
+    """How many panels must use a copied or packed A, x or dz, for that to pay."""
     turns: int = 0
     """Tasks per thread, so that they finish together."""
     w_share: int = 0
