@@ -470,8 +470,8 @@ def plan_backward(job: Backward, host: Host) -> None:
     if block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
         outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
         plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
-    uses = rows // host.rows
-    packs_b = waits and suits_packing(host, row_of_b, n, nr, uses) and uses >= host.w_uses
+    uses_of_b = rows // host.rows
+    packs_b = waits and suits_packing(host, row_of_b, n, nr, uses_of_b) and uses_of_b >= host.w_uses
     # An x as B is padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
     # One that its tiles find in no cache again is packed for more than two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
     must = by_columns and ((meets and rows > 2 * host.rows) or job.x.column != size or d % nr != 0)
