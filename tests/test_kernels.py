@@ -18,7 +18,7 @@ from rectilinear.backends.contract import Wanted
 from rectilinear.backends.numba_backend import NumbaBackend
 from rectilinear.keepmask import KeepMask
 from rectilinear.kernels.loops import host, passes
-from rectilinear.kernels.loops.plan import PACKED, plan
+from rectilinear.kernels.loops.plan import COPIED, PACKED, plan
 from rectilinear.kernels.loops.tuned import Choices
 from rectilinear.kernels.micro import library
 from rectilinear.threads import num_threads
@@ -150,6 +150,26 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     """Slabs, blocks, packed and in place, with the host's own block sizes."""
     n, d, m = shape
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(70, 512, 300), (20, 1024, 300), (2100, 512, 60), (3, 20, 1024, 300)], ids=str)
+def test_a_copied_x(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
+    """By each task or for all of them, and by slabs for dw: as on a machine whose L1 has fewer ways than its tiles have rows."""
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    fields = {"l1_ways": 2, "choices": dataclasses.replace(host.this_host(dtype.itemsize).choices, x_uses=1)}
+    seen = dataclasses.replace(host.this_host(dtype.itemsize), **fields)
+    assert plan("forward", shape, seen, threads=threads).plan.x == COPIED
+    if n > 2000:
+        assert plan("backward", shape, seen, threads=threads).plan.dw_a == COPIED
+    host.publish_host(dtype.itemsize, **fields)
+    try:
+        with num_threads(threads):
+            x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+            check_step(x, w, b, dout, frames=True)
+    finally:
+        host.publish_host(dtype.itemsize)
 
 
 @pytest.mark.smoke
