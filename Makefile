@@ -25,7 +25,7 @@ $(VENV)/.installed-%: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
 	@$(INSTALL) -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable backend; ends with a table and a picture
+demo: $(VENV)/.installed-examples  ## train the two-layer net under every usable backend; ends with tables and two pictures
 	@echo "== training a two-layer net on handwritten digits under every usable backend"
 	@$(BIN)/python examples/demo.py
 

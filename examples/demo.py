@@ -1,4 +1,4 @@
-"""The demo: one training under every usable backend and on one other library's arrays, compared in a table and a picture.
+"""The demo: one training under every usable backend and on one other library's arrays, compared in tables and two pictures.
 
     make demo
     python examples/demo.py --trainings 1 --epochs 5    a shorter one

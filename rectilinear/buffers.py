@@ -55,8 +55,8 @@ _idle: deque[_Scratch] = deque(maxlen=0)
 def held_memory() -> int:
     """The bytes of main memory that are kept for reuse now, and in use by nothing.
 
-    Never more than ``RECTILINEAR_CACHE_BYTES``, or 192 MiB where that is not set: large results of the numba backend that have
-    been dropped, and buffers that its kernels pack operands into. Memory of arrays that are alive does not count. What CuPy
+    Never more than ``RECTILINEAR_CACHE_BYTES``, or 192 MiB where that is not set: large results, most of them the numba backend's, that
+    have been dropped, and buffers that its kernels pack operands into. Memory of arrays that are alive does not count. What CuPy
     keeps on a GPU is CuPy's (``cupy.get_default_memory_pool()``).
 
     Returns

@@ -1,7 +1,7 @@
 """The drop-in functions: affine and ReLU layers, forward and backward, and the softmax loss, with CS231n's names and caches.
 
-Every function here checks its arguments, asks `dispatch` who serves them, and hands operands to that backend; none computes. The
-mathematics is derived in ``docs/mathematics.md``, after CS231n, assignments 1 and 2.
+Every function here checks its arguments, asks `plain`, or where they are not plain `dispatch`, who serves them, and hands operands to that
+backend; none computes. The mathematics is derived in ``docs/mathematics.md``, after CS231n, assignments 1 and 2.
 
 Words used below: N samples, D features, M outputs; B groups in the stacked form, where every array has one more leading axis.
 

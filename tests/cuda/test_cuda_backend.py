@@ -29,7 +29,7 @@ def problem(n: int, d: int, m: int, groups: int | None, dtype: str, seed: int = 
 
 
 def within(got: np.ndarray, want: np.ndarray, size: np.ndarray, terms: int, dtype: str) -> None:
-    """SPEC 5's bound: `size` is |A| |B| + |b|, `terms` the summed length."""
+    """The bound: `size` is |A| |B| + |b|, `terms` the summed length."""
     half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype, 0) * np.abs(want) + gpu_cases._least(dtype)
     eps = np.finfo(gpu_cases.sum_dtype(gpu_cases.numpy_dtype(dtype))).eps
     bound = 2 * (terms + 2) * eps * size + terms * np.finfo(np.float32).tiny + half_ulp

@@ -16,7 +16,7 @@
 // - Bytes under way: a memory that gives 2.9e12 bytes/s (a device copy on an H100) after 700 ns (about 600 to 800 ns under
 //   load, by published microbenchmarks; not measured here) has 2 MB under way (Little's law), 15 KB for each of 132
 //   multiprocessors. The wide kernels ask for 16 bytes, 256 threads, rows loaded together and blocks that fit: 32 KB or more.
-// - At least two blocks fit on a multiprocessor (the 2 in the launch bounds): without a number ptxas aims at more and spills.
+// - At least two blocks fit on a multiprocessor (the 2, 3 or 4 in the launch bounds): without a number ptxas aims at more and spills.
 // - Blocks have 256 threads, warps take part in shuffles as a whole. Groups of the stacked form lie along grid y and z.
 
 typedef long long i64;

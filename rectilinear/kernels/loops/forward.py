@@ -1,8 +1,8 @@
 """The affine forward pass: out = x w + b, with ReLU and the keep-mask bits at the store.
 
 One call is one job (`plan.Forward`), cut into tasks that each compute a block of rows by a block of columns of one group. Every element of
-out is a sum of chains of at most LONGEST_CHAIN multiply-adds in ascending order of d, the first begun with the bias; where they begin
-depends on shapes, strides and the host, never on threads.
+out is a sum of chains of at most LONGEST_CHAIN multiply-adds in ascending order of d, the first begun with the bias, or of inner products,
+with a chain for each lane and the bias at the end; where chains begin depends on shapes, strides and the host, never on threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The pieces of the backward pass, of which `slabs` and `blocks` are made: masked dz with its sums, and blocks of dx and of dw.
 
-dz exists a block of rows at a time, in a pack buffer: masking, packing and the column sums of db are one pass over dout, and
-both products read that buffer, dx as rows of A, dw as rows of B. The transposed operands cost nothing (x, whose
-elements are broadcast from wherever they lie) or one transposition while packing (w). Few rows do without that: their dx is inner products.
+dz exists a block of rows at a time (`slabs`), or a stretch of rows (`blocks`), in a pack buffer: masking, packing and the column sums of
+db are one pass over dout, and both products read that buffer, dx as rows of A, dw as rows of B, or panels made of it. The transposed x
+costs nothing, since its elements are broadcast from wherever they lie, w one transposition while it is packed. Few rows do without that:
+their dx is inner products.
 A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
 """
 

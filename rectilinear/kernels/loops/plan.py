@@ -1,4 +1,5 @@
-"""What each pass decides before it computes: packing, tiles, blocks, slabs, tasks. Nothing is decided elsewhere, nothing is computed here.
+"""What an affine pass or a bias reduction decides before it computes: packing, tiles, blocks, slabs, tasks. Nothing of that is decided
+elsewhere, nothing is computed here.
 
 A job is a record: operands, extents, and the plan. ``plan_*`` writes what shapes, strides and the host decide: how operands are packed
 and where sums are cut, and with it every bit of the result. ``schedule_*`` cuts the work into tasks for so many threads, which no bit

@@ -1,4 +1,4 @@
-"""The bias reduction alone: db = sum of dout over rows, and what the fused backward adds up.
+"""The bias reduction alone: db = sum of dout over rows.
 
 Rows are summed in T within a block, blocks in float64, slabs of blocks in their order: the bits depend on shape and strides
 alone, and long sums of one sign stay within a few units in the last place.

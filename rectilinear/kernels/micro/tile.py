@@ -42,8 +42,8 @@ every k as there are rows, more than the multiply-adds take (6 x 16 on AVX2 ran 
 
 @record
 class TileOperands:
-    """`bias` is 0 where there is none. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache line is prefetched:
-    first the one at `prefetch`, then `prefetch_step` bytes further each time."""
+    """`bias` is 0 where there is none. `columns` counts the wanted columns, 1 to nv * lanes. With every k one cache line is prefetched,
+    but by the smallest tiles, which loads bound: first the one at `prefetch`, then `prefetch_step` bytes further each time."""
 
     k: int = 0
     a: Matrix = Matrix()
