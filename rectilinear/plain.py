@@ -121,13 +121,13 @@ def gradients_fit_at_once(outs: Sequence[Array | None], dout: Array, x: Array, w
     of_db = _NOWHERE if db is None else _owner_for(db, b.shape, dtype)  # type: ignore[union-attr]  # without b no db is asked for
     if of_dx is None or of_dw is None or of_db is None:
         return False
-    if (dx is None or (of_dx is not of_dw and of_dx is not of_db)) and (dw is None or of_dw is not of_db):
+    known = of_dx is not _UNKNOWN and of_dw is not _UNKNOWN and of_db is not _UNKNOWN
+    if known and (dx is None or (of_dx is not of_dw and of_dx is not of_db)) and (dw is None or of_dw is not of_db):
         for other in (dout, x, w, b, keep):
             if other is not None and (other is of_dx or other is of_dw or other is of_db or not other.flags.owndata):
                 break
         else:
-            if of_dx is not _UNKNOWN and of_dw is not _UNKNOWN and of_db is not _UNKNOWN:
-                return True
+            return True
     return _lie_apart(outs, (dout, x, w, b, keep))
 
 

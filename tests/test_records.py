@@ -174,5 +174,10 @@ def test_a_record_cannot_be_returned_from_jitted_code() -> None:
     def made(x: int) -> Point:
         return Point(x, 1)
 
-    with pytest.raises(TypeError, match="Point is returned from jitted code"):
-        made(3)
+    @numba.njit
+    def among_others(x: int) -> tuple[Point, int]:
+        return Point(x, 1), 2
+
+    for function in (made, among_others):
+        with pytest.raises(TypeError, match="Point is returned from jitted code"):
+            function(3)

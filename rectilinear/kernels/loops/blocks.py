@@ -20,7 +20,6 @@ from rectilinear.kernels.loops.gradients import (
     pack_b,
     pack_w,
     write_db,
-    x_of,
 )
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, COPIED, IN_PLACE, PACKED, Backward, panels_at_once
@@ -30,7 +29,7 @@ from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import address_of, at
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -51,20 +50,18 @@ def _pack_task(zero: Any, index: int, job: Backward) -> None:
     first = job.first + index * BLOCK_ROWS
     b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * plan.lead)
     b.packed_b = job.dw_b + index * BLOCK_ROWS * nr * size
-    if part >= tasks.z_parts:
-        panels, part = block_count(d, nr), part - tasks.z_parts
-        p0, p1 = block_start(panels, tasks.x_parts, part), block_start(panels, tasks.x_parts, part + 1)
-        pack_b(zero, job, b, Matrix(x_of(job, b), job.x.row, job.x.column), d, p0, p1)
-        return
-    panels = block_count(m, nr)
-    p0, p1 = block_start(panels, tasks.z_parts, part), block_start(panels, tasks.z_parts, part + 1)
-    columns = min(m, p1 * nr) - p0 * nr
-    sums = job.sums + index * round_up(m * size, 64)
-    clear(zero, sums + p0 * nr * size, columns)
-    b.panel = p0
-    masked_block(zero, job, b, columns, sums)
-    if plan.dw_b == PACKED and plan.dw_by_columns == 0 and job.dw.data != 0:
-        pack_b(zero, job, b, Matrix(b.z, plan.lead, size), m, p0, p1)
+    is_x = part >= tasks.z_parts
+    extent, part, parts = (d, part - tasks.z_parts, tasks.x_parts) if is_x else (m, part, tasks.z_parts)
+    panels = block_count(extent, nr)
+    p0, p1 = block_start(panels, parts, part), block_start(panels, parts, part + 1)
+    if not is_x:
+        columns = min(m, p1 * nr) - p0 * nr
+        sums = job.sums + index * round_up(m * size, 64)
+        clear(zero, sums + p0 * nr * size, columns)
+        b.panel = p0
+        masked_block(zero, job, b, columns, sums)
+    if is_x or (plan.dw_b == PACKED and plan.dw_by_columns == 0):
+        pack_b(zero, job, b, p0, p1)
 
 
 @jit_inner
@@ -124,9 +121,12 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
         row = packed_row(rows * size)
     elif job.plan.dw_a == PACKED:
         row = tiles_of(zero, rows, vectors(zero)) * packed_step(zero, vectors(zero))
-    panels = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr)
-    sums = strips_bytes(zero, job.d) if job.plan.by_strips != 0 else 0
-    return round_up(max(panels * job.m * nr * size, sums, host(zero).kc * row), 64)
+    of_dx = 0
+    if job.plan.by_strips != 0:
+        of_dx = strips_bytes(zero, job.d)
+    elif job.plan.w == PACKED and job.tasks.dx_rows == 1:
+        of_dx = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr) * job.m * nr * size
+    return round_up(max(of_dx, host(zero).kc * row), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:

@@ -3,7 +3,7 @@
 dz exists a block of rows at a time (`slabs`), or a stretch of rows (`blocks`), in a pack buffer: masking, packing and the column sums of
 db are one pass over dout, and both products read that buffer, dx as rows of A, dw as rows of B, or panels made of it. The transposed x
 costs nothing, since its elements are broadcast from wherever they lie, w one transposition while it is packed. Few rows do without that:
-their dx is inner products.
+their dx is inner products, or strips of a w^T that lies in rows.
 A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
 """
 
@@ -165,10 +165,13 @@ def x_of(job: Backward, b: Block) -> int:
 
 
 @jit_inner
-def pack_b(zero: Any, job: Backward, b: Block, src: Matrix, columns: int, first: int, last: int) -> None:
-    """Panels `first` to `last` of dw's B, the `columns` columns of `src`, for the block's samples."""
+def pack_b(zero: Any, job: Backward, b: Block, first: int, last: int) -> None:
+    """Panels `first` to `last` of dw's B, which is dz, or where dw is by columns x, for the block's samples."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     panel = job.plan.stretch * nr * size
+    src, columns = Matrix(b.z, job.plan.lead, size), job.m
+    if job.plan.dw_by_columns != 0:
+        src, columns = Matrix(x_of(job, b), job.x.row, job.x.column), job.d
     part = Matrix(src.data + first * nr * src.column, src.row, src.column)
     dst = Rows(b.packed_b + first * panel, nr * size)
     pack_panels(zero, Packing(rows=b.count, columns=min(columns, last * nr) - first * nr, src=part, dst=dst), nr, panel)

@@ -460,23 +460,24 @@ def plan_backward(job: Backward, host: Host) -> None:
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
-    strips = plan.by_slabs == 0 and plan.w == IN_PLACE and plan.by_dots == 0
-    plan.by_strips = suits_strips(host, n, m, d, plan.depth, job.w.column) if strips else 0
+    plan.by_strips = suits_strips(host, n, m, d, plan.depth, job.w.column) if plan.by_slabs == 0 and plan.w == IN_PLACE else 0
     by_columns = plan.dw_by_columns != 0
     rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, plan.lead)
     # For every k a tile reads nr elements of B, and a line of A of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
     # Slabs have little of both at a time: x packed for them took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3).
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
-    if block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
+    wanted = job.dw.data != 0
+    if wanted and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
         outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
         plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
     uses_of_b = rows // host.rows
     packs_b = waits and suits_packing(host, row_of_b, n, nr, uses_of_b) and uses_of_b >= host.w_uses
-    # An x as B is padded to whole panels: no chain has a cut more than that of the same element in a dw by rows.
-    # One that its tiles find in no cache again is packed for more than two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
-    must = by_columns and ((meets and rows > 2 * host.rows) or job.x.column != size or d % nr != 0)
-    plan.dw_b = PACKED if packs_b or must else IN_PLACE
+    # An x as B is padded to whole panels: the chains of the last one have no cut more (`product._read_past`). Where its tiles find it in
+    # no cache again it is packed for more than two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
+    lost = meets and n > host.l1_ways and rows > 2 * host.rows
+    must = by_columns and (lost or job.x.column != size or d % nr != 0)
+    plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
     bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
@@ -486,6 +487,12 @@ def plan_backward(job: Backward, host: Host) -> None:
 def _cut(extent: int, least: int, most: int, wanted: int) -> int:
     """How many blocks to cut `extent` into: none longer than `most`, then up to `wanted`, but none shorter than `least`."""
     return max(block_count(extent, most), min(wanted, extent // least))
+
+
+@jit_too
+def _parts(columns: int, rows: int, nr: int, wanted: int) -> int:
+    """Into how many ranges of columns to cut so many rows to be packed: as many as wanted, but none too small for a task."""
+    return min(wanted, block_count(columns, nr), max(1, rows * columns // PART_ELEMENTS))
 
 
 @jit_too
@@ -502,10 +509,9 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     stretch = min(n, plan.stretch)
     # A single block would keep one thread busy and let the others fall asleep.
     parts = block_count(2 * threads, block_count(stretch, BLOCK_ROWS)) if threads > 1 else 1
-    block = min(stretch, BLOCK_ROWS)
-    tasks.z_parts = min(parts, block_count(m, nr), max(1, block * m // PART_ELEMENTS))
+    tasks.z_parts = _parts(m, min(stretch, BLOCK_ROWS), nr, parts)
     packs_x = plan.dw_by_columns != 0 and plan.dw_b == PACKED
-    tasks.x_parts = min(parts, block_count(d, nr), max(1, block * d // PART_ELEMENTS)) if packs_x else 0
+    tasks.x_parts = _parts(d, min(stretch, BLOCK_ROWS), nr, parts) if packs_x else 0
     # Inner products are of all rows (`gradients.dx_by_dots`).
     dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 else 1
     tasks.dx_rows = dx_rows if job.dx.data != 0 else 0

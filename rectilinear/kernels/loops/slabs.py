@@ -19,7 +19,6 @@ from rectilinear.kernels.loops.gradients import (
     pack_b,
     pack_w,
     write_db,
-    x_of,
 )
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
 from rectilinear.kernels.loops.product import Prefetch, prefetch_rows
@@ -28,7 +27,7 @@ from rectilinear.kernels.micro.rows import SUM, WRITE, RowsOperands
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -106,7 +105,7 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
             prefetch_rows(zero, ahead.last, job.dw, next_group, 0, next_d, m)
             b.panels, b.prefetch, b.adds = dw_panels, address_of(ahead), 1 if r0 > first else 0
             if plan.dw_b == PACKED:
-                pack_b(zero, job, b, Matrix(x_of(job, b), job.x.row, job.x.column), d, 0, dw_panels)
+                pack_b(zero, job, b, 0, dw_panels)
             dw_block(zero, job, b)
     if job.db.data != 0 and slabs == 1:
         write_db(zero, job, group, space.total)

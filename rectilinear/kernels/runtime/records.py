@@ -128,8 +128,11 @@ class _Address(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, layout: Layout) -> None:
         super().__init__(manager, layout, WORD)
 
-    def get_return_type(self) -> Any:
-        raise TypeError(f"a {self.fe_type} is returned from jitted code, where it ends with the function that made it")
+    def get_data_type(self) -> Any:
+        """As part of something else, such as a tuple."""
+        raise TypeError(f"a {self.fe_type} is returned from jitted code, or kept: it ends with the function that made it")
+
+    get_return_type = get_data_type
 
 
 @lower_cast(Layout, types.intp)  # type: ignore[untyped-decorator]
