@@ -15,7 +15,7 @@ from rectilinear.kernels.micro.rows import KEEP_BITS
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.memory import CHANGED, extent_of, has_extents, read_stack, size_of, stride_of
 from rectilinear.kernels.runtime.native import let_go_of_gil, take_gil_back
-from rectilinear.kernels.runtime.threads import TINY_WORK, threads_for
+from rectilinear.kernels.runtime.threads import TINY_WORK, layer_work, threads_for
 
 
 @jit_inner
@@ -71,7 +71,7 @@ def entry(zero: Any) -> Any:
         job = Backward(keep_kind=kind)
         if _read(zero, job, dout, keep, x, w) != 0 or _read_results(zero, job, dx, dw, db) != 0:
             return CHANGED
-        work = job.groups * job.n * job.d * job.m
+        work = layer_work(job.groups, job.n, job.d, job.m)
         threads = threads_for(work, threads)
         others = let_go_of_gil(work > TINY_WORK)
         plan_backward(job, host(zero))

@@ -31,10 +31,7 @@ from rectilinear.kernels.runtime.memory import (
 from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at
-from rectilinear.kernels.runtime.threads import TINY_WORK, parallel_for, threads_for
-
-SMALL_ROWS = 8
-"""Reading w takes as long for fewer rows: two threads, (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4)."""
+from rectilinear.kernels.runtime.threads import TINY_WORK, layer_work, parallel_for, threads_for
 
 SCATTERED = -1
 """What the pass answers to a bias whose elements do not lie side by side."""
@@ -228,7 +225,7 @@ def entry(zero: Any) -> Any:
         objection = _read(zero, job, x, w, b, out, bits)
         if objection != 0:
             return objection
-        work = job.groups * max(job.n, SMALL_ROWS) * job.d * job.m
+        work = layer_work(job.groups, job.n, job.d, job.m)
         threads = threads_for(work, threads)
         plan_forward(job, host(zero))
         schedule_forward(job, host(zero), threads)
