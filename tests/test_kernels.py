@@ -195,7 +195,7 @@ def test_inner_products_over_several_blocks(dtype: np.dtype[Any], shape: tuple[i
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 33, 70), (40, 37, 300), (3000, 19, 24), (130, 150, 1030), (3, 20, 45, 60), (70, 600, 16, 24)], ids=str
+    "shape", [(5, 33, 70), (40, 37, 300), (3000, 19, 24), (130, 150, 1030), (20, 150, 2100), (3, 20, 45, 60), (70, 600, 16, 24)], ids=str
 )
 def test_w_stored_by_columns(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
     """dx from w^T as it lies: by blocks and by slabs, over several blocks of m, with a last panel that is not a whole one, stacked."""
