@@ -520,7 +520,11 @@ INTERRUPTED = """
 import signal, time
 interrupted = made = 0
 filled(1)  # numba and LLVM are not meant here
-signal.signal(signal.SIGALRM, signal.default_int_handler)
+def interrupt(*_):
+    signal.setitimer(signal.ITIMER_REAL, 0)  # not once more while this one is dealt with
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
 end = time.monotonic() + 1
 while time.monotonic() < end:
     try:
@@ -533,7 +537,6 @@ while time.monotonic() < end:
         time.sleep(0.01)
     except KeyboardInterrupt:
         interrupted += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
 assert interrupted > 10, interrupted
 assert np._core.multiarray.get_handler_name() == "default_allocator"
 array = filled(3, 7)

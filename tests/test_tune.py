@@ -72,7 +72,7 @@ def test_what_is_measured_decides_no_sum(data: st.DataObject, seen: Host, chosen
     assert one.w == other.w or m % (one.width * seen.lanes) == 0
     assert replace(one, x=0, w=0, low_tiles=0) == replace(other, x=0, w=0, low_tiles=0)  # nor does the height of tiles change bits
     one, other = backwards
-    assert replace(one, x=0) == replace(other, x=0)
+    assert replace(one, dw_a=0) == replace(other, dw_a=0)
 
 
 @pytest.fixture

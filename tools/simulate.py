@@ -120,7 +120,8 @@ def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
     made = []
     for rows in blocks(job.n, chosen.slabs):
         operations = 2 * rows * (m * padded(host, d, host.vectors) + d * padded(host, m, host.vectors))
-        copied = 2 * (rows * m + rows * d * (chosen.x != IN_PLACE) + d * m) * size
+        of_x = chosen.dw_b if chosen.dw_by_columns else chosen.dw_a
+        copied = 2 * (rows * m + rows * d * (of_x != IN_PLACE) + d * m) * size
         made.append(Task(operations, copied, (rows * m + 3 * rows * d) * size))
     yield Phase(made * job.groups, job.tasks.run)
     if chosen.slabs > 1:
@@ -137,7 +138,10 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     repeats = job.groups * stretches
     pieces = -(-count // BLOCK_ROWS)
     elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
-    rows_of_dz = [Task(copied=2 * part * size, memory=part * size) for part in elements]
+    panels_of_dz = chosen.dw_b != IN_PLACE and not chosen.dw_by_columns
+    rows_of_dz = [Task(copied=(4 if panels_of_dz else 2) * part * size, memory=part * size) for part in elements]
+    elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(d, tasks.x_parts)] if tasks.x_parts else []
+    rows_of_dz += [Task(copied=2 * part * size, memory=part * size) for part in elements]  # of x, as panels
     panel = m * nr * size
     if tasks.w_parts:
         panels_of_w = blocks(block_count(d, nr), tasks.w_parts)
@@ -159,10 +163,10 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     for rows in blocks(down, tasks.dw_rows):
         for panels_of_task in blocks(block_count(across, nr), tasks.dw_columns):
             columns = min(panels_of_task * nr, across)
-            x = count * (columns if chosen.dw_by_columns else rows) * size
+            x, a = count * (columns if chosen.dw_by_columns else rows) * size, count * rows * size
             times = tasks.dw_rows if chosen.dw_by_columns else tasks.dw_columns
             memory = x * again(host, count * d * size, times) + 2 * rows * columns * size * dw_share
-            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * x * (chosen.x != IN_PLACE), memory))
+            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * a * (chosen.dw_a != IN_PLACE), memory))
     yield Phase(made, repeats=repeats)
 
 
