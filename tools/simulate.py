@@ -137,18 +137,18 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     count = -(-job.n // stretches)
     repeats = job.groups * stretches
     pieces = -(-count // BLOCK_ROWS)
-    elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
-    panels_of_dz = chosen.dw_b != IN_PLACE and not chosen.dw_by_columns
-    rows_of_dz = [Task(copied=(4 if panels_of_dz else 2) * part * size, memory=part * size) for part in elements]
-    elements = [rows * columns for rows in blocks(count, pieces) for columns in blocks(d, tasks.x_parts)] if tasks.x_parts else []
-    rows_of_dz += [Task(copied=2 * part * size, memory=part * size) for part in elements]  # of x, as panels
+    parts_of_dz = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
+    parts_of_x = [rows * columns for rows in blocks(count, pieces) for columns in blocks(d, tasks.x_parts)] if tasks.x_parts else []
+    dz_twice = chosen.dw_b != IN_PLACE and not chosen.dw_by_columns  # in rows, and in panels
+    packing = [Task(copied=(4 if dz_twice else 2) * part * size, memory=part * size) for part in parts_of_dz]
+    packing += [Task(copied=2 * part * size, memory=part * size) for part in parts_of_x]
     panel = m * nr * size
     if tasks.w_parts:
         panels_of_w = blocks(block_count(d, nr), tasks.w_parts)
-        yield Phase([Task(copied=2 * part * panel, memory=part * panel) for part in panels_of_w] + rows_of_dz)
-        yield Phase(rows_of_dz, repeats=repeats - 1)
+        yield Phase([Task(copied=2 * part * panel, memory=part * panel) for part in panels_of_w] + packing)
+        yield Phase(packing, repeats=repeats - 1)
     else:
-        yield Phase(rows_of_dz, repeats=repeats)
+        yield Phase(packing, repeats=repeats)
     yield Phase([Task(copied=pieces * m * 16)], repeats=repeats)  # the sums of db, by the caller alone
     made = []
     panels = block_count(d, nr)

@@ -49,7 +49,7 @@ def _pack_task(zero: Any, index: int, job: Backward) -> None:
     index, part = index // parts, index % parts
     first = job.first + index * BLOCK_ROWS
     b = Block(group=job.group, first=first, count=min(BLOCK_ROWS, job.last - first), z=job.z + index * BLOCK_ROWS * plan.lead)
-    b.packed_b = job.dw_b + index * BLOCK_ROWS * nr * size
+    b.packed_b = job.packed_b + index * BLOCK_ROWS * nr * size
     is_x = part >= tasks.z_parts
     extent, part, parts = (d, part - tasks.z_parts, tasks.x_parts) if is_x else (m, part, tasks.z_parts)
     panels = block_count(extent, nr)
@@ -107,7 +107,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     steps = block_count(count, host(zero).kc)
     for step in range(steps):
         k0, k1 = block_start(count, steps, step), block_start(count, steps, step + 1)
-        b.first, b.count, b.z, b.packed_b = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead, job.dw_b + k0 * nr * size_of(zero)
+        b.first, b.count, b.z, b.packed_b = job.first + k0, k1 - k0, job.z + k0 * job.plan.lead, job.packed_b + k0 * nr * size_of(zero)
         b.adds = 1 if b.first > 0 else 0
         dw_block(zero, job, b)
 
@@ -152,8 +152,8 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         panels = block_count(job.d, nr) if w_parts != 0 else 0
         bytes_of_sums = round_up(m * size, 64)
         job.z = scratch
-        job.dw_b = job.z + stretch * job.plan.lead
-        job.sums = job.dw_b + (stretch * round_up(columns_of_b, nr) * size if job.plan.dw_b == PACKED else 0)
+        job.packed_b = job.z + stretch * job.plan.lead
+        job.sums = job.packed_b + (stretch * round_up(columns_of_b, nr) * size if job.plan.dw_b == PACKED else 0)
         totals = job.sums + stretch // BLOCK_ROWS * bytes_of_sums
         job.packed_w = totals + round_up(m * 8, 64)
         job.slots = Rows(job.packed_w + panels * m * nr * size, _slot_bytes(zero, job))

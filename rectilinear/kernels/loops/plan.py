@@ -218,7 +218,7 @@ class Backward:
     packed_w: int = 0
     z: int = 0
     """Packed dz, of rows first to last of a group."""
-    dw_b: int = 0
+    packed_b: int = 0
     """The B of dw in panels, each of a whole stretch of rows, where the plan has it PACKED."""
     group: int = 0
     first: int = 0
