@@ -113,6 +113,8 @@ def affine_forward(x: Array, w: Array, b: Array | None, *, out: Array | None = N
     backend = plain_backend(x, (w,), b)
     if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once(out, shape, x.dtype, (x, w, b))):
         return backend.affine_forward(x, w, b, out), (x, w, b)
+    if backend is not None and (flat_x := _flattened(x, w)) is not None:
+        return affine_forward(flat_x, w, b, out=out)[0], (x, w, b)
     call = resolve("affine_forward", _AFFINE, (x, w, b), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     target = _target(call, out, shape)
@@ -296,6 +298,9 @@ def affine_relu_forward(
     if backend is not None and (shape := _plain_shape(x, w, b)) and (out is None or fits_at_once(out, shape, x.dtype, (x, w, b))):
         result, keep = backend.affine_relu_forward(x, w, b, out)
         return result, ((x, w, b), keep)
+    if backend is not None and (flat_x := _flattened(x, w)) is not None:
+        result, (_, keep) = affine_relu_forward(flat_x, w, b, out=out)
+        return result, ((x, w, b), keep)
     call = resolve("affine_relu_forward", _AFFINE, (x, w, b), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     target = _target(call, out, shape)
@@ -469,13 +474,24 @@ def _check_labels(x: Array, labels: Any, wrong: np.ndarray, wanted: str) -> None
 # ---------------------------------------------------------------- shapes, caches, out
 
 
-def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, int] | None:
-    """Shape of the output if these are arrays of the plain form, samples flat, whose extents fit."""
+def _plain_shape(x: Array, w: Array, b: Array | None) -> tuple[int, ...] | None:
+    """Shape of the output if samples are flat, in the plain form or the stacked one, and all extents fit."""
     try:
         (n, d), (rows, m) = x.shape, w.shape
     except ValueError:  # another number of axes
-        return None
+        try:
+            (groups, n, d), (matrices, rows, m) = x.shape, w.shape
+        except ValueError:
+            return None
+        return (groups, n, m) if groups == matrices and d == rows and (b is None or b.shape == (groups, m)) else None
     return (n, m) if d == rows and (b is None or b.shape == (m,)) else None
+
+
+def _flattened(x: Array, w: Array) -> Array | None:
+    """A view of images x (N, d_1, ..., d_k) as flat samples, if w takes those."""
+    if x.ndim < 3 or w.ndim != 2 or x.size == 0 or x.size != len(x) * len(w) or not x.flags.c_contiguous:
+        return None
+    return x.reshape(len(x), len(w))
 
 
 def _array_of(keep: Keep | None) -> Array | None:
@@ -554,6 +570,9 @@ def _affine_backward(
             if wanted is _EVERYTHING or keep is not None or wanted != _BIAS_ALONE:
                 return _NOWHERE if wanted == _NOTHING else backend.affine_backward(dout, x, w, keep, wanted, outs)
             return None, None, backend.bias_backward(dout, outs[2])
+    elif backend is not None and out is None and (flat_x := _flattened(x, w)) is not None:
+        dx, dw, db = _affine_backward(function, dout, flat_x, w, b, keep, needs, out)
+        return None if dx is None else dx.reshape(x.shape), dw, db
     call = resolve(function, _AFFINE_BACKWARD, (dout, x, w, b, keep), backend)
     flat, shape = _affine_shapes(call, x, w, b)
     if dout.shape != shape and not same_shape(dout.shape, shape):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rectilinear.kernels.loops.arithmetic import block_count, round_up
+from rectilinear.kernels.loops.arithmetic import WHOLE_TILES, block_count, longest_block, round_up, rows_start
 from rectilinear.kernels.loops.host import LONGEST_CHAIN, Cache, Caches, Host, host_of
 from rectilinear.kernels.loops.inner import DOTS_DEPTH
 from rectilinear.kernels.loops.plan import (
@@ -395,3 +396,18 @@ def test_blocks_fit_the_caches_they_are_for(machine: str, dtype: str) -> None:
     nr = host.vectors * host.lanes
     assert host.kc * nr * host.itemsize <= host.l2 // 8
     assert host.mc * host.kc * host.itemsize <= host.l2 // 2
+
+
+@given(st.integers(0, 3000), st.integers(1, 14), st.integers(1, 200))
+def test_blocks_of_rows_are_all_rows_and_none_is_longer_than_the_longest(rows: int, height: int, count: int) -> None:
+    starts = [rows_start(rows, height, count, i) for i in range(count + 1)]
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    assert (starts[0], starts[-1], min(lengths) >= 0) == (0, rows, True)
+    assert max(lengths) <= longest_block(rows, height, count)
+    tiles = block_count(rows, height)
+    if tiles < WHOLE_TILES * count:
+        assert max(lengths) - min(lengths) <= 1
+        return
+    assert all(length % height == 0 for length in lengths[:-1])
+    half = -(-count // 2)
+    assert abs(sum(lengths[:half]) * count - rows * half) <= count * height, "the first half of the blocks has half of the rows"

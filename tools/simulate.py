@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rectilinear.kernels.loops.arithmetic import block_count, block_start
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, rows_start
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, Backward, Forward, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON
@@ -75,6 +75,10 @@ def blocks(extent: int, count: int) -> list[int]:
     return [block_start(extent, count, i + 1) - block_start(extent, count, i) for i in range(count)]
 
 
+def blocks_of_rows(host: Host, rows: int, count: int) -> list[int]:
+    return [rows_start(rows, host.rows, count, i + 1) - rows_start(rows, host.rows, count, i) for i in range(count)]
+
+
 def padded(host: Host, columns: int, width: int) -> int:
     """Columns that tiles compute: the last panel is as narrow as it may be."""
     nr = width * host.lanes
@@ -102,7 +106,7 @@ def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
     made = []
     for panels_of_task in blocks(panels, tasks.columns):
         columns = min(panels_of_task * nr, job.m)
-        for rows in blocks(job.n, tasks.rows):
+        for rows in blocks_of_rows(host, job.n, tasks.rows):
             x, w, out = rows * job.d * size, columns * job.d * size, rows * columns * size
             copied = 2 * x * (chosen.x != IN_PLACE and tasks.copies == 0) + 2 * w * tasks.packs
             # Tasks of the same columns come one after the other.
@@ -154,13 +158,13 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     panels = block_count(d, nr)
     for panels_of_task in blocks(panels, tasks.dx_columns):
         columns = min(panels_of_task * nr, d)
-        for rows in blocks(count, tasks.dx_rows):
+        for rows in blocks_of_rows(host, count, tasks.dx_rows):
             packs = 0 if tasks.w_parts or chosen.by_dots or chosen.w == IN_PLACE else 2 * columns * m * size
             w = columns * m * size * (1 if tasks.w_parts == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
             made.append(Task(2 * rows * m * padded(host, columns, host.vectors), packs, w + 2 * rows * columns * size))
     down, across = (m, d) if chosen.dw_by_columns else (d, m)
     dw_share = 1 if d * m * size > host.past else 1 / stretches
-    for rows in blocks(down, tasks.dw_rows):
+    for rows in blocks_of_rows(host, down, tasks.dw_rows):
         for panels_of_task in blocks(block_count(across, nr), tasks.dw_columns):
             columns = min(panels_of_task * nr, across)
             x, a = count * (columns if chosen.dw_by_columns else rows) * size, count * rows * size

@@ -98,6 +98,23 @@ BAD: dict[str, Callable[[Given], Any]] = {
     "w of one axis": lambda g: r.affine_forward(g.x, g.b, g.b),
     "groups": lambda g: r.affine_forward(g.of(2, N, D), g.of(3, D, M), None),
     "bias of the plain form": lambda g: r.affine_forward(g.of(3, N, D), g.of(3, D, M), g.b),
+    "features of images": lambda g: r.affine_relu_forward(g.of(N, 2, 2), g.w, g.b),
+    "features of no images": lambda g: r.affine_forward(g.of(0, 2, 2), g.w, g.b),
+    "bias for images": lambda g: r.affine_forward(g.of(N, 2, 3), g.w, g.of(M + 1)),
+    "out for images": lambda g: r.affine_relu_forward(g.of(N, 2, 3), g.w, g.b, out=g.of(N, M + 1)),
+    "dout for images": lambda g: r.affine_backward(g.of(N, M + 1), (g.of(N, 2, 3), g.w, g.b)),
+    "mask for images": lambda g: r.affine_relu_backward(g.dout, ((g.of(N, 2, 3), g.w, g.b), g.of(N, M + 1))),
+    "needs for images": lambda g: r.affine_backward(g.dout, (g.of(N, 2, 3), g.w, g.b), needs=(1, 1)),  # type: ignore[arg-type]
+    "number for outs for images": lambda g: r.affine_backward(g.dout, (g.of(N, 2, 3), g.w, g.b), out=5),  # type: ignore[arg-type]
+    "dx of flat samples": lambda g: r.affine_backward(g.dout, (g.of(N, 2, 3), g.w, g.b), out=(g.of(N, D), None, None)),
+    "out over images": overlapping(lambda g, x, out: r.affine_relu_forward(x, g.w, g.b, out=out), (N, 2, 3), (N, M)),
+    "features of a stack": lambda g: r.affine_relu_forward(g.of(2, N, D + 1), g.of(2, D, M), None),
+    "dout for a stack": lambda g: r.affine_backward(g.of(2, N, M + 1), (g.of(2, N, D), g.of(2, D, M), g.of(2, M))),
+    "out for a stack": lambda g: r.affine_forward(g.of(2, N, D), g.of(2, D, M), None, out=g.of(N, 2, M)),
+    "db for a stack": lambda g: r.affine_backward(g.of(2, N, M), (g.of(2, N, D), g.of(2, D, M), g.of(2, M)), out=(None, None, g.of(M, 2))),
+    "dx over dw of a stack": overlapping(
+        lambda g, dx, dw: r.affine_backward(g.of(2, N, M), (g.of(2, N, D), g.of(2, D, M), None), out=(dx, dw, None)), (2, N, D), (2, D, M)
+    ),
     "dout": lambda g: r.affine_backward(g.of(N, M + 1), g.cache[0]),
     "dout of a fused layer": lambda g: r.affine_relu_backward(g.of(M, N), g.cache),
     "mask of another shape": lambda g: r.affine_relu_backward(g.dout, (g.cache[0], KeepMask(g.of(N, 1, dtype="u1"), (N, M - 1)))),
@@ -237,9 +254,13 @@ def test_both_looks_come_to_the_same_numbers(on_standin: Any, monkeypatch: pytes
             found.append(r.relu_backward(dout, keep, out=outs((N, M))[0]))
         found += r.affine_backward(dout, cache[0], needs=(False, False, True))[2:]
         found += r.softmax_loss(x, labels, out=outs((N, D))[0])
-        stacked = [on_standin(np.stack([a._host] * 2)) for a in (x, w, b)]
-        found.append(r.affine_forward(*stacked)[0])
-        found.append(r.affine_forward(on_standin(x._host.reshape(N, 2, 3)), w, b)[0])
+        for given in (
+            [on_standin(np.stack([a._host] * 2)) for a in (x, w, b, dout)],
+            [on_standin(x._host.reshape(N, 2, 3)), w, b, dout],
+        ):
+            y, cache = r.affine_relu_forward(*given[:3])
+            found += [r.affine_forward(*given[:3])[0], y, *r.affine_relu_backward(given[3], cache)]
+            assert found[-3].shape == given[0].shape
         assert {a.dtype for a in found} == {dtype_}
         return [a.get().tobytes() for a in found]
 

@@ -6,6 +6,9 @@ from rectilinear.kernels.runtime.cache import jit_too
 
 LINE_BYTES = 64
 
+WHOLE_TILES = 4
+"""A block of fewer is not made of whole ones: threads could not share them out evenly."""
+
 
 @jit_too
 def round_up(value: int, step: int) -> int:
@@ -28,3 +31,21 @@ def block_count(extent: int, block: int) -> int:
 def block_start(extent: int, count: int, index: int) -> int:
     """Where block `index` begins when `extent` is cut into `count` nearly equal blocks."""
     return extent // count * index + min(index, extent % count)
+
+
+@jit_too
+def rows_start(rows: int, height: int, count: int, index: int) -> int:
+    """Where block `index` begins when rows are cut into `count` blocks: of whole tiles, where a block has several.
+
+    The longer ones are spread among the others, so that each half of the blocks, which one of two threads begins with, has as many tiles.
+    dw ran 1.02 to 1.04 times as fast as in blocks of nearly equal length, forward and dx 1.0 to 1.02 (Zen 3, two threads).
+    """
+    tiles = block_count(rows, height)
+    return min(rows, tiles * index // count * height) if tiles >= WHOLE_TILES * count else block_start(rows, count, index)
+
+
+@jit_too
+def longest_block(rows: int, height: int, count: int) -> int:
+    """Rows of the longest of these blocks."""
+    tiles = block_count(rows, height)
+    return -(-tiles // count) * height if tiles >= WHOLE_TILES * count else -(-rows // count)

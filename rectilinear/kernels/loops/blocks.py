@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, longest_block, packed_row, round_up, rows_start
 from rectilinear.kernels.loops.gradients import (
     Block,
     add_sums,
@@ -69,7 +69,8 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     tasks, m = job.tasks, job.m
     nr = vectors(zero) * lanes(zero)
     r, c = index % tasks.dx_rows, index // tasks.dx_rows
-    r0, r1 = block_start(job.last - job.first, tasks.dx_rows, r), block_start(job.last - job.first, tasks.dx_rows, r + 1)
+    count, mr = job.last - job.first, host(zero).rows
+    r0, r1 = rows_start(count, mr, tasks.dx_rows, r), rows_start(count, mr, tasks.dx_rows, r + 1)
     panels = block_count(job.d, nr)
     p0, p1 = block_start(panels, tasks.dx_columns, c), block_start(panels, tasks.dx_columns, c + 1)
     b = Block(group=job.group, first=job.first + r0, count=r1 - r0, z=job.z + r0 * job.plan.lead, panel=p0, panels=p1 - p0)
@@ -98,7 +99,8 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     by_columns = job.plan.dw_by_columns != 0
     rows, columns = (job.m, job.d) if by_columns else (job.d, job.m)
     r, c = index // tasks.dw_columns, index % tasks.dw_columns
-    r0, r1 = block_start(rows, tasks.dw_rows, r), block_start(rows, tasks.dw_rows, r + 1)
+    mr = host(zero).rows
+    r0, r1 = rows_start(rows, mr, tasks.dw_rows, r), rows_start(rows, mr, tasks.dw_rows, r + 1)
     panels = block_count(columns, nr)
     p0, p1 = block_start(panels, tasks.dw_columns, c), block_start(panels, tasks.dw_columns, c + 1)
     b = Block(group=job.group, row=r0, rows=r1 - r0, panel=p0, panels=p1 - p0, space=job.slots.data + slot * job.slots.row)
@@ -116,7 +118,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
 def _slot_bytes(zero: Any, job: Backward) -> int:
     """Scratch of one thread: panels of w^T, or sums of dx, or a block of dw's A."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
-    rows, row = (job.m if job.plan.dw_by_columns != 0 else job.d) // max(1, job.tasks.dw_rows) + 1, 0
+    rows, row = longest_block(job.m if job.plan.dw_by_columns != 0 else job.d, host(zero).rows, max(1, job.tasks.dw_rows)), 0
     if job.plan.dw_a == COPIED:
         row = packed_row(rows * size)
     elif job.plan.dw_a == PACKED:

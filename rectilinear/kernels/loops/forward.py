@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, longest_block, packed_row, round_up, rows_start
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
@@ -44,7 +44,8 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     group, index = index // (tasks.rows * tasks.columns), index % (tasks.rows * tasks.columns)
     nr = plan.width * lanes(zero)
     panels = block_count(job.m, nr)
-    first_row, last_row = block_start(job.n, tasks.rows, index % tasks.rows), block_start(job.n, tasks.rows, index % tasks.rows + 1)
+    mr, r = host(zero).rows, index % tasks.rows
+    first_row, last_row = rows_start(job.n, mr, tasks.rows, r), rows_start(job.n, mr, tasks.rows, r + 1)
     first = block_start(panels, tasks.columns, index // tasks.rows)
     columns = min(job.m, block_start(panels, tasks.columns, index // tasks.rows + 1) * nr) - first * nr
     rows = last_row - first_row
@@ -191,7 +192,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     if _copies_itself(job) and plan.by_dots != 0:
         slot = job.n * packed_row(job.d * size)
     elif _copies_itself(job):
-        slot = -(-job.n // tasks.rows) * packed_row(depth * size)
+        slot = longest_block(job.n, host(zero).rows, tasks.rows) * packed_row(depth * size)
     if plan.by_strips != 0:
         slot = strips_bytes(zero, job.m)
     job.copy_bytes = slot
