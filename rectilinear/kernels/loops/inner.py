@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import round_up
+from rectilinear.kernels.loops.arithmetic import LINE_BYTES, round_up
+from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.pack import Packing, copy
-from rectilinear.kernels.micro.dots import DOTS_COLUMNS, DotsOperands
+from rectilinear.kernels.micro.dots import DotsOperands
 from rectilinear.kernels.micro.library import dots, rows_of_dots
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import room, size_of
@@ -30,8 +31,8 @@ DOTS_BLOCK = 24
 DOTS_DEPTH = 2048
 """Elements of a row whose products are summed, in a chain for each lane, before they are added to those before."""
 
-# Results, rounded up to whole tiles whichever operand is taken as which.
-DOTS_WORDS = (DOTS_ROWS + DOTS_COLUMNS - 1) * DOTS_BLOCK
+DOTS_WORDS = DOTS_ROWS * DOTS_BLOCK
+"""Results, of whole tiles whichever operand is taken as which."""
 
 
 @record
@@ -58,9 +59,13 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
     """n rows of C from row i on, m columns from column j on."""
     size, together = size_of(zero), rows_of_dots(zero)
     space = room(DOTS_WORDS)
-    # Either operand can be the one of which more rows are taken together: the way that computes less beyond the ends.
-    b_first = round_up(n, DOTS_COLUMNS) < round_up(n, together)
-    sums = Rows(space, (DOTS_BLOCK if b_first else round_up(n, together)) * size)
+    dst = Rows(p.c.data + i * p.c.row + j * size, p.c.row)
+    # Either operand can be the one whose rows are taken in fours or eights, and again for each few of the other's: the way that computes
+    # less beyond the ends. Of two that compute as much, the one that has C in rows, if L1 keeps those of B.
+    one_way, other_way = round_up(m, together) * n, round_up(n, together) * m
+    b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= host(zero).l1_sets * host(zero).l1_ways * LINE_BYTES)
+    in_place = m % together == 0 if b_first else m == 1 and p.c.row == size and n % together == 0
+    sums = dst if in_place else Rows(space, (DOTS_BLOCK if b_first else DOTS_ROWS) * size)
     for k in range(0, p.k, DOTS_DEPTH):
         a = Rows(p.a.data + i * p.a.row + k * size, p.a.row)
         b = Rows(p.b.data + j * p.b.row + k * size, p.b.row)
@@ -69,5 +74,6 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
             dots(zero, DotsOperands(k=depth, rows=m, columns=n, a=b, b=a, c=sums, adds=k))
         else:
             dots(zero, DotsOperands(k=depth, rows=n, columns=m, a=a, b=b, c=sums, adds=k))
-    src = Matrix(space, sums.row, size) if b_first else Matrix(space, size, sums.row)
-    copy(zero, Packing(rows=n, columns=m, src=src, dst=Rows(p.c.data + i * p.c.row + j * size, p.c.row)))
+    if not in_place:
+        src = Matrix(space, sums.row, size) if b_first else Matrix(space, size, sums.row)
+        copy(zero, Packing(rows=n, columns=m, src=src, dst=dst))

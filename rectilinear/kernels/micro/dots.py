@@ -17,7 +17,7 @@ from rectilinear.kernels.runtime.records import record
 
 @record
 class DotsOperands:
-    """`rows` of A and `columns`, rows of B. C^T is written in whole tiles: it must have room for both counts rounded up. Where `adds` is
+    """`rows` of A and `columns`, rows of B. C^T is written in tiles of whole height: it must have room for `rows` rounded up. Where `adds` is
     not 0, to what it holds is added."""
 
     k: int = 0
@@ -49,34 +49,31 @@ class _DotsEmitter(Emitter):
         self.together = dots_rows(simd)
 
     def run(self) -> ir.Function:
-        with (
-            self.steps(I64(0), self._rounded_up("columns", DOTS_COLUMNS), DOTS_COLUMNS) as j,
-            self.steps(I64(0), self._rounded_up("rows", self.together), self.together) as i,
-        ):
-            self._tile(i, j)
-        self.builder.ret_void()
+        builder, columns = self.builder, self.arg["columns"]
+        whole = builder.mul(builder.udiv(columns, I64(DOTS_COLUMNS)), I64(DOTS_COLUMNS))
+        with self.steps(I64(0), whole, DOTS_COLUMNS) as j:
+            self._tiles(j, DOTS_COLUMNS)
+        for left in range(1, DOTS_COLUMNS):
+            with builder.if_then(builder.icmp_signed("==", builder.sub(columns, whole), I64(left))):
+                self._tiles(whole, left)
+        builder.ret_void()
         return self.function
 
-    def _rounded_up(self, count: str, step: int) -> ir.Value:
-        tiles = self.builder.udiv(self.builder.add(self.arg[count], I64(step - 1)), I64(step))
-        return self.builder.mul(tiles, I64(step))
+    def _tiles(self, j: ir.Value, columns: int) -> None:
+        """All rows of A against so many rows of B, `together` at a time; the first of these stands for each that A does not have."""
+        builder, rows = self.builder, self.arg["rows"]
+        with self.steps(I64(0), builder.add(rows, I64(self.together - 1)), self.together) as i:
+            a = []
+            for t in range(self.together):
+                index = builder.add(i, I64(t))
+                a.append(self.row("a", builder.select(builder.icmp_signed("<", index, rows), index, i)))
+            self._tile(i, j, a, [self.row("b", builder.add(j, I64(t))) for t in range(columns)])
 
-    def _row_addresses(self, matrix: str, count: str, first: ir.Value, taken: int) -> Values:
-        """Of `taken` rows from `first` on; the first once more for each that the matrix does not have."""
-        addresses = []
-        for t in range(taken):
-            index = self.builder.add(first, I64(t))
-            inside = self.builder.icmp_signed("<", index, self.arg[count])
-            addresses.append(self.row(matrix, self.builder.select(inside, index, first)))
-        return addresses
-
-    def _tile(self, i: ir.Value, j: ir.Value) -> None:
-        """`together` rows of A against DOTS_COLUMNS rows of B."""
+    def _tile(self, i: ir.Value, j: ir.Value, a: Values, b: Values) -> None:
         builder, arg, rows = self.builder, self.arg, self.together
-        a, b = self._row_addresses("a", "rows", i, rows), self._row_addresses("b", "columns", j, DOTS_COLUMNS)
         sums = self._sum_over_k(a, b)
         adds = builder.icmp_signed("!=", arg["adds"], I64(0))
-        for t in range(DOTS_COLUMNS):
+        for t in range(len(b)):
             place = self.offset(self.row("c", builder.add(j, I64(t))), i, self.itemsize)
             for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
                 self._put(vector, place, adds)
@@ -100,7 +97,7 @@ class _DotsEmitter(Emitter):
         builder.branch(head)
         builder.position_at_end(head)
         at = self.phi(I64(0), before)
-        sums = [self.phi(self.zero, before) for _ in range(self.together * DOTS_COLUMNS)]
+        sums = [self.phi(self.zero, before) for _ in range(len(a) * len(b))]
         builder.cbranch(builder.icmp_signed("<", at, whole), body, after)
         builder.position_at_end(body)
         updated = self._step(a, b, at, sums, None)
