@@ -206,6 +206,37 @@ def test_w_stored_by_columns(dtype: np.dtype[Any], shape: tuple[int, ...], rng: 
             check_step(x, w.swapaxes(-1, -2), b, dout, frames=True)
 
 
+@pytest.mark.parametrize("few", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 60, 131, 2050], ids=str)
+def test_few_columns_or_features(dtype: np.dtype[Any], n: int, few: int, rng: np.random.Generator) -> None:
+    """Many samples of long rows, and few columns, or few features of long rows; in every order of w, on any number of threads."""
+    lanes, nr = host.this_host(dtype.itemsize).lanes, tile_extents(dtype)[1]
+    for long, threads in itertools.product([7, 8 * lanes + 1, 32 * lanes, 3 * nr, 34 * lanes + 3], (1, 3)):
+        for d, m in ((long, few), (few, long)):
+            x, w, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (d, m), (m,), (n, m)))
+            with num_threads(threads):
+                check_step(x, w, b, dout, frames=True)
+                check_step(x, np.asfortranarray(w), None, dout, frames=True)
+                check_step(np.asfortranarray(x), w, b, dout)
+
+
+@pytest.mark.parametrize("n", [5, 8, 64, 65])
+def test_results_in_a_column_of_something_wider(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
+    d = 300
+    x, w, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (d, 1), (1,), (n, d)))
+    wide = np.full((n, 3), CANARY, dtype)
+    backend.affine_forward(x, w, b, wide[:, 1:2])
+    np.testing.assert_array_equal(wide[:, 1:2], x @ w + b)
+    dx = np.full((n, 3), CANARY, dtype)
+    backend.affine_backward(dout, x[:, :1], w.T, None, (True, False, False), (dx[:, 1:2], None, None))
+    np.testing.assert_array_equal(dx[:, 1:2], dout @ w)
+    dw = np.full((d, 3), CANARY, dtype)
+    backend.affine_backward(dout[:, :1], x, w, None, (False, True, False), (None, dw[:, 1:2], None))
+    np.testing.assert_array_equal(dw[:, 1:2], x.T @ dout[:, :1])
+    for result in (wide, dx, dw):
+        assert (result[:, ::2] == CANARY).all()
+
+
 def test_inner_products_read_no_more_than_the_rows(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
     """What lies beyond a row of w is not multiplied by 0 either: it may be NaN."""
     n, d, m = 5, 30, 150
@@ -456,7 +487,7 @@ from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]
-SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33), (140, 79, 130), (333, 64, 130)]
+SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33), (140, 79, 130), (333, 64, 130), (70, 300, 3), (2100, 70, 1), (70, 1, 300)]
 for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
     size = np.dtype(T).itemsize
     passes.prepare[size]
@@ -509,7 +540,7 @@ LAYOUTS = [
 ]
 backend, rng = NumbaBackend(), np.random.default_rng(5)
 SHAPES = [(1, 1, 1), (3, 5, 7), (30, 9, 33), (29, 65, 17), (200, 300, 40), (1, 17, 130), (8, 25, 133), (2049, 3, 5), (2100, 33, 20)]
-SHAPES += [(5, 7, 9, 11), (3, 2100, 5, 9)]
+SHAPES += [(5, 7, 9, 11), (3, 2100, 5, 9), (40, 300, 1), (130, 37, 1), (2100, 70, 1), (2100, 1, 70), (70, 300, 3), (130, 600, 10)]
 for T in ("f4", "f8"):
     for *lead, n, d, m in SHAPES:
         x, w, dout, z = (rng.integers(-3, 4, (*lead, *s)).astype(T) for s in ((n, d), (d, m), (n, m), (n, m)))

@@ -21,12 +21,14 @@ from rectilinear.kernels.loops.plan import (
     LARGE_W_USES,
     MOST_DOTS_ROWS,
     MOST_SLABS,
+    NARROW,
     PACKED,
     SHORT_SLAB_ROWS,
     SLAB_ROWS,
     Backward,
     Forward,
     even_out,
+    is_narrow,
     lines_kept,
     plan,
     plan_backward,
@@ -336,11 +338,13 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
     chosen, w = job.plan, job.w
     in_rows = w.column == host.itemsize and w.row >= job.m * host.itemsize
     if chosen.by_dots:
-        assert w.row == job.x.column == host.itemsize
-        assert chosen.w == IN_PLACE
+        assert job.x.column == host.itemsize
+        assert (chosen.w == IN_PLACE) == (w.row == host.itemsize)
+        assert chosen.w == IN_PLACE or job.m <= NARROW
+        assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.d, job.m)
     elif chosen.w == IN_PLACE:
         assert in_rows
-    if chosen.w == PACKED and in_rows:
+    if chosen.w == PACKED and in_rows and not chosen.by_dots:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
         large = job.d * job.m * host.itemsize > 2 * host.l2
         assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
@@ -368,11 +372,11 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     chosen, x = job.plan, job.x
     if chosen.dw_by_columns and chosen.dw_b == IN_PLACE:
         assert x.column == host.itemsize
-        assert job.d % (host.vectors * host.lanes) == 0
+        assert job.d % (host.vectors * host.lanes) == 0 or (job.m <= NARROW and x.row >= job.d * host.itemsize)
     assert not (chosen.dw_by_columns and chosen.dw_a == COPIED)
     if chosen.by_dots:
         assert job.w.column == host.itemsize
-        assert job.n <= MOST_DOTS_ROWS
+        assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.m, job.d)
     if chosen.by_strips:
         assert chosen.w == IN_PLACE
         assert job.n <= STRIP_ROWS

@@ -72,7 +72,7 @@ def entry(zero: Any) -> Any:
         if _read(zero, job, dout, keep, x, w) != 0 or _read_results(zero, job, dx, dw, db) != 0:
             return CHANGED
         work = layer_work(job.groups, job.n, job.d, job.m)
-        threads = threads_for(work, threads)
+        threads = threads_for(zero, work, threads)
         others = let_go_of_gil(work > TINY_WORK)
         plan_backward(job, host(zero))
         schedule_backward(job, host(zero), threads)

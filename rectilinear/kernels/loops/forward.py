@@ -12,7 +12,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, longest_block, packed_row, round_up, rows_start
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.inner import Inner, inner_products
-from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panel, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
 from rectilinear.kernels.loops.strips import by_strips, strips_bytes
@@ -65,7 +65,10 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
         by_strips(zero, block, space)
         return
     if plan.by_dots != 0:
-        _by_dots(zero, job, rows, columns, x, w, block, space)
+        columns_of_w = Rows(w.data, w.column)
+        if plan.w == PACKED:
+            columns_of_w = Rows(job.packed.data + group * job.packed.row, _row_of_w(zero, job))
+        _by_dots(zero, job, rows, columns, x, columns_of_w, block, space)
         return
     ahead = Prefetch()
     if tasks.prefetch != 0:
@@ -122,13 +125,21 @@ def _columns(zero: Any, job: Forward, block: Product, columns: int, w: Matrix, p
 
 
 @jit_inner
-def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Matrix, block: Product, space: int) -> None:
+def _row_of_w(zero: Any, job: Forward) -> int:
+    """Bytes from a column of w to the next, where inner products have them packed as rows."""
+    return packed_row(round_up(job.d, lanes(zero)) * size_of(zero))
+
+
+@jit_inner
+def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Rows, block: Product, space: int) -> None:
     """A block of out by inner products."""
     a = Rows(x.data, x.row)
     if _copies_itself(job):
         a = Rows(space, packed_row(job.d * size_of(zero)))
         copy(zero, Packing(rows=rows, columns=job.d, src=x, dst=a))
-    inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=Rows(w.data, w.column), c=block.c))
+    inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=w, c=block.c))
+    if block.bias == 0 and job.flags == 0:
+        return
     # A product of no k: bias, ReLU and bits.
     block.n, block.m, block.b.padded, block.flags = rows, columns, 1, ADD | job.flags
     product(zero, block)
@@ -145,6 +156,11 @@ def _prepare_task(zero: Any, index: int, job: Forward) -> None:
         x = Matrix(job.x.data + group * job.x.group + first * job.x.row, job.x.row, job.x.column)
         copied = Rows(job.copied.data + (group * job.n + first) * job.copied.row, job.copied.row)
         copy(zero, Packing(rows=last - first, columns=job.d, src=x, dst=copied))
+        return
+    if job.plan.by_dots != 0:
+        src = Matrix(job.w.data + group * job.w.group, job.w.column, job.w.row)
+        dst = Rows(job.packed.data + group * job.packed.row, _row_of_w(zero, job))
+        pack_panel(zero, Packing(rows=job.m, columns=job.d, src=src, dst=dst))
         return
     panels = block_count(job.m, nr)
     first, last = block_start(panels, tasks.parts, part), block_start(panels, tasks.parts, part + 1)
@@ -198,7 +214,8 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     job.copy_bytes = slot
     if tasks.packs != 0:
         slot += panels_at_once(host(zero), block_count(job.m, nr), depth * nr) * depth * nr * size
-    job.packed = Rows(scratch, round_up(block_count(job.m, nr) * nr * size * job.d, 64) if tasks.parts != 0 else 0)
+    of_w = job.m * _row_of_w(zero, job) if plan.by_dots != 0 else round_up(block_count(job.m, nr) * nr * size * job.d, 64)
+    job.packed = Rows(scratch, of_w if tasks.parts != 0 else 0)
     job.copied = Rows(scratch + job.groups * job.packed.row, packed_row(job.d * size) if tasks.copies != 0 else 0)
     job.slots = Rows(job.copied.data + job.groups * job.n * job.copied.row, slot)
     return job.slots.data + threads * slot - scratch
@@ -227,7 +244,7 @@ def entry(zero: Any) -> Any:
         if objection != 0:
             return objection
         work = layer_work(job.groups, job.n, job.d, job.m)
-        threads = threads_for(work, threads)
+        threads = threads_for(zero, work, threads)
         plan_forward(job, host(zero))
         schedule_forward(job, host(zero), threads)
         needed = _lay_out(zero, job, scratch, threads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row
+from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
@@ -113,12 +114,12 @@ def pack_w(zero: Any, job: Backward, group: int, first: int, last: int, dst: int
 
 @jit_inner
 def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
-    """Panels of dx by inner products, from w as it lies: all rows of them."""
+    """Panels of dx by inner products, from w as it lies."""
     size = size_of(zero)
     first = b.panel * vectors(zero) * lanes(zero)
     columns = min(job.d - first, b.panels * vectors(zero) * lanes(zero))
     w = Rows(job.w.data + b.group * job.w.group + first * job.w.row, job.w.row)
-    dx = Rows(job.dx.data + b.group * job.dx.group + first * size, job.dx.row)
+    dx = Rows(job.dx.data + b.group * job.dx.group + b.first * job.dx.row + first * size, job.dx.row)
     inner_products(zero, Inner(n=b.count, k=job.m, m=columns, a=Rows(b.z, job.plan.lead), b=w, c=dx))
 
 
@@ -191,7 +192,9 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
     if job.plan.dw_by_columns != 0:
         columns = job.d
         block.a = Matrix(z.data + b.row * size, size, z.row)
-        block.b = Panels(data=x.data + j * size, panel=nr * size, row=x.row, padded=1)
+        block.width = vectors(zero) * (2 if b.rows <= host(zero).rows_of_wide and job.plan.dw_b == IN_PLACE else 1)
+        panel = block.width * lanes(zero) * size
+        block.b = Panels(data=x.data + j * size, panel=panel, row=x.row, padded=1 if columns % nr == 0 else 0)
     else:
         columns = job.m
         block.a = Matrix(x.data + b.row * x.column, x.column, x.row)

@@ -15,7 +15,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import LINE_BYTES, round_up
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.pack import Packing, copy
-from rectilinear.kernels.micro.dots import DotsOperands
+from rectilinear.kernels.micro.dots import DOTS_TALL, DotsOperands
 from rectilinear.kernels.micro.library import dots, rows_of_dots
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import room, size_of
@@ -49,9 +49,21 @@ class Inner:
 
 @jit_inner
 def inner_products(zero: Any, p: Inner) -> None:
+    whole = p.n // DOTS_TALL * DOTS_TALL
+    if _lies_across(zero, p) and whole > 0:
+        _block(zero, p, 0, whole, 0, 1)
+        if whole < p.n:
+            _block(zero, p, whole, p.n - whole, 0, 1)
+        return
     for j in range(0, p.m, DOTS_BLOCK):
         for i in range(0, p.n, DOTS_ROWS):
             _block(zero, p, i, min(DOTS_ROWS, p.n - i), j, min(DOTS_BLOCK, p.m - j))
+
+
+@jit_inner
+def _lies_across(zero: Any, p: Inner) -> bool:
+    """Whether C is a single column that is as well a row of C^T."""
+    return p.m == 1 and p.c.row == size_of(zero)
 
 
 @jit_inner
@@ -64,7 +76,7 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
     # less beyond the ends. Of two that compute as much, the one that has C in rows, if L1 keeps those of B.
     one_way, other_way = round_up(m, together) * n, round_up(n, together) * m
     b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= host(zero).l1_sets * host(zero).l1_ways * LINE_BYTES)
-    in_place = m % together == 0 if b_first else m == 1 and p.c.row == size and n % together == 0
+    in_place = m % DOTS_TALL == 0 if b_first else _lies_across(zero, p) and n % DOTS_TALL == 0
     sums = dst if in_place else Rows(space, (DOTS_BLOCK if b_first else DOTS_ROWS) * size)
     for k in range(0, p.k, DOTS_DEPTH):
         a = Rows(p.a.data + i * p.a.row + k * size, p.a.row)

@@ -48,6 +48,15 @@ FEW_ROWS = 16
 DOTS_VECTORS = 8
 """The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves."""
 
+NARROW, LONG_DOTS_VECTORS = 3, 32
+"""Columns of a result up to which it is better made of inner products, and vectors along a row from which on that goes for two thirds of
+what tiles would compute: to add up lanes costs as much as 8 to 16 vectors. Against tiles, w by columns: m = 1 2 to 5 times as fast,
+(256, 512, 10) 1.24, (1024, 256, 10) 1.02 to 1.06, but (256, 128, 10) 0.89, (256, 512, 14) 0.85 (Zen 3)."""
+
+NARROW_ELEMENTS = 1 << 14
+"""Of x, for the transposition of a w in rows of up to NARROW columns to pay: (64, 64, 3) ran 0.8 times as fast with it, (64, 256, 2) 1.1,
+(1024, 256, 3) 2.5. For more columns it takes too long: (256, 512, 10) ran 0.94 times as fast (Zen 3)."""
+
 DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 32, 48
 """Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
 one for every 32 of k. Against tiles, one thread: (24, 1024, 1024) 1.15 to 1.4, (48, 784, 256) 1.02, but (32, 784, 256) 0.93 to 0.96 as
@@ -102,7 +111,7 @@ class ForwardPlan:
     by_strips: int = 0
     """1 where rows are so few that w is read along its rows."""
     by_dots: int = 0
-    """1 where out is made of inner products, with the columns of w as they lie."""
+    """1 where out is made of inner products, with the columns of w as they lie, or PACKED into rows of their own."""
 
 
 @record
@@ -320,10 +329,19 @@ def w_at_once(host: Host) -> int:
 
 
 @jit_too
-def suits_dots(host: Host, n: int, k: int) -> int:
-    """Whether n rows of inner products of length k take less time than tiles, which would have their B transposed first."""
+def suits_dots(host: Host, n: int, k: int, m: int) -> int:
+    """Whether n rows of m inner products of length k take less time than tiles, which would have their B transposed first."""
     few = n <= max(FEW_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
-    return 1 if few and k >= DOTS_VECTORS * host.lanes else 0
+    return 1 if k >= DOTS_VECTORS * host.lanes and (few or is_narrow(host, k, m)) else 0
+
+
+@jit_too
+def is_narrow(host: Host, k: int, m: int) -> bool:
+    """Whether a result of m columns takes less time by inner products, which compute no more than those, than by tiles of whole vectors."""
+    width = host.vectors
+    while width > 1 and 2 * m <= width * host.lanes:
+        width //= 2
+    return m <= NARROW or (3 * m <= 2 * width * host.lanes and k >= LONG_DOTS_VECTORS * host.lanes)
 
 
 @jit_too
@@ -396,12 +414,14 @@ def plan_forward(job: Forward, host: Host) -> None:
     depth = depth_for(host, n, d, d * m * size, (packs_by_model or not in_rows) and not crowds)
     plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
     plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.w.row) if job.w.column == size else 0
-    plan.by_dots = suits_dots(host, n, d) if job.w.row == size and job.x.column == size else 0
+    plan.by_dots = suits_dots(host, n, d, m) if job.x.column == size else 0
+    if job.w.row != size and (n * d < NARROW_ELEMENTS or m > NARROW):
+        plan.by_dots = 0
     if plan.by_dots != 0:
         # All rows of x stay in L1 while those of w stream by; the copy has them apart.
         meets = job.x.row != 0 and lines_kept(host, job.x.row) < 8 * n
-        plan.x = COPIED if meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
-        plan.w = IN_PLACE
+        plan.x = COPIED if n <= MOST_DOTS_ROWS and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
+        plan.w = IN_PLACE if job.w.row == size else PACKED
 
 
 @jit_too
@@ -428,8 +448,8 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
-    tasks.packs = 1 if plan.w == PACKED and large else 0
-    tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and not large else 0
+    tasks.packs = 1 if plan.w == PACKED and large and plan.by_dots == 0 else 0
+    tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and tasks.packs == 0 else 0
     tasks.copies = min(n, 2 * threads) if plan.x == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
     tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
@@ -445,11 +465,12 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan, n, d, m = job.plan, job.n, job.d, job.m
     size, nr = host.itemsize, host.vectors * host.lanes
     plan.lead = packed_row(round_up(m, nr) * size)
-    plan.dw_by_columns = 1 if job.dw.data != 0 and job.dw.column != size else 0
+    # A dw of one column is a row of dw^T, whose vectors are then of x.
+    plan.dw_by_columns = 1 if job.dw.data != 0 and (job.dw.column != size or (m == 1 and d > 1 and job.dw.row == size)) else 0
     plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
     meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
-    plan.by_dots = suits_dots(host, n, m) if job.w.column == size else 0
+    plan.by_dots = suits_dots(host, n, m, d) if job.w.column == size else 0
     uses = n // host.rows
     # As in the forward pass, of w^T, which lies in rows where w does by columns.
     packs = suits_packing(host, job.w.column, m, nr, uses) and pays(host, host.w_uses, uses, d * m * size)
@@ -468,15 +489,17 @@ def plan_backward(job: Backward, host: Host) -> None:
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
     wanted = job.dw.data != 0
-    if wanted and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
+    several = rows > host.rows_of_wide and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses
+    if wanted and several:
         outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
         plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
     uses_of_b = rows // host.rows
     packs_b = waits and suits_packing(host, row_of_b, n, nr, uses_of_b) and uses_of_b >= host.w_uses
-    # An x as B is padded to whole panels: the chains of the last one have no cut more (`product._read_past`). Where its tiles find it in
-    # no cache again it is packed for more than two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
+    # An x as B is padded to whole panels, unless a few rows are all that it is for: the chains of the last one have no cut more
+    # (`product._read_past`). Where its tiles find it in no cache again it is packed for more than two of them: (256, 512, 10) ran 1.2 times
+    # as fast without (Zen 3).
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
-    must = by_columns and (lost or job.x.column != size or d % nr != 0)
+    must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
     plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
     bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
@@ -512,8 +535,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     tasks.z_parts = _parts(m, min(stretch, BLOCK_ROWS), nr, parts)
     packs_x = plan.dw_by_columns != 0 and plan.dw_b == PACKED
     tasks.x_parts = _parts(d, min(stretch, BLOCK_ROWS), nr, parts) if packs_x else 0
-    # Inner products are of all rows (`gradients.dx_by_dots`).
-    dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 else 1
+    # Few rows by inner products read all of w: once.
+    dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 or n > MOST_DOTS_ROWS else 1
     tasks.dx_rows = dx_rows if job.dx.data != 0 else 0
     dx_columns = -(-wanted // max(tasks.dx_rows, 1))
     if tasks.dx_rows > 1:

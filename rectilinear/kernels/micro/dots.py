@@ -17,8 +17,8 @@ from rectilinear.kernels.runtime.records import record
 
 @record
 class DotsOperands:
-    """`rows` of A and `columns`, rows of B. C^T is written in tiles of whole height: it must have room for `rows` rounded up. Where `adds` is
-    not 0, to what it holds is added."""
+    """`rows` of A and `columns`, rows of B. C^T is written in tiles of whole height: it must have room for `rows` rounded up to
+    `DOTS_TALL`. Where `adds` is not 0, to what it holds is added."""
 
     k: int = 0
     rows: int = 0
@@ -31,6 +31,9 @@ class DotsOperands:
 
 DOTS_COLUMNS = 3
 """Rows of B taken together."""
+
+DOTS_TALL = 8
+"""Rows of A taken together with a single row of B: fewer sums would wait for each other."""
 
 
 def dots_rows(simd: Simd) -> int:
@@ -46,7 +49,7 @@ def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Fun
 class _DotsEmitter(Emitter):
     def __init__(self, module: ir.Module, simd: Simd, itemsize: int, name: str) -> None:
         super().__init__(module, name, DotsOperands, float_vector(itemsize, simd.lanes(itemsize)))
-        self.together = dots_rows(simd)
+        self.together = {columns: dots_rows(simd) if columns > 1 else DOTS_TALL for columns in range(1, DOTS_COLUMNS + 1)}
 
     def run(self) -> ir.Function:
         builder, columns = self.builder, self.arg["columns"]
@@ -60,17 +63,17 @@ class _DotsEmitter(Emitter):
         return self.function
 
     def _tiles(self, j: ir.Value, columns: int) -> None:
-        """All rows of A against so many rows of B, `together` at a time; the first of these stands for each that A does not have."""
-        builder, rows = self.builder, self.arg["rows"]
-        with self.steps(I64(0), builder.add(rows, I64(self.together - 1)), self.together) as i:
+        """All rows of A against so many rows of B, several at a time; the first of these stands for each that A does not have."""
+        builder, rows, together = self.builder, self.arg["rows"], self.together[columns]
+        with self.steps(I64(0), builder.add(rows, I64(together - 1)), together) as i:
             a = []
-            for t in range(self.together):
+            for t in range(together):
                 index = builder.add(i, I64(t))
                 a.append(self.row("a", builder.select(builder.icmp_signed("<", index, rows), index, i)))
             self._tile(i, j, a, [self.row("b", builder.add(j, I64(t))) for t in range(columns)])
 
     def _tile(self, i: ir.Value, j: ir.Value, a: Values, b: Values) -> None:
-        builder, arg, rows = self.builder, self.arg, self.together
+        builder, arg, rows = self.builder, self.arg, len(a)
         sums = self._sum_over_k(a, b)
         adds = builder.icmp_signed("!=", arg["adds"], I64(0))
         for t in range(len(b)):
@@ -104,7 +107,7 @@ class _DotsEmitter(Emitter):
         at.add_incoming(builder.add(at, I64(lanes)), body)
         for phi, value in zip(sums, updated, strict=True):
             phi.add_incoming(value, body)
-        builder.branch(head)
+        self.not_unrolled(builder.branch(head))
         builder.position_at_end(after)
         rest = builder.icmp_signed(">", left, I64(0))
         return self.choose(rest, lambda: self._step(a, b, whole, sums, self.lanes_below(left)), lambda: list(sums))
@@ -117,7 +120,7 @@ class _DotsEmitter(Emitter):
         for i, address in enumerate(a):
             row = self.load(self.builder.add(address, offset), mask)
             for t, column in enumerate(columns):
-                updated[t * self.together + i] = self.multiply_add(row, column, sums[t * self.together + i])
+                updated[t * len(a) + i] = self.multiply_add(row, column, sums[t * len(a) + i])
         return updated
 
     def _added_up(self, vectors: Values) -> Values:
