@@ -639,6 +639,25 @@ def test_same_bits_for_every_number_of_threads(dtype: np.dtype[Any], shape: tupl
                 np.testing.assert_array_equal(got.view(np.uint8), right.view(np.uint8))
 
 
+@pytest.mark.parametrize("shape", [(1500, 310, 1), (900, 1000, 2), (900, 501, 3), (3000, 75, 1), (2, 600, 300, 2)], ids=str)
+def test_same_bits_of_a_narrow_dw_for_every_cut_into_tasks(dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Of x as it lies: where its last columns are read past, chains have a cut more, which must not move with a task's first panel."""
+    *lead, n, d, m = shape
+    x, w, dout = (rng.standard_normal((*lead, *s)).astype(dtype) for s in ((n, d), (d, m), (n, m)))
+    found = []
+    for threads, turns in itertools.product((1, 2, 3), (1, 3, 8)):
+        chosen = dataclasses.replace(host.this_host(dtype.itemsize).choices, turns=turns)
+        passes.prepare[dtype.itemsize]
+        host.publish_host(dtype.itemsize, choices=chosen)
+        dw = np.zeros((*lead, m, d), dtype).swapaxes(-1, -2)
+        with num_threads(threads):
+            backend.affine_backward(dout, x, w, None, (True, True, False), (None, dw, None))
+        found.append(dw)
+    host.publish_host(dtype.itemsize)
+    for dw in found[1:]:
+        np.testing.assert_array_equal(bits_of(dw), bits_of(found[0]))
+
+
 @pytest.mark.smoke
 def test_db_adds_slabs_in_their_order() -> None:
     """1e17 + 1 - 1e17 is 0 in this order and 1 in another."""

@@ -165,8 +165,8 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     down, across = (m, d) if chosen.dw_by_columns else (d, m)
     dw_share = 1 if d * m * size > host.past else 1 / stretches
     for rows in blocks_of_rows(host, down, tasks.dw_rows):
-        for panels_of_task in blocks(block_count(across, nr), tasks.dw_columns):
-            columns = min(panels_of_task * nr, across)
+        for panels_of_task in blocks(block_count(across, chosen.dw_width * host.lanes), tasks.dw_columns):
+            columns = min(panels_of_task * chosen.dw_width * host.lanes, across)
             x, a = count * (columns if chosen.dw_by_columns else rows) * size, count * rows * size
             times = tasks.dw_rows if chosen.dw_by_columns else tasks.dw_columns
             memory = x * again(host, count * d * size, times) + 2 * rows * columns * size * dw_share

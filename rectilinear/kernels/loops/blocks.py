@@ -95,7 +95,7 @@ def _dx_task(zero: Any, index: int, job: Backward, slot: int) -> None:
 
 @jit_inner
 def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
-    tasks, nr = job.tasks, vectors(zero) * lanes(zero)
+    tasks, nr = job.tasks, job.plan.dw_width * lanes(zero)
     by_columns = job.plan.dw_by_columns != 0
     rows, columns = (job.m, job.d) if by_columns else (job.d, job.m)
     r, c = index // tasks.dw_columns, index % tasks.dw_columns
@@ -126,7 +126,7 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
     of_dx = 0
     if job.plan.by_strips != 0:
         of_dx = strips_bytes(zero, job.d)
-    elif job.plan.w == PACKED and job.tasks.dx_rows == 1:
+    elif job.plan.w == PACKED and job.plan.by_dots == 0 and job.tasks.dx_rows == 1:
         of_dx = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr) * job.m * nr * size
     return round_up(max(of_dx, host(zero).kc * row), 64)
 

@@ -3,8 +3,8 @@
 dz exists a block of rows at a time (`slabs`), or a stretch of rows (`blocks`), in a pack buffer: masking, packing and the column sums of
 db are one pass over dout, and both products read that buffer, dx as rows of A, dw as rows of B, or panels made of it. The transposed x
 costs nothing, since its elements are broadcast from wherever they lie, w one transposition while it is packed. Few rows do without that:
-their dx is inner products, or strips of a w^T that lies in rows.
-A dw that is stored by columns is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
+their dx is inner products, or strips of a w^T that lies in rows; a dx of few features is inner products too.
+A dw that is stored by columns, or has only one, is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row
-from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.inner import Inner, inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, IN_PLACE, PACKED, Backward
@@ -184,17 +183,16 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
 
     A is copied or packed first where the plan says so; a packed B is there.
     """
-    size, nr = size_of(zero), vectors(zero) * lanes(zero)
+    size, nr = size_of(zero), job.plan.dw_width * lanes(zero)
     j = b.panel * nr
     x, z = Matrix(x_of(job, b), job.x.row, job.x.column), Matrix(b.z, job.plan.lead, size)
-    block = Product(k=b.count, n=b.rows, width=vectors(zero), prefetch=b.prefetch, flags=ADD if b.adds != 0 else 0)
+    block = Product(k=b.count, n=b.rows, width=job.plan.dw_width, prefetch=b.prefetch, flags=ADD if b.adds != 0 else 0)
     block.c = Rows(b.dw.data + b.row * b.dw.row + j * size, b.dw.row)
     if job.plan.dw_by_columns != 0:
         columns = job.d
         block.a = Matrix(z.data + b.row * size, size, z.row)
-        block.width = vectors(zero) * (2 if b.rows <= host(zero).rows_of_wide and job.plan.dw_b == IN_PLACE else 1)
-        panel = block.width * lanes(zero) * size
-        block.b = Panels(data=x.data + j * size, panel=panel, row=x.row, padded=1 if columns % nr == 0 else 0)
+        whole = columns % (vectors(zero) * lanes(zero)) == 0
+        block.b = Panels(data=x.data + j * size, panel=nr * size, row=x.row, padded=1 if whole else 0)
     else:
         columns = job.m
         block.a = Matrix(x.data + b.row * x.column, x.column, x.row)

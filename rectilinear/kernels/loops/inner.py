@@ -1,11 +1,12 @@
-"""C (n, m) = A (n, k) B^T by inner products of rows of A and of B, for few rows of A.
+"""C (n, m) = A (n, k) B^T by inner products of rows of A and of B, for few rows of A or of B.
 
     for j in range(0, m, DOTS_BLOCK):           rows of B that stay in the cache for all of A
-        for k in range(0, K, DOTS_DEPTH):
-            micro/dots.py
+        for i in range(0, n, DOTS_ROWS):        a single column takes all rows at once
+            for k in range(0, K, DOTS_DEPTH):
+                micro/dots.py
 
-Tiles would have B transposed first, which for few rows takes as long as the product. It serves dx = dz w^T, and the forward where w is
-stored by columns.
+Tiles would have B transposed first, which for few rows of A takes as long as the product, and of few rows of B they would compute padding.
+It serves dx = dz w^T, the forward where w is stored by columns, and one to three outputs of any w.
 """
 
 from __future__ import annotations

@@ -169,6 +169,8 @@ class BackwardPlan:
     """How dw reads its A, which is x, or where it is stored by columns dz: IN_PLACE, COPIED or PACKED."""
     dw_b: int = 0
     """How dw reads its B, which is dz, or x: IN_PLACE, dz in the rows that dx reads, or PACKED into panels for all tasks."""
+    dw_width: int = 0
+    """Vectors of a panel of dw: twice as many for a few rows of x in place."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
     by_strips: int = 0
@@ -176,7 +178,7 @@ class BackwardPlan:
     depth: int = 0
     """kc of dx."""
     dw_by_columns: int = 0
-    """1 where dw is stored by columns, so that dw^T = dz^T x is computed."""
+    """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
     by_slabs: int = 0
     slabs: int = 0
     stretch: int = 0
@@ -330,7 +332,8 @@ def w_at_once(host: Host) -> int:
 
 @jit_too
 def suits_dots(host: Host, n: int, k: int, m: int) -> int:
-    """Whether n rows of m inner products of length k take less time than tiles, which would have their B transposed first."""
+    """Whether n rows of m inner products of length k take less time than tiles: few rows, for which tiles would have B transposed first, or
+    few columns, for which they would compute padding."""
     few = n <= max(FEW_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
     return 1 if k >= DOTS_VECTORS * host.lanes and (few or is_narrow(host, k, m)) else 0
 
@@ -495,12 +498,14 @@ def plan_backward(job: Backward, host: Host) -> None:
         plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
     uses_of_b = rows // host.rows
     packs_b = waits and suits_packing(host, row_of_b, n, nr, uses_of_b) and uses_of_b >= host.w_uses
-    # An x as B is padded to whole panels, unless a few rows are all that it is for: the chains of the last one have no cut more
-    # (`product._read_past`). Where its tiles find it in no cache again it is packed for more than two of them: (256, 512, 10) ran 1.2 times
-    # as fast without (Zen 3).
+    # An x as B is padded to whole panels, so that the chains of the last one have no cut more (`product._read_past`). For NARROW rows of
+    # dw^T that would cost more than the product, and the cut is taken. Where its tiles find it in no cache again x is packed for more than
+    # two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
     must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
     plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
+    wide = by_columns and plan.dw_b == IN_PLACE and rows <= host.rows_of_wide
+    plan.dw_width = 2 * host.vectors if wide else host.vectors
     bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
@@ -546,12 +551,13 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         tasks.dx_columns = min(tasks.dx_columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.dx_rows = even_out(tasks.dx_rows, tasks.dx_columns, threads)
-    tasks.w_parts = min(block_count(d, nr), 2 * threads) if tasks.dx_rows > 1 and plan.w == PACKED else 0
+    packs_w = tasks.dx_rows > 1 and plan.w == PACKED and plan.by_dots == 0
+    tasks.w_parts = min(block_count(d, nr), 2 * threads) if packs_w else 0
     rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
     tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
-    tasks.dw_columns = _cut(block_count(columns, nr), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
+    tasks.dw_columns = _cut(block_count(columns, plan.dw_width * host.lanes), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
     tasks.dw_rows = even_out(tasks.dw_rows, tasks.dw_columns, threads)
     tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
 

@@ -76,7 +76,7 @@ def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
         b.dw = Rows(job.parts + index * b.rows * plan.part_row, plan.part_row)
         space.total = job.sums + index * round_up(m * 8, 64)
     clear(0.0, space.total, m)
-    dx_panels, dw_panels = block_count(d, nr), block_count(d if by_columns else m, nr)
+    dx_panels, dw_panels = block_count(d, nr), block_count(d if by_columns else m, plan.dw_width * lanes(zero))
     if want_dx and plan.by_dots == 0 and plan.w == PACKED:
         pack_w(zero, job, group, 0, dx_panels, space.packed_w)
     for r0 in range(first, max(last, first + 1), BLOCK_ROWS):

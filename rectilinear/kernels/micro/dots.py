@@ -1,8 +1,8 @@
 """The generator of inner products of rows: C^T[j, i] = sum over k of A[i, k] B[j, k].
 
-It is how dx = dz w^T is computed for few rows: both operands are read along their rows, once, so that w streams by and
-is not transposed, which would cost as much as the product itself. Sums are kept a vector of partial sums for each element, added up at
-the end in a fixed order. They come out a few rows of C^T at a time, into a small buffer.
+It is how dx = dz w^T is computed for few rows, and results of few columns: both operands are read along their rows, so that w is not
+transposed, and no vector of C is padded. Sums are kept a vector of partial sums for each element, added up at the end in a fixed order.
+They come out a few elements of a row of C^T at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOTS_TALL = 8
 
 
 def dots_rows(simd: Simd) -> int:
-    """Rows of A taken together: with DOTS_COLUMNS rows of B as many as the registers can hold sums for."""
+    """Rows of A taken together with two rows of B or DOTS_COLUMNS: as many as the registers can hold sums for."""
     return max(rows for rows in (2, 4, 8) if (rows + 1) * DOTS_COLUMNS + simd.spare <= simd.registers)
 
 

@@ -537,14 +537,14 @@ For jobs that are shorter than waking a helper takes: in a row of such jobs only
 """
 
 
-SMALL_WORK = 1 << 22
-"""Multiply-adds, times the bytes of an element, that one thread finishes before a helper would have woken up."""
+SMALL_BYTES = 1 << 22
+"""Multiply-adds, each counted as the bytes of an element, that one thread finishes before a helper would have woken up."""
 
 TINY_WORK = 1 << 17
 """Multiply-adds that one thread finishes before a helper that is awake would have done its part."""
 
 
-FEW_ROWS, FEW_COLUMNS, FEW_FEATURES = 8, 4, 2
+LEAST_ROWS, LEAST_COLUMNS, LEAST_FEATURES = 8, 4, 2
 """Reading w, or writing dw, takes as long for fewer rows, reading x for fewer columns, writing out for fewer features. On two threads the
 forward of (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4), the backward of (1, 784, 256) 1.5, (1, 1024, 1024) 1.7,
 (1, 256, 256) 1.0 to 1.6, the forward of (1000, 1000, 1) 1.8, but (300, 2, 100) 0.6 (Zen 3)."""
@@ -553,13 +553,14 @@ forward of (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4)
 @jit_inner
 def layer_work(groups: int, n: int, d: int, m: int) -> int:
     """As many multiply-adds as a product takes the time of."""
-    return groups * max(n, FEW_ROWS) * max(m, FEW_COLUMNS) * max(d, FEW_FEATURES)
+    return groups * max(n, LEAST_ROWS) * max(m, LEAST_COLUMNS) * max(d, LEAST_FEATURES)
 
 
 @jit_inner
 def threads_for(zero: Any, work: int, threads: int) -> int:
     """How many of `threads` to use for so many multiply-adds."""
-    if work <= TINY_WORK or (work * size_of(zero) <= SMALL_WORK and threads > 1 and helpers_at_hand() == 0):
+    small = work * size_of(zero) <= SMALL_BYTES
+    if work <= TINY_WORK or (small and threads > 1 and helpers_at_hand() == 0):
         return 1
     return threads
 
