@@ -303,7 +303,7 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
     assert 1 <= tasks.z_parts <= panels(job.m, host, host.vectors)
     for part, wanted, extent in ((tasks.dx_rows, job.dx.data, stretch), (tasks.dw_rows, job.dw.data, rows)):
         assert (1 <= part <= max(1, extent)) if wanted else part == 0
-    assert tasks.dx_rows <= 1 or not chosen.by_dots
+    assert tasks.dx_rows <= 1 or not chosen.by_dots or job.n > MOST_DOTS_ROWS
     assert tasks.count == tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
     # Tasks that share panels of w^T find all of them packed.
     packed = tasks.dx_rows > 1 and chosen.w == PACKED and not chosen.by_dots
