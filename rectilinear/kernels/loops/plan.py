@@ -53,9 +53,9 @@ NARROW, LONG_DOTS_VECTORS = 3, 32
 what tiles would compute: to add up lanes costs as much as 8 to 16 vectors. Against tiles, w by columns: m = 1 2 to 5 times as fast,
 (256, 512, 10) 1.24, (1024, 256, 10) 1.02 to 1.06, but (256, 128, 10) 0.89, (256, 512, 14) 0.85 (Zen 3)."""
 
-NARROW_ELEMENTS = 1 << 14
-"""Of x, for the transposition of a w in rows of up to NARROW columns to pay: (64, 64, 3) ran 0.8 times as fast with it, (64, 256, 2) 1.1,
-(1024, 256, 3) 2.5. For more columns it takes too long: (256, 512, 10) ran 0.94 times as fast (Zen 3)."""
+NARROW_ROWS, NARROW_ELEMENTS = 64, 1 << 14
+"""Of x, for the transposition of a w in rows of up to NARROW columns to pay: (64, 64, 3) ran 0.8 times as fast with it, (16, 2048, 3) 0.9,
+(64, 256, 2) 1.1, (1024, 256, 3) 2.5. For more columns it takes too long: (256, 512, 10) ran 0.94 times as fast (Zen 3)."""
 
 DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 32, 48
 """Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
@@ -418,7 +418,7 @@ def plan_forward(job: Forward, host: Host) -> None:
     plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
     plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.w.row) if job.w.column == size else 0
     plan.by_dots = suits_dots(host, n, d, m) if job.x.column == size else 0
-    if job.w.row != size and (n * d < NARROW_ELEMENTS or m > NARROW):
+    if job.w.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
         plan.by_dots = 0
     if plan.by_dots != 0:
         # All rows of x stay in L1 while those of w stream by; the copy has them apart.
