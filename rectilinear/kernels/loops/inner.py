@@ -73,8 +73,8 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
     size, together = size_of(zero), rows_of_dots(zero)
     space = room(DOTS_WORDS)
     dst = Rows(p.c.data + i * p.c.row + j * size, p.c.row)
-    # Either operand can be the one whose rows are taken in fours or eights, and again for each few of the other's: the way that computes
-    # less beyond the ends. Of two that compute as much, the one that has C in rows, if L1 keeps those of B.
+    # Either operand can be the one whose rows are taken in fours or eights: the way that computes less beyond the ends. Of two that compute
+    # as much, the one that writes rows of C, if L1 keeps the rows of B, which it reads anew for every three rows of A.
     one_way, other_way = round_up(m, together) * n, round_up(n, together) * m
     b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= host(zero).l1_sets * host(zero).l1_ways * LINE_BYTES)
     in_place = m % DOTS_TALL == 0 if b_first else _lies_across(zero, p) and n % DOTS_TALL == 0

@@ -170,7 +170,7 @@ class BackwardPlan:
     dw_b: int = 0
     """How dw reads its B, which is dz, or x: IN_PLACE, dz in the rows that dx reads, or PACKED into panels for all tasks."""
     dw_width: int = 0
-    """Vectors of a panel of dw: twice as many for a few rows of x in place."""
+    """Vectors of a panel of dw: twice as many for few rows of dw^T, which are made from x as it lies."""
     by_dots: int = 0
     """1 where dx is made of inner products."""
     by_strips: int = 0
