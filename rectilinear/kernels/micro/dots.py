@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import record
@@ -48,7 +48,7 @@ def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Fun
 
 class _DotsEmitter(Emitter):
     def __init__(self, module: ir.Module, simd: Simd, itemsize: int, name: str) -> None:
-        super().__init__(module, name, DotsOperands, float_vector(itemsize, simd.lanes(itemsize)))
+        super().__init__(module, simd, name, DotsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.together = {columns: dots_rows(simd) if columns > 1 else DOTS_TALL for columns in range(1, DOTS_COLUMNS + 1)}
 
     def run(self) -> ir.Function:
@@ -110,15 +110,15 @@ class _DotsEmitter(Emitter):
         self.not_unrolled(builder.branch(head))
         builder.position_at_end(after)
         rest = builder.icmp_signed(">", left, I64(0))
-        return self.choose(rest, lambda: self._step(a, b, whole, sums, self.lanes_below(left)), lambda: list(sums))
+        return self.choose(rest, lambda: self._step(a, b, whole, sums, self.first_lanes(left)), lambda: list(sums))
 
-    def _step(self, a: Values, b: Values, at: ir.Value, sums: Values, mask: ir.Value | None) -> Values:
-        """One vector of k; where masked, what lies beyond the rows' ends is not read and counts as 0."""
+    def _step(self, a: Values, b: Values, at: ir.Value, sums: Values, tail: Tail | None) -> Values:
+        """One vector of k; in a tail, what lies beyond the rows' ends is not read and counts as 0."""
         offset = self.builder.mul(at, I64(self.itemsize))
-        columns = [self.load(self.builder.add(address, offset), mask) for address in b]
+        columns = [self.load(self.builder.add(address, offset), tail) for address in b]
         updated: Values = list(sums)
         for i, address in enumerate(a):
-            row = self.load(self.builder.add(address, offset), mask)
+            row = self.load(self.builder.add(address, offset), tail)
             for t, column in enumerate(columns):
                 updated[t * len(a) + i] = self.multiply_add(row, column, sums[t * len(a) + i])
         return updated

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from llvmlite import ir
 
+from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.records import offsets_of
 
 I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -22,11 +24,22 @@ def float_vector(itemsize: int, lanes: int) -> ir.VectorType:
     return ir.VectorType(ir.FloatType() if itemsize == 4 else ir.DoubleType(), lanes)
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The first `count` lanes of a vector, all or none where it is beyond: what a row's last vector has of the row."""
+
+    count: ir.Value
+    mask: ir.Value
+
+
+Tails = list[Tail | None]
+
+
 class Emitter:
     """Writes the function ``void name(operands)`` into `module`, where `operands` is the address of a record of that class."""
 
-    def __init__(self, module: ir.Module, name: str, operands: type, vector: ir.VectorType) -> None:
-        self.module, self.vector = module, vector
+    def __init__(self, module: ir.Module, simd: Simd, name: str, operands: type, vector: ir.VectorType) -> None:
+        self.module, self.simd, self.vector = module, simd, vector
         self.itemsize = 4 if isinstance(vector.element, ir.FloatType) else 8
         self.zero = ir.Constant(vector, None)
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64]), name)
@@ -55,21 +68,52 @@ class Emitter:
         """The same integer, of which LLVM knows nothing more: an empty assembler instruction."""
         return self.builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], side_effect=False)
 
-    def load(self, address: ir.Value, mask: ir.Value | None = None) -> ir.Value:
-        """A vector from `address`; where the mask is off nothing is read and the lane is 0."""
+    def load(self, address: ir.Value, tail: Tail | None = None) -> ir.Value:
+        """A vector from `address`; beyond a tail nothing is read, and lanes are 0."""
         pointer = self.pointer(address)
-        if mask is None:
+        if tail is None:
             return self.builder.load(pointer, align=1, typ=self.vector)
-        load = self.declare("llvm.masked.load", ".p0", self.vector, [PTR, I32, mask.type, self.vector])
-        return self.builder.call(load, [pointer, I32(1), mask, self.zero])
+        load = self.declare("llvm.masked.load", ".p0", self.vector, [PTR, I32, tail.mask.type, self.vector])
+        return self.builder.call(load, [pointer, I32(1), tail.mask, self.zero])
 
-    def store(self, value: ir.Value, address: ir.Value, mask: ir.Value | None = None) -> None:
-        pointer = self.pointer(address)
-        if mask is None:
-            self.builder.store(value, pointer, align=1)
-            return
-        store = self.declare("llvm.masked.store", ".p0", ir.VoidType(), [self.vector, PTR, I32, mask.type])
-        self.builder.call(store, [value, pointer, I32(1), mask])
+    def store(self, value: ir.Value, address: ir.Value, tail: Tail | None = None) -> None:
+        self.store_all([value], [address], tail)
+
+    def store_all(self, values: Values, addresses: Values, tail: Tail | None = None) -> None:
+        """Vectors to `addresses`, of which nothing is touched beyond a tail."""
+        if tail is None:
+            for value, address in zip(values, addresses, strict=True):
+                self.builder.store(value, self.pointer(address), align=1)
+        elif self.simd.stores_by_mask:
+            store = self.declare("llvm.masked.store", ".p0", ir.VoidType(), [self.vector, PTR, I32, tail.mask.type])
+            for value, address in zip(values, addresses, strict=True):
+                self.builder.call(store, [value, self.pointer(address), I32(1), tail.mask])
+        else:
+            with self.builder.if_else(self.builder.icmp_signed(">=", tail.count, I64(self.vector.count))) as (whole, part):
+                with whole:
+                    self.store_all(values, addresses)
+                with part, self.builder.if_then(self.builder.icmp_signed(">", tail.count, I64(0))):
+                    self._store_by_halves(values, addresses, tail.count)
+
+    def _store_by_halves(self, values: Values, addresses: Values, count: ir.Value) -> None:
+        """The first `count` lanes, fewer than all: half a vector, or none, then of what is left half again, down to one lane."""
+        # AVX2 has an instruction for it, but AMD's processors take 42 steps for that (uops.info), 20 cycles and more.
+        builder, lanes, done = self.builder, self.vector.count, I64(0)
+        while lanes > 1:
+            half = lanes // 2
+            low = [self.shuffle(value, value, list(range(half))) for value in values]
+
+            def put(values: Values = values, low: Values = low, lanes: int = lanes, done: ir.Value = done) -> Values:
+                for value, address in zip(low, addresses, strict=True):
+                    builder.store(value, self.pointer(builder.add(address, done)), align=1)
+                rest = [self.shuffle(value, value, list(range(lanes // 2, lanes))) for value in values]
+                return [builder.add(done, I64(lanes // 2 * self.itemsize)), *rest]
+
+            def leave(low: Values = low, done: ir.Value = done) -> Values:
+                return [done, *low]
+
+            done, *values = self.choose(builder.icmp_signed("!=", builder.and_(count, I64(half)), I64(0)), put, leave)
+            lanes = half
 
     def load_scalar(self, address: ir.Value, kind: ir.Type | None = None) -> ir.Value:
         return self.builder.load(self.pointer(address), align=1, typ=kind or self.vector.element)
@@ -91,11 +135,10 @@ class Emitter:
     def shuffle(self, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), [I32(i) for i in indices]))
 
-    def lanes_below(self, count: ir.Value, first: int = 0) -> ir.Value:
-        """Which lanes, numbered from `first`, are below `count`."""
+    def first_lanes(self, count: ir.Value) -> Tail:
         lanes = ir.VectorType(I32, self.vector.count)
-        index = ir.Constant(lanes, [I32(first + lane) for lane in range(self.vector.count)])
-        return self.builder.icmp_signed("<", index, self.splat(self.builder.trunc(count, I32), lanes))
+        index = ir.Constant(lanes, [I32(lane) for lane in range(self.vector.count)])
+        return Tail(count, self.builder.icmp_signed("<", index, self.splat(self.builder.trunc(count, I32), lanes)))
 
     def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         # fmuladd, not fma: where the target has no fused instruction, fma would become one libm call per lane.
@@ -152,8 +195,8 @@ class Emitter:
         builder.branch(head)
         builder.position_at_end(after)
 
-    def vectors(self, start: ir.Value, stop: ir.Value, unroll: int, body: Callable[[Values, ir.Value | None], None]) -> None:
-        """Emit ``body(indices, mask)`` over all elements from start to stop: `unroll` vectors at a time, then one, then a masked rest."""
+    def vectors(self, start: ir.Value, stop: ir.Value, unroll: int, body: Callable[[Values, Tail | None], None]) -> None:
+        """Emit ``body(indices, tail)`` over all elements from start to stop: `unroll` vectors at a time, then one, then the tail."""
         builder, lanes = self.builder, self.vector.count
         for group in (unroll, 1):
             with self.steps(start, stop, group * lanes) as i:
@@ -161,7 +204,7 @@ class Emitter:
             whole = builder.sdiv(builder.sub(stop, start), I64(group * lanes))
             start = builder.add(start, builder.mul(whole, I64(group * lanes)))
         with builder.if_then(builder.icmp_signed("<", start, stop)):
-            body([start], self.lanes_below(builder.sub(stop, start)))
+            body([start], self.first_lanes(builder.sub(stop, start)))
 
     def declare(self, name: str, suffix: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
         """LLVM's intrinsic `name` for this emitter's vector type."""

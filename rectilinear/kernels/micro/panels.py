@@ -37,7 +37,7 @@ def emit_panels_of_a(module: ir.Module, simd: Simd, itemsize: int, name: str) ->
 
 class _PanelsEmitter(Emitter):
     def __init__(self, module: ir.Module, name: str, simd: Simd, itemsize: int, width: int) -> None:
-        super().__init__(module, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)))
+        super().__init__(module, simd, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.width = width
 
     def run(self) -> ir.Function:

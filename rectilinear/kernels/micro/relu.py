@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I32, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.records import record
 
@@ -31,7 +31,7 @@ class ReluOperands:
 
 def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(ReluOperands *)`` to `module`. dst may be src."""
-    return _ReluEmitter(module, name, ReluOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _ReluEmitter(module, simd, name, ReluOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 class _ReluEmitter(Emitter):
@@ -48,15 +48,15 @@ class _ReluEmitter(Emitter):
         head = builder.udiv(ahead, I64(self.itemsize))
         shorter = builder.icmp_signed("<", head, self.arg["count"])
         head = builder.select(shorter, head, self.arg["count"])
-        self._vector(I64(0), self.lanes_below(head))
+        self._vector(I64(0), self.first_lanes(head))
         # An address that is no multiple of the element's size never comes to be aligned.
         aligned = builder.icmp_signed("==", builder.urem(ahead, I64(self.itemsize)), I64(0))
         return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
 
     def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
-        def body(indices: Values, mask: ir.Value | None) -> None:
-            if mask is not None:
-                return self._vector(indices[0], mask)
+        def body(indices: Values, tail: Tail | None) -> None:
+            if tail is not None:
+                return self._vector(indices[0], tail)
             for value, index in [(self._value(index, None), index) for index in indices]:
                 self._store(value, index, nontemporal)
             return None
@@ -64,12 +64,12 @@ class _ReluEmitter(Emitter):
         self.vectors(start, self.arg["count"], UNROLL, body)
         return []
 
-    def _value(self, index: ir.Value, mask: ir.Value | None) -> ir.Value:
-        keep = self.keeps(self.load(self.offset(self.arg["keep"], index, self.itemsize), mask))
-        return self.builder.select(keep, self.load(self.offset(self.arg["src"], index, self.itemsize), mask), self.zero)
+    def _value(self, index: ir.Value, tail: Tail | None) -> ir.Value:
+        keep = self.keeps(self.load(self.offset(self.arg["keep"], index, self.itemsize), tail))
+        return self.builder.select(keep, self.load(self.offset(self.arg["src"], index, self.itemsize), tail), self.zero)
 
-    def _vector(self, index: ir.Value, mask: ir.Value) -> None:
-        self.store(self._value(index, mask), self.offset(self.arg["dst"], index, self.itemsize), mask)
+    def _vector(self, index: ir.Value, tail: Tail) -> None:
+        self.store(self._value(index, tail), self.offset(self.arg["dst"], index, self.itemsize), tail)
 
     def _store(self, value: ir.Value, index: ir.Value, nontemporal: bool) -> None:
         pointer = self.pointer(self.offset(self.arg["dst"], index, self.itemsize))

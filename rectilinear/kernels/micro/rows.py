@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I8, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I8, I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import record
@@ -49,7 +49,7 @@ def row_lanes(simd: Simd, itemsize: int) -> int:
 
 def emit_rows(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(RowsOperands *)`` to `module`; src, z, dst and sums lie with unit stride along the columns."""
-    return _RowsEmitter(module, name, RowsOperands, float_vector(itemsize, row_lanes(simd, itemsize))).run()
+    return _RowsEmitter(module, simd, name, RowsOperands, float_vector(itemsize, row_lanes(simd, itemsize))).run()
 
 
 class _RowsEmitter(Emitter):
@@ -71,9 +71,9 @@ class _RowsEmitter(Emitter):
         with self.steps(I64(0), whole, lanes) as j:
             self._vectors(rows, j, None)
         with builder.if_then(builder.icmp_signed("<", whole, cols)):
-            self._vectors(rows, whole, self.lanes_below(builder.sub(cols, whole)))
+            self._vectors(rows, whole, self.first_lanes(builder.sub(cols, whole)))
 
-    def _vectors(self, rows: Values, j: ir.Value, mask: ir.Value | None) -> None:
+    def _vectors(self, rows: Values, j: ir.Value, tail: Tail | None) -> None:
         at = self.builder.mul(j, I64(self.itemsize))
 
         def place(matrix: str, row: ir.Value) -> ir.Value:
@@ -82,32 +82,32 @@ class _RowsEmitter(Emitter):
         with self.builder.if_then(self.flag(PREFETCH)):
             for row in rows:
                 self.prefetch(place("src", self.builder.add(row, I64(ROW_GROUP))))
-        values = [self.load(place("src", row), mask) for row in rows]
+        values = [self.load(place("src", row), tail) for row in rows]
         values = self.choose(
             self.flag(KEEP_Z),
-            lambda: self._masked(values, [self.keeps(self.load(place("keep", row), mask)) for row in rows]),
+            lambda: self._masked(values, [self.keeps(self.load(place("keep", row), tail)) for row in rows]),
             lambda: self.choose(
                 self.flag(KEEP_BITS),
-                lambda: self._masked(values, [self._bits(row, j, mask) for row in rows]),
+                lambda: self._masked(values, [self._bits(row, j, tail) for row in rows]),
                 lambda: values,
             ),
         )
         with self.builder.if_then(self.flag(WRITE)):
-            self._write([place("dst", row) for row in rows], values, mask)
+            self._write([place("dst", row) for row in rows], values, tail)
         with self.builder.if_then(self.flag(SUM)):
             sums = self.builder.add(self.arg["sums"], at)
-            self.store(self.builder.fadd(self.load(sums, mask), self._tree_sum(values)), sums, mask)
+            self.store(self.builder.fadd(self.load(sums, tail), self._tree_sum(values)), sums, tail)
 
     def _masked(self, values: Values, keeps: Values) -> Values:
         # A select, not a product: where not kept the result is 0 for NaN and inf too.
         return [self.builder.select(keep, value, self.zero) for keep, value in zip(keeps, values, strict=True)]
 
-    def _bits(self, row: ir.Value, j: ir.Value, mask: ir.Value | None) -> ir.Value:
+    def _bits(self, row: ir.Value, j: ir.Value, tail: Tail | None) -> ir.Value:
         """The keep-mask of one vector. In a tail only the bytes that hold wanted columns are read."""
         builder, arg, lanes = self.builder, self.arg, self.vector.count
         address = builder.add(self.row("keep", row), builder.lshr(j, I64(3)))
         kind = ir.IntType(lanes)
-        if mask is None:
+        if tail is None:
             bits = self.load_scalar(address, kind)
         else:
             left = builder.sub(arg["columns"], j)
@@ -120,16 +120,15 @@ class _RowsEmitter(Emitter):
                 bits = builder.or_(bits, builder.shl(wide, kind(8 * t)))
         return builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes))
 
-    def _write(self, places: Values, values: Values, mask: ir.Value | None) -> None:
-        def write(store_mask: ir.Value | None) -> Values:
-            for place, value in zip(places, values, strict=True):
-                self.store(value, place, store_mask)
-            return []
-
-        if mask is None:
-            write(None)
-        else:
-            self.choose(self.flag(PAD), lambda: write(None), lambda: write(mask))
+    def _write(self, places: Values, values: Values, tail: Tail | None) -> None:
+        if tail is None:
+            self.store_all(values, places)
+            return
+        with self.builder.if_else(self.flag(PAD)) as (padded, not_padded):
+            with padded:
+                self.store_all(values, places)
+            with not_padded:
+                self.store_all(values, places, tail)
 
     def _tree_sum(self, values: Values) -> ir.Value:
         while len(values) > 1:

@@ -16,7 +16,7 @@ import functools
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.records import record
 
@@ -44,7 +44,7 @@ class SgdOperands:
 
 def emit_sgd(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(SgdOperands *)`` to `module`."""
-    return _SgdEmitter(module, name, SgdOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _SgdEmitter(module, simd, name, SgdOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 class _SgdEmitter(Emitter):
@@ -66,11 +66,11 @@ class _SgdEmitter(Emitter):
         builder = self.builder
         names = ("w", "dw", "v") if momentum else ("w", "dw")
 
-        def body(indices: Values, mask: ir.Value | None) -> None:
+        def body(indices: Values, tail: Tail | None) -> None:
             results, strange = [], []
             for index in indices:
                 place = {name: self.offset(self.arg[name], index, self.itemsize) for name in names}
-                given = {name: self.load(place[name], mask) for name in names}
+                given = {name: self.load(place[name], tail) for name in names}
                 gradient = builder.fadd(builder.fmul(self.decay, given["w"]), given["dw"]) if decay else given["dw"]
                 move = builder.fmul(self.lr, gradient)
                 if momentum:
@@ -79,8 +79,8 @@ class _SgdEmitter(Emitter):
                 results += [(value, place["w"])] + ([(move, place["v"])] if momentum else [])
                 strange.append((self._infinite(value), [self._infinite(x) for x in given.values()]))
             self._look(strange)
-            for value, address in results:
-                self.store(value, address, mask)
+            values, addresses = zip(*results, strict=True)
+            self.store_all(list(values), list(addresses), tail)
 
         self.vectors(I64(0), self.arg["count"], UNROLL, body)
         return []

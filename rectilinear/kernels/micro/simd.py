@@ -14,7 +14,8 @@ BITS_PER_BYTE = 8
 
 @dataclass(frozen=True)
 class Simd:
-    """An instruction set: `width` bytes per vector register, `registers` of them, `spare` kept out of the tile.
+    """An instruction set: `width` bytes per vector register, `registers` of them, `spare` kept out of the tile; `stores_by_mask` where a
+    store of some lanes takes no longer than one of all.
 
     `spare` holds the broadcast of A and what LLVM needs to move in: found by looking for spills in the inner loop's assembly, which
     tests/test_kernels_simd.py keeps doing.
@@ -24,6 +25,7 @@ class Simd:
     width: int
     registers: int
     spare: int
+    stores_by_mask: bool = False
 
     def lanes(self, itemsize: int) -> int:
         return self.width // itemsize
@@ -41,7 +43,7 @@ class Simd:
         return max(1, min(15, (self.registers - nv - self.spare) // nv))
 
 
-AVX512 = Simd("AVX-512", 64, 32, 2)
+AVX512 = Simd("AVX-512", 64, 32, 2, stores_by_mask=True)
 AVX2 = Simd("AVX2", 32, 16, 1)
 SSE2 = Simd("SSE2", 16, 16, 2)
 NEON = Simd("NEON", 16, 32, 5)

@@ -34,7 +34,7 @@ class SoftmaxOperands:
 
 def emit_softmax(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(SoftmaxOperands *)`` to `module`. dst may be src."""
-    return _SoftmaxEmitter(module, name, SoftmaxOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _SoftmaxEmitter(module, simd, name, SoftmaxOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 class _SoftmaxEmitter(Emitter):
@@ -54,18 +54,18 @@ class _SoftmaxEmitter(Emitter):
         lowest = self._constant(-math.inf)
 
         builder.store(lowest, self.accumulator)
-        for at, mask in self._vectors():
-            value = self.load(builder.add(src, at), mask)
-            value = value if mask is None else builder.select(mask, value, lowest)
+        for at, tail in self._vectors():
+            value = self.load(builder.add(src, at), tail)
+            value = value if tail is None else builder.select(tail.mask, value, lowest)
             best = builder.load(self.accumulator, typ=self.vector)
             builder.store(builder.select(builder.fcmp_ordered(">", value, best), value, best), self.accumulator)
         top = self._reduce(lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
         builder.store(self.zero, self.accumulator)
-        for at, mask in self._vectors():
-            value = self._exp(builder.fsub(self.load(builder.add(src, at), mask), self.splat(top)))
-            value = value if mask is None else builder.select(mask, value, self.zero)
-            self.store(value, builder.add(dst, at), mask)
+        for at, tail in self._vectors():
+            value = self._exp(builder.fsub(self.load(builder.add(src, at), tail), self.splat(top)))
+            value = value if tail is None else builder.select(tail.mask, value, self.zero)
+            self.store(value, builder.add(dst, at), tail)
             builder.store(builder.fadd(builder.load(self.accumulator, typ=self.vector), value), self.accumulator)
         total = self._reduce(builder.fadd)
 
@@ -73,18 +73,18 @@ class _SoftmaxEmitter(Emitter):
         builder.store(total, self.pointer(self.offset(stats, 1, self.itemsize)), align=1)
         samples = builder.sitofp(self.arg["samples"], self.vector.element)
         divisor = self.splat(builder.fmul(total, samples))
-        for at, mask in self._vectors():
+        for at, tail in self._vectors():
             place = builder.add(dst, at)
-            self.store(builder.fdiv(self.load(place, mask), divisor), place, mask)
+            self.store(builder.fdiv(self.load(place, tail), divisor), place, tail)
 
     def _vectors(self) -> Iterator[tuple[ir.Value, ir.Value | None]]:
-        """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and mask."""
+        """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and tail."""
         builder, columns, lanes = self.builder, self.arg["columns"], self.vector.count
         whole = builder.and_(columns, I64(-lanes))
         with self.steps(I64(0), whole, lanes) as j:
             yield builder.mul(j, I64(self.itemsize)), None
         with builder.if_then(builder.icmp_signed("<", whole, columns)):
-            yield builder.mul(whole, I64(self.itemsize)), self.lanes_below(builder.sub(columns, whole))
+            yield builder.mul(whole, I64(self.itemsize)), self.first_lanes(builder.sub(columns, whole))
 
     def _reduce(self, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """The accumulator's lanes combined, in a tree."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I1, I64, Values
+from rectilinear.kernels.micro.emit import I1, I64, Tails, Values
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.micro.tile import Tile, TileEmitter
 from rectilinear.kernels.runtime.operands import Rows
@@ -57,13 +57,13 @@ class _StripEmitter(TileEmitter):
         builder, columns, nr = self.builder, self.arg["columns"], self.tile.nr
         whole = builder.and_(columns, I64(-nr))
         with self.steps(I64(0), whole, nr) as j:
-            self._panel(j, I64(nr), masked=False)
+            self._panel(j, I64(nr), full=True)
         with builder.if_then(builder.icmp_signed("<", whole, columns)):
-            self._panel(whole, builder.sub(columns, whole), masked=True)
+            self._panel(whole, builder.sub(columns, whole), full=False)
         builder.ret_void()
         return self.function
 
-    def _panel(self, j: ir.Value, columns: ir.Value, *, masked: bool) -> None:
+    def _panel(self, j: ir.Value, columns: ir.Value, *, full: bool) -> None:
         """The tile at column j: its arguments are those of the strip, moved on."""
         builder, tile, strip = self.builder, self.tile, self.arg
         at = builder.mul(j, I64(tile.itemsize))
@@ -71,25 +71,25 @@ class _StripEmitter(TileEmitter):
         moved["bias"] = builder.select(builder.icmp_signed("!=", strip["bias"], I64(0)), moved["bias"], I64(0))
         moved["bits.data"] = builder.add(strip["bits.data"], builder.lshr(j, I64(3)))
         self.arg = strip | moved | {"columns": columns}
-        self.full = I1(not masked)
-        self.column_masks = [self.lanes_below(columns, v * tile.lanes) for v in range(tile.nv)]
+        self.full = I1(full)
+        self.tails = self._tails(columns)
         sums = self.choose(self.flag(CONTINUE), self._chains_so_far, self._start)
         for k in range(STRIP_DEPTH):
-            sums = self._add_products(k, sums, masked)
+            sums = self._add_products(k, sums, self.whole if full else self.tails)
         self._store(self._relu(self._added(sums)))
         self.arg = strip
 
     def _chains_so_far(self) -> Values:
-        def init(masked: bool) -> Values:
-            return [value for i in range(self.tile.mr) for value in self._row(self._row_of("init", i), masked)]
+        def init(tails: Tails) -> Values:
+            return [value for i in range(self.tile.mr) for value in self._row(self._row_of("init", i), tails)]
 
-        return self._full_or_masked(init)
+        return self._full_or_tail(init)
 
-    def _add_products(self, k: int, sums: Values, masked: bool) -> Values:
+    def _add_products(self, k: int, sums: Values, tails: Tails) -> Values:
         # A is an operand of the multiply-adds, loaded anew for every panel: for all that LLVM knows C is stored where it lies. Hoisted
         # out of the loop over columns it would be spilled as vectors.
         tile, arg = self.tile, self.arg
-        columns = self._row(self.row("b", k), masked)
+        columns = self._row(self.row("b", k), tails)
         updated = []
         for i in range(tile.mr):
             broadcast = self.splat(self.load_scalar(self.offset(arg["a"], k * STRIP_ROWS + i, tile.itemsize)))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I8, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I8, I64, Emitter, Tails, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import record
@@ -82,13 +82,14 @@ def emit_tile(module: ir.Module, tile: Tile, name: str) -> ir.Function:
 
 class TileEmitter(Emitter):
     def __init__(self, module: ir.Module, tile: Tile, name: str, operands: type = TileOperands) -> None:
-        super().__init__(module, name, operands, float_vector(tile.itemsize, tile.lanes))
+        super().__init__(module, tile.simd, name, operands, float_vector(tile.itemsize, tile.lanes))
         self.tile = tile
+        self.whole: Tails = [None] * tile.nv
         self.rows_per_base = 1 if tile.mr <= OWN_BASES else ROWS_PER_BASE
 
     def run(self) -> ir.Function:
         self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
-        self.column_masks = [self.lanes_below(self.arg["columns"], v * self.tile.lanes) for v in range(self.tile.nv)]
+        self.tails = self._tails(self.arg["columns"])
         self._store(self._relu(self._added(self._sum_over_k(self._start()))))
         self.builder.ret_void()
         return self.function
@@ -99,26 +100,27 @@ class TileEmitter(Emitter):
         tile, bias = self.tile, self.arg["bias"]
         return self.choose(
             self.builder.icmp_signed("!=", bias, I64(0)),
-            lambda: self._full_or_masked(lambda masked: self._row(bias, masked) * tile.mr),
+            lambda: self._full_or_tail(lambda tails: self._row(bias, tails) * tile.mr),
             lambda: [self.zero] * (tile.mr * tile.nv),
         )
 
     def _added(self, sums: Values) -> Values:
         """The sums of this block of K, and of those before it."""
 
-        def c(masked: bool) -> Values:
-            return [value for i in range(self.tile.mr) for value in self._row(self._c_row(i), masked)]
+        def c(tails: Tails) -> Values:
+            return [value for i in range(self.tile.mr) for value in self._row(self._c_row(i), tails)]
 
         def add() -> Values:
-            return [self.builder.fadd(old, new) for old, new in zip(self._full_or_masked(c), sums, strict=True)]
+            return [self.builder.fadd(old, new) for old, new in zip(self._full_or_tail(c), sums, strict=True)]
 
         return self.choose(self.flag(ADD), add, lambda: sums)
 
-    def _row(self, address: ir.Value, masked: bool) -> Values:
-        """nv vectors from `address`; where masked, only the wanted columns are read."""
-        width = self.tile.simd.width
-        masks = self.column_masks if masked else [None] * self.tile.nv
-        return [self.load(self.offset(address, v, width), masks[v]) for v in range(self.tile.nv)]
+    def _tails(self, columns: ir.Value) -> Tails:
+        return [self.first_lanes(self.builder.sub(columns, I64(v * self.tile.lanes))) for v in range(self.tile.nv)]
+
+    def _row(self, address: ir.Value, tails: Tails) -> Values:
+        """nv vectors from `address`; nothing is read beyond their tails."""
+        return [self.load(self.offset(address, v, self.simd.width), tail) for v, tail in enumerate(tails)]
 
     def _c_row(self, i: int) -> ir.Value:
         return self.row("c", i)
@@ -156,7 +158,7 @@ class TileEmitter(Emitter):
         k, b, prefetch = counters
         if tile.mr * tile.nv > tile.mr + tile.nv:  # else loads bound the tile, and this would be one more
             self.prefetch(prefetch)
-        columns = self._row(b, masked=False)
+        columns = self._row(b, self.whole)
         if self.rows_per_base == 1:
             rows = [builder.add(base, moving[0]) for base in self.bases]
         else:
@@ -222,14 +224,13 @@ class TileEmitter(Emitter):
     def _store(self, accumulators: Values) -> None:
         tile = self.tile
 
-        def store(masked: bool) -> Values:
-            for i in range(tile.mr):
-                for v in range(tile.nv):
-                    address = self.offset(self._c_row(i), v, tile.simd.width)
-                    self.store(accumulators[i * tile.nv + v], address, self.column_masks[v] if masked else None)
+        def store(tails: Tails) -> Values:
+            for v, tail in enumerate(tails):
+                places = [self.offset(self._c_row(i), v, self.simd.width) for i in range(tile.mr)]
+                self.store_all(accumulators[v :: tile.nv], places, tail)
             return []
 
-        self._full_or_masked(store)
+        self._full_or_tail(store)
 
-    def _full_or_masked(self, make: Callable[[bool], Values]) -> Values:
-        return self.choose(self.full, lambda: make(False), lambda: make(True))
+    def _full_or_tail(self, make: Callable[[Tails], Values]) -> Values:
+        return self.choose(self.full, lambda: make(self.whole), lambda: make(self.tails))

@@ -24,7 +24,7 @@ class TransposeOperands:
 
 def emit_transpose(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(TransposeOperands *)`` to `module`."""
-    return _TransposeEmitter(module, name, TransposeOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _TransposeEmitter(module, simd, name, TransposeOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
 
 
 class _TransposeEmitter(Emitter):
@@ -43,7 +43,7 @@ class _TransposeEmitter(Emitter):
     def _block(self, j: ir.Value, k: ir.Value, k_left: ir.Value | None) -> None:
         """One lanes-by-lanes block: rows j of src, columns k on."""
         builder, arg = self.builder, self.arg
-        mask = None if k_left is None else self.lanes_below(k_left)
+        tail = None if k_left is None else self.first_lanes(k_left)
         at = builder.mul(k, I64(self.itemsize))
         rows = []
         for r in range(self.vector.count):
@@ -51,7 +51,7 @@ class _TransposeEmitter(Emitter):
             inside = builder.icmp_signed("<", index, arg["columns"])
             # Beyond the last column the first is read again and dropped: no branch, and nothing outside is touched.
             address = builder.add(self.row("src", builder.select(inside, index, I64(0))), at)
-            rows.append(builder.select(inside, self.load(address, mask), self.zero))
+            rows.append(builder.select(inside, self.load(address, tail), self.zero))
         columns = self._transposed(rows)
         first = builder.add(self.row("dst", k), builder.mul(j, I64(self.itemsize)))
         for t, column in enumerate(columns):
