@@ -250,7 +250,7 @@ def far_memory() -> Iterator[None]:
     """Few rows by strips, however small w is."""
     for itemsize in (4, 8):
         passes.prepare[itemsize]
-        host.publish_host(itemsize, past=2, page=1, cores=64)
+        host.publish_host(itemsize, past=2, page=1, l2=2, cores=64)
     yield
     for itemsize in (4, 8):
         host.publish_host(itemsize)
@@ -261,9 +261,11 @@ def far_memory() -> Iterator[None]:
 @pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 7, 8, 9])
 def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     _, nr = tile_extents(dtype)
-    for d, m in itertools.product([7, 8, 9, 16, 31], [1, 7, nr - 1, nr, nr + 1, 2 * nr, 2 * nr + 9]):
+    for d, m in itertools.product([7, 8, 9, 16, 31], [1, 7, nr - 1, nr, nr + 1, 2 * nr, 2 * nr + 9, 5 * nr + 3]):
         b = None if m == 2 * nr else whole(rng, (m,), dtype)
-        check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), b, whole(rng, (n, m), dtype), frames=True)
+        x, w, dout = whole(rng, (n, 2 * d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
+        check_step(x[:, d:], w, b, dout, frames=True)
+        check_step(x[:, ::2], w, b, dout)
 
 
 @pytest.mark.smoke
@@ -281,7 +283,7 @@ def test_dx_of_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.G
                 np.testing.assert_array_equal(alone, exact(dout) @ exact(w))
 
 
-ODD = [(1, 40, 700), (4, 33, 2100), (8, 803, 1031), (5, 2051, 1031), (3, 5, 40, 300), (0, 5, 40, 300)]
+ODD = [(1, 40, 700), (1, 2060, 2200), (1, 9, 40, 700), (4, 33, 2100), (8, 803, 1031), (5, 2051, 1031), (3, 5, 40, 300), (0, 5, 40, 300)]
 EVEN = [(1, 40, 768), (4, 32, 2048), (8, 256, 1024), (3, 5, 40, 384)]
 
 
@@ -487,12 +489,12 @@ from tests.guard import guarded
 
 backend, rng = NumbaBackend(), np.random.default_rng(5)
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (15, 9, 33), (14, 8, 32), (29, 17, 65), (30, 20, 10), (2049, 3, 5), (200, 300, 260)]
-SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33), (140, 79, 130), (333, 64, 130), (70, 300, 3), (2100, 70, 1), (70, 1, 300)]
+SHAPES += [(1, 17, 130), (8, 25, 133), (5, 16, 33), (140, 79, 130), (333, 64, 130), (70, 300, 3), (2100, 70, 1), (70, 1, 300), (40, 300, 1)]
 for T, few_by_strips in (("f4", False), ("f8", False), ("f4", True), ("f8", True)):
     size = np.dtype(T).itemsize
     passes.prepare[size]
     # Either few rows go by strips, or w is packed from one use on where a panel outgrows L1, and x and dz are as for low tiles.
-    host.publish_host(size, **({"past": 2, "page": 1} if few_by_strips else {"w_uses": 1, "rows": 4}))
+    host.publish_host(size, **({"past": 2, "page": 1, "l2": 2} if few_by_strips else {"w_uses": 1, "rows": 4}))
     for n, d, m in SHAPES:
         for at_end in (False, True):
             x, w, b, dout = (rng.integers(-3, 4, s).astype(T) for s in ((n, d), (d, m), (m,), (n, m)))

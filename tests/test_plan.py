@@ -256,7 +256,10 @@ def test_dx_goes_by_strips_where_a_w_by_columns_comes_from_memory() -> None:
         ((9, 1024, 1024), True, False),
         ((4, 1024, 1024), True, False),  # a single tile
         ((4, 2048, 2048), True, True),
-        ((1, 1000, 1000), True, False),  # rows of less than a page
+        ((1, 1000, 1000), True, True),
+        ((8, 1000, 1000), True, False),  # rows of less than a page
+        ((1, 256, 256), True, False),  # in half of L2
+        ((1, 32, 10000), True, False),  # a single tile
         ((1, 1024, 1024), False, False),  # by inner products
     ):
         job = plan("backward", shape, host_of(AVX2, 4, caches, cores=2), threads=2, w_by_columns=by_columns)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.runtime.cache import jit_too
-
-LINE_BYTES = 64
 
 WHOLE_TILES = 4
 """A block of fewer is not made of whole ones: threads could not share them out evenly."""

@@ -29,7 +29,7 @@ from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -125,10 +125,11 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
         row = tiles_of(zero, rows, vectors(zero)) * packed_step(zero, vectors(zero))
     of_dx = 0
     if job.plan.by_strips != 0:
-        of_dx = strips_bytes(zero, job.d)
+        of_dx = strips_bytes(zero, Matrix(), job.n, job.m, job.d)
     elif job.plan.w == PACKED and job.plan.by_dots == 0 and job.tasks.dx_rows == 1:
         of_dx = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr) * job.m * nr * size
-    return round_up(max(of_dx, host(zero).kc * row), 64)
+    of_dw = strips_bytes(zero, Matrix(), 1, job.n, job.d) if job.plan.dw_by_strips != 0 else host(zero).kc * row
+    return round_up(max(of_dx, of_dw), 64)
 
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:

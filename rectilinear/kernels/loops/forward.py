@@ -2,7 +2,7 @@
 
 One call is one job (`plan.Forward`), cut into tasks that each compute a block of rows by a block of columns of one group. Every element of
 out is a sum of chains of at most LONGEST_CHAIN multiply-adds in ascending order of d, the first begun with the bias, or of inner products,
-with a chain for each lane and the bias at the end; where chains begin depends on shapes, strides and the host, never on threads.
+with a chain for each lane; where chains begin depends on shapes, strides and the host, never on threads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rectilinear.kernels.loops.pack import Packing, copy, pack_panel, pack_panel
 from rectilinear.kernels.loops.plan import COPIED, PACKED, Forward, panels_at_once, plan_forward, schedule_forward
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, prefetch_rows, product
 from rectilinear.kernels.loops.strips import by_strips, strips_bytes
+from rectilinear.kernels.micro.dots import DOTS_TALL
 from rectilinear.kernels.micro.library import lanes
 from rectilinear.kernels.micro.tile import ADD, BITS
 from rectilinear.kernels.runtime.cache import jit, jit_inner
@@ -44,7 +45,7 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     group, index = index // (tasks.rows * tasks.columns), index % (tasks.rows * tasks.columns)
     nr = plan.width * lanes(zero)
     panels = block_count(job.m, nr)
-    mr, r = host(zero).rows, index % tasks.rows
+    mr, r = DOTS_TALL if plan.by_dots != 0 else host(zero).rows, index % tasks.rows
     first_row, last_row = rows_start(job.n, mr, tasks.rows, r), rows_start(job.n, mr, tasks.rows, r + 1)
     first = block_start(panels, tasks.columns, index // tasks.rows)
     columns = min(job.m, block_start(panels, tasks.columns, index // tasks.rows + 1) * nr) - first * nr
@@ -137,12 +138,11 @@ def _by_dots(zero: Any, job: Forward, rows: int, columns: int, x: Matrix, w: Row
     if _copies_itself(job):
         a = Rows(space, packed_row(job.d * size_of(zero)))
         copy(zero, Packing(rows=rows, columns=job.d, src=x, dst=a))
-    inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=w, c=block.c))
-    if block.bias == 0 and job.flags == 0:
-        return
-    # A product of no k: bias, ReLU and bits.
-    block.n, block.m, block.b.padded, block.flags = rows, columns, 1, ADD | job.flags
-    product(zero, block)
+    inner_products(zero, Inner(n=rows, k=job.d, m=columns, a=a, b=w, c=block.c, bias=block.bias))
+    if job.flags != 0:
+        # A product of no k: ReLU and bits.
+        block.n, block.m, block.b.padded, block.flags, block.bias = rows, columns, 1, ADD | job.flags, 0
+        product(zero, block)
 
 
 @jit_inner
@@ -210,7 +210,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     elif _copies_itself(job):
         slot = longest_block(job.n, host(zero).rows, tasks.rows) * packed_row(depth * size)
     if plan.by_strips != 0:
-        slot = strips_bytes(zero, job.m)
+        slot = strips_bytes(zero, Matrix(0, job.x.row, job.x.column), job.n, job.d, job.m)
     job.copy_bytes = slot
     if tasks.packs != 0:
         slot += panels_at_once(host(zero), block_count(job.m, nr), depth * nr) * depth * nr * size

@@ -208,4 +208,7 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
     if job.plan.dw_b == PACKED:
         panel = job.plan.stretch * nr * size
         block.b = Panels(data=b.packed_b + b.panel * panel, panel=panel, row=nr * size, padded=1)
-    product(zero, block)
+    if job.plan.dw_by_strips != 0:
+        by_strips(zero, block, b.space)
+    else:
+        product(zero, block)

@@ -14,7 +14,6 @@ from rectilinear.kernels.loops import tuned
 from rectilinear.kernels.loops.tuned import Choices
 from rectilinear.kernels.micro.library import host_simd, host_target
 from rectilinear.kernels.micro.simd import Simd
-from rectilinear.kernels.micro.strip import strip_tiles
 from rectilinear.kernels.runtime.fingerprint import digest
 from rectilinear.kernels.runtime.linking import publish, record_of
 from rectilinear.kernels.runtime.records import record, words_of
@@ -78,7 +77,6 @@ class Host:
     """mr: of the tallest tiles of so many vectors."""
     rows_of_wide: int = 0
     """mr of the tallest tiles of twice as many vectors."""
-    rows_of_strips: int = 0
     line: int = 0
     l1_sets: int = 0
     l1_ways: int = 0
@@ -139,7 +137,6 @@ def host_of(unit: Simd, itemsize: int, caches: Caches, cores: int) -> Host:
         vectors=nv,
         rows=unit.rows(nv),
         rows_of_wide=unit.rows(2 * nv),
-        rows_of_strips=strip_tiles(unit, itemsize)[-1].mr,
         line=caches.l1.line,
         l1_sets=caches.l1.sets,
         l1_ways=caches.l1.ways,

@@ -39,14 +39,15 @@ ran (256, 1000, 1000), 18 uses, 1.34 and 1.13 times as fast, (256, 2048, 1000) 1
 L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
 
-STRIP_BYTES = 2048
-"""The least of a row of w for one thread to move along."""
+STRIP_BYTES = 512
+"""The least of a row of w for one thread to move along: of two threads each had half of (1, 784, 512), 1.2 times as fast as one (Zen 3)."""
 
 FEW_ROWS = 16
 """Rows up to which dw is mostly a matter of writing it."""
 
 DOTS_VECTORS = 8
-"""The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves."""
+"""The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves. A single
+column takes one: the forward of (10000, 8, 1) ran 1.7 times as fast as by tiles, but (10000, 8, 3) 0.5 and (100000, 30, 3) 0.8 (Zen 3)."""
 
 NARROW, LONG_DOTS_VECTORS = 3, 32
 """Columns of a result up to which it is better made of inner products, and vectors along a row from which on that goes for two thirds of
@@ -177,6 +178,8 @@ class BackwardPlan:
     """1 where rows are so few that dx reads w^T along its rows."""
     depth: int = 0
     """kc of dx."""
+    dw_by_strips: int = 0
+    """1 where dw^T is a single row, from x as it lies."""
     dw_by_columns: int = 0
     """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
     by_slabs: int = 0
@@ -335,7 +338,8 @@ def suits_dots(host: Host, n: int, k: int, m: int) -> int:
     """Whether n rows of m inner products of length k take less time than tiles: few rows, for which tiles would have B transposed first, or
     few columns, for which they would compute padding."""
     few = n <= max(FEW_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
-    return 1 if k >= DOTS_VECTORS * host.lanes and (few or is_narrow(host, k, m)) else 0
+    least = 1 if m == 1 else DOTS_VECTORS
+    return 1 if k >= least * host.lanes and (few or is_narrow(host, k, m)) else 0
 
 
 @jit_too
@@ -349,18 +353,21 @@ def is_narrow(host: Host, k: int, m: int) -> bool:
 
 @jit_too
 def suits_strips(host: Host, n: int, k: int, m: int, depth: int, stride: int) -> int:
-    """Whether A (n, k) and B (k, m), with rows of B of a page or more so far apart, take less time by strips than by tiles of such a depth.
+    """Whether A (n, k) and B (k, m), with rows of B so far apart, take less time by strips than by tiles of such a depth.
 
-    Where B comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what a tile prefetches of
-    the next panel is lost, too. One tile of several rows hides that. The forward of (1, 1024, 1024) ran 2 times as fast with AVX-512, 4.7
-    times with AVX2, (8, 1024, 1024), two tiles there, 1.1 to 1.5 times; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long
-    (Zen 4).
+    A single row does where B is not small and wider than a tile. On one and two threads (1, 784, 512) ran 1.4 and 1.2 times as fast,
+    (1, 4000, 1000) 1.5 and 1.8, (1, 512, 256) 1.2 and 0.97, but in float64 (1, 256, 128) 1.0 and 0.9 (Zen 3). Several rows do where those
+    of B are a page or more, and B comes from memory, or from L3 once for each tile, since the rows of a panel meet in L2 as well: then what
+    a tile prefetches of the next panel is lost, too. One tile of several rows hides that. (8, 1024, 1024), two tiles with AVX2, ran 1.1 to
+    1.5 times as fast; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long (Zen 4).
     """
     kept_by_l2 = lines_kept(host, stride) * host.l2 // (host.l1_sets * host.l1_ways * host.line)
-    meets_in_l2 = kept_by_l2 < min(k, depth) and (n == 1 or n > host.rows)
+    meets_in_l2 = kept_by_l2 < min(k, depth) and n > host.rows
     row = m * host.itemsize
     streams = meets_in_l2 or k * row >= host.past // 2
-    return 1 if 1 <= n <= STRIP_ROWS and k >= STRIP_DEPTH and stride >= host.page and row >= host.page and streams else 0
+    far = stride >= host.page and row >= host.page and streams
+    alone = n == 1 and m > 2 * host.vectors * host.lanes and k * row > host.l2 // 2
+    return 1 if k >= STRIP_DEPTH and (alone or (far and 1 < n <= STRIP_ROWS)) else 0
 
 
 @jit_too
@@ -433,7 +440,9 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     size = host.itemsize
     panels = block_count(m, plan.width * host.lanes)
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
-    rows, columns = row_blocks(host, n, n, d, plan.depth), 1
+    # Inner products of few columns use a row of x once: no cache has to keep any. (10000, 64, 1) ran 1.4 times as fast as in 90 blocks.
+    streams = plan.by_dots != 0 and n > MOST_DOTS_ROWS
+    rows, columns = 1 if streams else row_blocks(host, n, n, d, plan.depth), 1
     wanted = host.choices.turns * threads
     if threads > 1 and job.groups * rows < wanted:
         most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.x == COPIED else (panels, 4)
@@ -504,6 +513,7 @@ def plan_backward(job: Backward, host: Host) -> None:
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
     must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
     plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
+    plan.dw_by_strips = 1 if by_columns and m == 1 and plan.dw_b == IN_PLACE and n >= STRIP_DEPTH else 0
     wide = by_columns and plan.dw_b == IN_PLACE and rows <= host.rows_of_wide
     plan.dw_width = 2 * host.vectors if wide else host.vectors
     bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
@@ -558,6 +568,8 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
     tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
     tasks.dw_columns = _cut(block_count(columns, plan.dw_width * host.lanes), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
+    if plan.dw_by_strips != 0:
+        tasks.dw_columns = min(tasks.dw_columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.dw_rows = even_out(tasks.dw_rows, tasks.dw_columns, threads)
     tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
 

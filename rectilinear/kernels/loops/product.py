@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import LINE_BYTES, block_count, block_start, round_up
+from rectilinear.kernels.loops.arithmetic import block_count, block_start, round_up
 from rectilinear.kernels.loops.pack import SIDE_BY_SIDE, Packing, pack_panel
 from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, least_vectors, most_rows, panels_of_a, rows, tile, vectors
 from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
+from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.tile import ADD, TileOperands
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.linking import by_name

@@ -1,62 +1,67 @@
-"""C (n, m) = init + A (n, k) B (k, m) by strips, for few rows of A and a B that comes from memory, where a tile would touch a page with
-every k.
-
-    for k in range(0, k, STRIP_DEPTH):      as many rows of B, each a stream
-        for i in range(0, n, mr):           from the second on, they are in the cache
-            micro/strip.py                  along all columns
+"""C (n, m) = init + A (n, k) B (k, m) by strips, for few rows of A and a B that lies in rows: micro/strip.py, for so many k at a time as
+a chain may have.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rectilinear.kernels.loops.arithmetic import packed_row
-from rectilinear.kernels.loops.host import LONGEST_CHAIN, host
-from rectilinear.kernels.loops.product import Product, product
-from rectilinear.kernels.micro.library import strip
-from rectilinear.kernels.micro.strip import CONTINUE, STRIP_DEPTH, STRIP_ROWS, StripOperands
+from rectilinear.kernels.loops.arithmetic import packed_row, round_up
+from rectilinear.kernels.loops.host import LONGEST_CHAIN
+from rectilinear.kernels.loops.pack import Packing, copy, pack_panel
+from rectilinear.kernels.loops.product import Product
+from rectilinear.kernels.micro.library import step_of_strips, strip
+from rectilinear.kernels.micro.simd import LINE_BYTES
+from rectilinear.kernels.micro.strip import STRIP_ROWS, StripOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import get, put, room, size_of
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 
-STRIP_WORDS = STRIP_DEPTH * STRIP_ROWS
-"""Room for the elements of A that a strip takes."""
+SUM_WORDS = 1024
+"""Room on the stack for the sums of a short row: a small call needs no other memory then."""
 
 
 @jit_inner
-def strips_bytes(zero: Any, columns: int) -> int:
-    """The scratch that `by_strips` takes."""
-    return STRIP_ROWS * packed_row(columns * size_of(zero))
+def strips_bytes(zero: Any, a: Matrix, rows: int, k: int, columns: int) -> int:
+    """The scratch that `by_strips` takes: for the sums, and for elements of A. 0 for a single short row that is read as it lies."""
+    short = rows == 1 and a.column == size_of(zero) and columns * size_of(zero) <= 8 * SUM_WORDS
+    return 0 if short else rows * packed_row(columns * size_of(zero)) + _bytes_of_a(zero, rows, k)
+
+
+@jit_inner
+def _bytes_of_a(zero: Any, rows: int, k: int) -> int:
+    return round_up(min(k, LONGEST_CHAIN) * (1 if rows == 1 else step_of_strips(zero)) * size_of(zero), LINE_BYTES)
 
 
 @jit_inner
 def by_strips(zero: Any, p: Product, space: int) -> None:
-    """The product `p`, whose B lies in rows, with sums at `space`."""
-    size = size_of(zero)
-    # Sums stay in memory of this task's own: where another one's columns begin, both would write to the same cache lines all along.
-    sums = Rows(space, packed_row(p.m * size))
-    elements = room(STRIP_WORDS)
-    whole = p.k // STRIP_DEPTH * STRIP_DEPTH
-    for k in range(0, whole, STRIP_DEPTH):
-        for first in range(0, p.n, host(zero).rows_of_strips):
-            rows = min(host(zero).rows_of_strips, p.n - first)
-            for j in range(STRIP_DEPTH):
-                for i in range(STRIP_ROWS):
-                    place = p.a.data + (first + min(i, rows - 1)) * p.a.row + (k + j) * p.a.column
-                    put(elements + (j * STRIP_ROWS + i) * size, get(zero, place))
-            so_far = Rows(sums.data + first * sums.row, sums.row)
-            s = StripOperands(rows=rows, a=elements, b=Rows(p.b.data + k * p.b.row, p.b.row), init=so_far, c=so_far, columns=p.m)
-            s.bits = Rows(p.bits.data + first * p.bits.row, p.bits.row)
-            s.flags = CONTINUE if k % LONGEST_CHAIN != 0 else 0
-            s.bias = p.bias if k == 0 else 0
-            if (k + STRIP_DEPTH) % LONGEST_CHAIN == 0 or k + STRIP_DEPTH == whole:
-                s.c = Rows(p.c.data + first * p.c.row, p.c.row)
-                s.flags |= (ADD if k >= LONGEST_CHAIN else 0) | (p.flags if k + STRIP_DEPTH == p.k else 0)
-            strip(zero, rows, s)
-    if whole < p.k:
-        p.a.data += whole * p.a.column
-        p.b.data += whole * p.b.row
-        p.k -= whole
-        p.bias, p.flags = 0, ADD | p.flags
-        product(zero, p)
+    """The product `p`, whose B lies in rows, with scratch at `space`."""
+    # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
+    sums = Rows(room(SUM_WORDS), 0)
+    if strips_bytes(zero, p.a, p.n, p.k, p.m) != 0:
+        sums = Rows(space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
+    for k in range(0, p.k, LONGEST_CHAIN):
+        depth = min(LONGEST_CHAIN, p.k - k)
+        a = _elements_of_a(zero, Matrix(p.a.data + k * p.a.column, p.a.row, p.a.column), p.n, depth, space)
+        s = StripOperands(k=depth, rows=p.n, columns=p.m, a=a, b=Rows(p.b.data + k * p.b.row, p.b.row), sums=sums, c=p.c, bits=p.bits)
+        s.bias = p.bias if k == 0 else 0
+        s.flags = (ADD if k > 0 else p.flags & ADD) | (p.flags if k + depth == p.k else 0)
+        strip(zero, p.n, s)
+
+
+@jit_inner
+def _elements_of_a(zero: Any, a: Matrix, rows: int, depth: int, space: int) -> int:
+    """Where the elements of A lie as strips take them: of a single row side by side, of more those of all rows together for each k."""
+    size, step = size_of(zero), step_of_strips(zero)
+    if rows == 1:
+        if a.column == size:
+            return a.data
+        copy(zero, Packing(rows=1, columns=depth, src=a, dst=Rows(space, 0)))
+        return space
+    pack_panel(zero, Packing(rows=depth, columns=rows, src=Matrix(a.data, a.column, a.row), dst=Rows(space, step * size)))
+    for k in range(depth if rows < STRIP_ROWS else 0):
+        last = get(zero, space + (k * step + rows - 1) * size)
+        for i in range(rows, STRIP_ROWS):
+            put(space + (k * step + i) * size, last)
+    return space

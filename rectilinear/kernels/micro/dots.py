@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I64, Emitter, Tail, Values, float_vector
-from rectilinear.kernels.micro.simd import Simd
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, Tail, Values, float_vector
+from rectilinear.kernels.micro.simd import LINE_BYTES, Simd
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import record
 
 
 @record
 class DotsOperands:
     """`rows` of A and `columns`, rows of B. C^T is written in tiles of whole height: it must have room for `rows` rounded up to
-    `DOTS_TALL`. Where `adds` is not 0, to what it holds is added."""
+    `DOTS_TALL`. Where `adds` is not 0, to what it holds is added. `bias` has an element for each of C, most of them the same, or no data.
+    Beside a single row of B, rows of A so many bytes `ahead` are prefetched; none where it is 0."""
 
     k: int = 0
     rows: int = 0
@@ -26,7 +27,9 @@ class DotsOperands:
     a: Rows = Rows()
     b: Rows = Rows()
     c: Rows = Rows()
+    bias: Matrix = Matrix()
     adds: int = 0
+    ahead: int = 0
 
 
 DOTS_COLUMNS = 3
@@ -34,6 +37,9 @@ DOTS_COLUMNS = 3
 
 DOTS_TALL = 8
 """Rows of A taken together with a single row of B: fewer sums would wait for each other."""
+
+DOTS_LINES = 2
+"""Of a row's beginning, what is prefetched: where rows are short hardware has not begun to look ahead when they end."""
 
 
 def dots_rows(simd: Simd) -> int:
@@ -66,17 +72,34 @@ class _DotsEmitter(Emitter):
         """All rows of A against so many rows of B, several at a time; the first of these stands for each that A does not have."""
         builder, rows, together = self.builder, self.arg["rows"], self.together[columns]
         with self.steps(I64(0), builder.add(rows, I64(together - 1)), together) as i:
-            a = []
-            for t in range(together):
-                index = builder.add(i, I64(t))
-                a.append(self.row("a", builder.select(builder.icmp_signed("<", index, rows), index, i)))
-            self._tile(i, j, a, [self.row("b", builder.add(j, I64(t))) for t in range(columns)])
+            of_a = [builder.add(i, I64(t)) for t in range(together)]
+            of_a = [builder.select(builder.icmp_signed("<", index, rows), index, i) for index in of_a]
+            of_b = [builder.add(j, I64(t)) for t in range(columns)]
+            start = self.choose(
+                builder.icmp_signed("!=", self.arg["bias.data"], I64(0)),
+                lambda: [self._bias(row, column) for column in of_b for row in of_a],
+                lambda: [self.zero] * (together * columns),
+            )
+            if columns == 1:
+                self._prefetch([builder.add(self.row("a", row), self.arg["ahead"]) for row in of_a])
+            sums = self._sum_over_k([self.row("a", row) for row in of_a], [self.row("b", column) for column in of_b], start)
+            self._put_tile(i, j, sums, together)
 
-    def _tile(self, i: ir.Value, j: ir.Value, a: Values, b: Values) -> None:
-        builder, arg, rows = self.builder, self.arg, len(a)
-        sums = self._sum_over_k(a, b)
+    def _prefetch(self, rows: Values) -> None:
+        with self.builder.if_then(self.builder.icmp_signed("!=", self.arg["ahead"], I64(0))):
+            for row in rows:
+                for line in range(DOTS_LINES):
+                    self.prefetch(self.builder.add(row, I64(line * LINE_BYTES)))
+
+    def _bias(self, row: ir.Value, column: ir.Value) -> ir.Value:
+        """A vector of it and zeros, with which the chains of one element of C begin."""
+        address = self.offset(self.row("bias", row), column, self.arg["bias.column"])
+        return self.builder.insert_element(self.zero, self.load_scalar(address), I32(0))
+
+    def _put_tile(self, i: ir.Value, j: ir.Value, sums: Values, rows: int) -> None:
+        builder, arg = self.builder, self.arg
         adds = builder.icmp_signed("!=", arg["adds"], I64(0))
-        for t in range(len(b)):
+        for t in range(len(sums) // rows):
             place = self.offset(self.row("c", builder.add(j, I64(t))), i, self.itemsize)
             for vector in self._added_up(sums[t * rows : (t + 1) * rows]):
                 self._put(vector, place, adds)
@@ -91,7 +114,7 @@ class _DotsEmitter(Emitter):
         (result,) = self.choose(adds, total, lambda: [vector])
         self.builder.store(result, self.pointer(place), align=1)
 
-    def _sum_over_k(self, a: Values, b: Values) -> Values:
+    def _sum_over_k(self, a: Values, b: Values, start: Values) -> Values:
         builder, lanes = self.builder, self.vector.count
         whole = builder.and_(self.arg["k"], I64(-lanes))
         left = builder.sub(self.arg["k"], whole)
@@ -100,7 +123,7 @@ class _DotsEmitter(Emitter):
         builder.branch(head)
         builder.position_at_end(head)
         at = self.phi(I64(0), before)
-        sums = [self.phi(self.zero, before) for _ in range(len(a) * len(b))]
+        sums = [self.phi(value, before) for value in start]
         builder.cbranch(builder.icmp_signed("<", at, whole), body, after)
         builder.position_at_end(body)
         updated = self._step(a, b, at, sums, None)

@@ -19,7 +19,7 @@ from rectilinear.kernels.micro.relu import emit_relu
 from rectilinear.kernels.micro.rows import emit_rows, row_lanes
 from rectilinear.kernels.micro.sgd import emit_sgd
 from rectilinear.kernels.micro.softmax import emit_softmax
-from rectilinear.kernels.micro.strip import STRIP_ROWS, emit_strip, strip_tiles
+from rectilinear.kernels.micro.strip import STRIP_ROWS, emit_strip, strip_step, strip_tiles
 from rectilinear.kernels.micro.tile import Tile, emit_tile
 from rectilinear.kernels.micro.transpose import emit_transpose
 from rectilinear.kernels.runtime.cache import jit
@@ -65,6 +65,7 @@ lanes = constant_of(lambda itemsize: host_simd().lanes(itemsize))
 vectors = constant_of(lambda itemsize: host_simd().tile(itemsize)[1])
 least_vectors = constant_of(lambda itemsize: min(tile.nv for tile in tiles(host_simd(), itemsize)))
 rows_of_dots = constant_of(lambda itemsize: dots_rows(host_simd()))
+step_of_strips = constant_of(lambda itemsize: strip_step(host_simd(), itemsize))
 lanes_of_rows = constant_of(lambda itemsize: row_lanes(host_simd(), itemsize))
 
 
@@ -120,7 +121,7 @@ def load(itemsize: int) -> None:
     by_rows = np.zeros(STRIP_ROWS + 1, np.int64)
     done = 0
     for shape in strip_tiles(host_simd(), itemsize):
-        by_rows[done : shape.mr + 1] = next(found)
+        by_rows[done:] = next(found)
         done = shape.mr + 1
     bits = 8 * itemsize
     publish(f"rectilinear_tiles_f{bits}", by_shape.ctypes.data, (by_shape, addresses))

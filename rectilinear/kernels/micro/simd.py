@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 BITS_PER_BYTE = 8
 
+LINE_BYTES = 64
+"""Of a cache line, on every machine meant."""
+
 
 @dataclass(frozen=True)
 class Simd:

@@ -1,12 +1,17 @@
-"""The generator of strips: a few rows of C along all their columns, from a few rows of B that are read as they lie.
+"""The generator of strips: C (n, m) = init + A (n, k) B (k, m) for a few rows, with B read along its rows as they lie.
 
-For few rows of A and a B that comes from memory: the register tile of `tile` has nothing to use again there, and going
-down a panel of B it touches a page with every k, where hardware does not look ahead. A strip is that same tile with
-the loops changed about. It takes STRIP_DEPTH values of k at once, each row of B a stream of its own, and moves along
-the columns; sums are carried on in between, in memory, and added to C every LONGEST_CHAIN values of k.
+    for k in range(0, K, STRIP_DEPTH):          so many rows of B at once, each a stream; what is left over one by one
+        for j in range(0, m, nr):
+            for i in range(0, n, mr):
+                C[i, j] += A[i, k] B[k, j]      mr by nr elements; those of B come from L1 for all but the first rows
+
+For few rows of A the register tile of `tile` has nothing to use again, and going down a panel of B it touches a page with every k, where
+hardware does not look ahead. A strip is that same tile with the loops changed about. Sums are carried on in between, in memory.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from llvmlite import ir
 
@@ -20,88 +25,122 @@ STRIP_DEPTH = 8
 """Rows of B taken together."""
 
 STRIP_ROWS = 8
-"""Rows of A at most. A comes packed, so many elements of it for each k; its last row stands in all places beyond."""
-
-CONTINUE = 8
-"""One more flag: start from what `init` holds."""
+"""Rows of A at most."""
 
 
 @record
 class StripOperands:
-    """As a tile's, but for `rows`, the wanted ones, 1 at least, `a`, which is packed, and `init`: the chains so far."""
+    """As a tile's, but for `rows`, those wanted, `columns`, all of them, `a`, which is packed, and `sums`, which holds the chains so far.
 
+    `a` has, for each k, the elements of all rows, from one k to the next `strip_step`; the last one stands in all places up to STRIP_ROWS.
+    """
+
+    k: int = 0
     rows: int = 0
+    columns: int = 0
     a: int = 0
     b: Rows = Rows()
-    init: Rows = Rows()
+    sums: Rows = Rows()
     c: Rows = Rows()
     bias: int = 0
     flags: int = 0
     bits: Rows = Rows()
-    columns: int = 0
 
 
 def strip_tiles(simd: Simd, itemsize: int) -> tuple[Tile, ...]:
-    """The tiles that run along rows, lowest first."""
+    """The tiles that run along rows, lowest first: for a single row twice as wide as others."""
     _, nv = simd.tile(itemsize)
-    return tuple(Tile(simd, itemsize, mr, nv) for mr in (1, 4, STRIP_ROWS) if mr <= simd.rows(nv))
+    heights = [mr for mr in (4, STRIP_ROWS) if mr <= simd.rows(nv)] or [simd.rows(nv)]
+    return (Tile(simd, itemsize, 1, 2 * nv), *(Tile(simd, itemsize, mr, nv) for mr in heights))
+
+
+def strip_step(simd: Simd, itemsize: int) -> int:
+    """Elements of packed A for each k, of more rows than one: as many as packing writes."""
+    return max(STRIP_ROWS, simd.lanes(itemsize))
 
 
 def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
-    """Add ``void name(StripOperands *)`` to `module`, for up to mr rows."""
+    """Add ``void name(StripOperands *)`` to `module`, by tiles of mr rows; that of one row is for a single one."""
     return _StripEmitter(module, tile, name, StripOperands).run()
 
 
 class _StripEmitter(TileEmitter):
     def run(self) -> ir.Function:
-        builder, columns, nr = self.builder, self.arg["columns"], self.tile.nr
-        whole = builder.and_(columns, I64(-nr))
-        with self.steps(I64(0), whole, nr) as j:
-            self._panel(j, I64(nr), full=True)
-        with builder.if_then(builder.icmp_signed("<", whole, columns)):
-            self._panel(whole, builder.sub(columns, whole), full=False)
+        builder, k = self.builder, self.arg["k"]
+        whole = builder.and_(k, I64(-STRIP_DEPTH))
+        with self.steps(I64(0), whole, STRIP_DEPTH) as first:
+            self._strip(first, STRIP_DEPTH)
+        with self.steps(whole, k, 1) as first:
+            self._strip(first, 1)
         builder.ret_void()
         return self.function
 
-    def _panel(self, j: ir.Value, columns: ir.Value, *, full: bool) -> None:
-        """The tile at column j: its arguments are those of the strip, moved on."""
+    def _strip(self, first: ir.Value, depth: int) -> None:
+        """All of C, so many k further. The last one goes to C, the others to the sums."""
+        builder, arg, step = self.builder, self.arg, self.tile.itemsize
+        step *= 1 if self.tile.mr == 1 else strip_step(self.simd, self.tile.itemsize)
+        self.begins = builder.icmp_signed("==", first, I64(0))
+        last = builder.icmp_signed("==", builder.add(first, I64(depth)), arg["k"])
+        ends = {"flags": I64(0), "c.data": arg["sums.data"], "c.row": arg["sums.row"]}
+        moved = {"a": self.offset(arg["a"], first, step), "b.data": self.row("b", first)}
+        self.arg = arg | moved | {name: builder.select(last, arg[name], other) for name, other in ends.items()}
+        with self.steps(I64(0), builder.add(arg["rows"], I64(self.tile.mr - 1)), self.tile.mr) as self.first_row:
+            self._columns(depth)
+        self.arg = arg
+
+    def _columns(self, depth: int) -> None:
+        """All panels of a few rows: wide ones, then narrow ones, of which the last may have a tail."""
+        builder, columns, wide = self.builder, self.arg["columns"], self.tile
+        done: ir.Value = I64(0)
+        for tile in dict.fromkeys((wide, replace(wide, nv=max(1, 8 // wide.lanes)))):
+            self.tile, self.whole = tile, [None] * tile.nv
+            whole = builder.and_(columns, I64(-tile.nr))
+            with self.steps(done, whole, tile.nr) as j:
+                self._panel(j, I64(tile.nr), depth, full=True)
+            done = whole
+        with builder.if_then(builder.icmp_signed("<", done, columns)):
+            self._panel(done, builder.sub(columns, done), depth, full=False)
+        self.tile, self.whole = wide, [None] * wide.nv
+
+    def _panel(self, j: ir.Value, columns: ir.Value, depth: int, *, full: bool) -> None:
+        """The tiles at column j: their arguments are those of the strip, moved on."""
         builder, tile, strip = self.builder, self.tile, self.arg
         at = builder.mul(j, I64(tile.itemsize))
-        moved = {name: builder.add(strip[name], at) for name in ("b.data", "init.data", "c.data", "bias")}
+        moved = {name: builder.add(strip[name], at) for name in ("b.data", "sums.data", "c.data", "bias")}
         moved["bias"] = builder.select(builder.icmp_signed("!=", strip["bias"], I64(0)), moved["bias"], I64(0))
         moved["bits.data"] = builder.add(strip["bits.data"], builder.lshr(j, I64(3)))
         self.arg = strip | moved | {"columns": columns}
-        self.full = I1(full)
-        self.tails = self._tails(columns)
-        sums = self.choose(self.flag(CONTINUE), self._chains_so_far, self._start)
-        for k in range(STRIP_DEPTH):
+        self.full, self.tails = I1(full), self._tails(columns)
+        sums = self.choose(self.begins, self._start, self._chains_so_far)
+        for k in range(depth):
             sums = self._add_products(k, sums, self.whole if full else self.tails)
         self._store(self._relu(self._added(sums)))
         self.arg = strip
 
     def _chains_so_far(self) -> Values:
-        def init(tails: Tails) -> Values:
-            return [value for i in range(self.tile.mr) for value in self._row(self._row_of("init", i), tails)]
+        def so_far(tails: Tails) -> Values:
+            return [value for i in range(self.tile.mr) for value in self._row(self._row_of("sums", i), tails)]
 
-        return self._full_or_tail(init)
+        return self._full_or_tail(so_far)
 
     def _add_products(self, k: int, sums: Values, tails: Tails) -> Values:
         # A is an operand of the multiply-adds, loaded anew for every panel: for all that LLVM knows C is stored where it lies. Hoisted
         # out of the loop over columns it would be spilled as vectors.
-        tile, arg = self.tile, self.arg
+        tile = self.tile
         columns = self._row(self.row("b", k), tails)
+        a = self.offset(self.arg["a"], self.first_row, tile.itemsize)
+        step = 1 if tile.mr == 1 else strip_step(self.simd, tile.itemsize)
         updated = []
         for i in range(tile.mr):
-            broadcast = self.splat(self.load_scalar(self.offset(arg["a"], k * STRIP_ROWS + i, tile.itemsize)))
+            broadcast = self.splat(self.load_scalar(self.offset(a, k * step + i, tile.itemsize)))
             updated += [self.multiply_add(broadcast, columns[v], sums[i * tile.nv + v]) for v in range(tile.nv)]
         return updated
 
     # The tile may have more rows than are wanted: the last one is computed once more for each of those.
 
     def _row_of(self, matrix: str, i: int) -> ir.Value:
-        last = self.builder.sub(self.arg["rows"], I64(1))
-        index = self.builder.select(self.builder.icmp_signed("<", I64(i), last), I64(i), last)
-        return self.row(matrix, index)
+        index, last = self.builder.add(self.first_row, I64(i)), self.builder.sub(self.arg["rows"], I64(1))
+        return self.row(matrix, self.builder.select(self.builder.icmp_signed("<", index, last), index, last))
 
     def _c_row(self, i: int) -> ir.Value:
         return self._row_of("c", i)
