@@ -266,6 +266,7 @@ def test_few_rows_by_strips(dtype: np.dtype[Any], n: int, rng: np.random.Generat
         x, w, dout = whole(rng, (n, 2 * d), dtype), whole(rng, (d, m), dtype), whole(rng, (n, m), dtype)
         check_step(x[:, d:], w, b, dout, frames=True)
         check_step(x[:, ::2], w, b, dout)
+    check_step(*(whole(rng, shape, dtype) for shape in ((n, 1031), (1031, 3 * nr), (3 * nr,), (n, 3 * nr))))  # more than a chain
 
 
 @pytest.mark.smoke
