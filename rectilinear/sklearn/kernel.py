@@ -25,7 +25,7 @@ from numba.core import cgutils
 
 from rectilinear.kernels.loops.elementwise import QUICK_BYTES, SHARED_BYTES
 from rectilinear.kernels.loops.parameters import Parameter, Parameters, fits, give_back, make_room, number_tasks, parameter, read, whose
-from rectilinear.kernels.micro.emit import I32, I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.library import host_simd
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.fingerprint import digest
@@ -117,10 +117,10 @@ class _RunEmitter(Emitter):
         return self.splat(value if self.itemsize == 8 else self.builder.fptrunc(value, self.vector.element))
 
     def _loop(self, adam: bool, nesterov: bool, decays: bool) -> Values:
-        def body(indices: Values, mask: ir.Value | None) -> None:
+        def body(indices: Values, tail: Tail | None) -> None:
             for index in indices:
                 place = {name: self.offset(self.arg[name], index, self.itemsize) for name in ("w", "dw", "m", "v")}
-                value = self._moved(place, mask, adam, nesterov, decays)
+                value = self._moved(place, tail, adam, nesterov, decays)
                 if decays:  # lanes beyond the end are 0 in all operands, and stay so
                     self._add_square(value)
 
@@ -128,9 +128,9 @@ class _RunEmitter(Emitter):
         return []
 
     def _squares(self) -> Values:
-        def body(indices: Values, mask: ir.Value | None) -> None:
+        def body(indices: Values, tail: Tail | None) -> None:
             for index in indices:
-                self._add_square(self.load(self.offset(self.arg["w"], index, self.itemsize), mask))
+                self._add_square(self.load(self.offset(self.arg["w"], index, self.itemsize), tail))
 
         self.vectors(I64(0), self.arg["count"], 1, body)
         return []
@@ -139,16 +139,16 @@ class _RunEmitter(Emitter):
         total = self.builder.load(self.sum, typ=self.vector)
         self.builder.store(self.builder.fadd(total, self.builder.fmul(value, value)), self.sum)
 
-    def _moved(self, place: dict[str, ir.Value], mask: ir.Value | None, adam: bool, nesterov: bool, decays: bool) -> ir.Value:
+    def _moved(self, place: dict[str, ir.Value], tail: Tail | None, adam: bool, nesterov: bool, decays: bool) -> ir.Value:
         """Move one vector; its new value."""
         builder, rates = self.builder, self.rates
-        w, g, v = (self.load(place[name], mask) for name in ("w", "dw", "v"))
+        w, g, v = (self.load(place[name], tail) for name in ("w", "dw", "v"))
         if decays:
             g = builder.fadd(g, builder.fmul(rates["decay"], w))
         g = builder.fmul(g, rates["scale"])
         if adam:
-            m = builder.fadd(builder.fmul(rates["momentum"], self.load(place["m"], mask)), builder.fmul(rates["rest"], g))
-            self.store(m, place["m"], mask)
+            m = builder.fadd(builder.fmul(rates["momentum"], self.load(place["m"], tail)), builder.fmul(rates["rest"], g))
+            self.store(m, place["m"], tail)
             v = builder.fadd(builder.fmul(rates["second"], v), builder.fmul(rates["second_rest"], builder.fmul(g, g)))
             root = builder.call(self.declare("llvm.sqrt", "", self.vector, [self.vector]), [v])
             move = builder.fdiv(builder.fmul(rates["descent"], m), builder.fadd(root, rates["epsilon"]))
@@ -158,8 +158,8 @@ class _RunEmitter(Emitter):
             if nesterov:
                 move = builder.fadd(builder.fmul(rates["momentum"], v), down)
         value = builder.fadd(w, move)
-        self.store(v, place["v"], mask)
-        self.store(value, place["w"], mask)
+        self.store(v, place["v"], tail)
+        self.store(value, place["w"], tail)
         return value
 
 
@@ -176,7 +176,7 @@ def _load(itemsize: int) -> None:
     def emit(typingctx):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = float_vector(itemsize, simd.lanes(itemsize))
-            kernel = _RunEmitter(builder.module, name, RunOperands, vector).run()
+            kernel = _RunEmitter(builder.module, simd, name, RunOperands, vector).run()
             kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, I64)])
 

@@ -98,21 +98,16 @@ class Emitter:
     def _store_by_halves(self, values: Values, addresses: Values, count: ir.Value) -> None:
         """The first `count` lanes, fewer than all: half a vector, or none, then of what is left half again, down to one lane."""
         # AVX2 has an instruction for it, but AMD's processors take 42 steps for that (uops.info), 20 cycles and more.
-        builder, lanes, done = self.builder, self.vector.count, I64(0)
+        builder, lanes = self.builder, self.vector.count
         while lanes > 1:
             half = lanes // 2
-            low = [self.shuffle(value, value, list(range(half))) for value in values]
-
-            def put(values: Values = values, low: Values = low, lanes: int = lanes, done: ir.Value = done) -> Values:
+            low, high = ([self.shuffle(value, value, list(part)) for value in values] for part in (range(half), range(half, lanes)))
+            wanted = builder.icmp_signed("!=", builder.and_(count, I64(half)), I64(0))
+            done = builder.mul(builder.and_(count, I64(-lanes)), I64(self.itemsize))
+            with builder.if_then(wanted):
                 for value, address in zip(low, addresses, strict=True):
                     builder.store(value, self.pointer(builder.add(address, done)), align=1)
-                rest = [self.shuffle(value, value, list(range(lanes // 2, lanes))) for value in values]
-                return [builder.add(done, I64(lanes // 2 * self.itemsize)), *rest]
-
-            def leave(low: Values = low, done: ir.Value = done) -> Values:
-                return [done, *low]
-
-            done, *values = self.choose(builder.icmp_signed("!=", builder.and_(count, I64(half)), I64(0)), put, leave)
+            values = [builder.select(wanted, *rest) for rest in zip(high, low, strict=True)]
             lanes = half
 
     def load_scalar(self, address: ir.Value, kind: ir.Type | None = None) -> ir.Value:

@@ -8,8 +8,8 @@ A is read an element at a time and broadcast, through a row and a column stride,
 columns or in a packed block. B is read nv vectors at a time from consecutive columns, with one stride between
 the rows of k: a packed panel or the operand itself. `init` is zero, the bias or what C holds, the sum over the earlier blocks of K,
 which is added at the end: one chain of multiply-adds all along K would lose digits with its length. The epilogue applies ReLU and
-writes the keep-mask bits, from registers, and stores C once; where fewer columns than the tile has are wanted, it stores those through
-a mask and touches nothing beyond them.
+writes the keep-mask bits, from registers, and stores C once; where fewer columns than the tile has are wanted, it touches nothing beyond
+them.
 
 All the shapes of a target, widths and dtypes come from the same code here. What is not here: packing, blocking, threads.
 """

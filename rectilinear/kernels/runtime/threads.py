@@ -538,8 +538,8 @@ For jobs that are shorter than waking a helper takes: in a row of such jobs only
 
 
 SMALL_BYTES = 3 << 20
-"""Multiply-adds, each counted as the bytes of an element, that one thread finishes before a helper would have woken up: 16 us at the peak of
-a Zen 3, 30 in a narrow layer. With a third more, (100, 784, 10) in a row stayed alone, 31 us apart, and took 1.35 times as long."""
+"""Multiply-adds, each counted as the bytes of an element, that one thread finishes before a helper would have woken up: 16 us at the peak
+of a Zen 3, 30 in a narrow layer. With a third more (100, 784, 10) in a row stayed alone, 31 us apart, and took 1.35 times as long."""
 
 TINY_WORK = 1 << 17
 """Multiply-adds that one thread finishes before a helper that is awake would have done its part."""
