@@ -261,11 +261,12 @@ class CupyBackend:
             to_db = None if of_db is None else array(of_db, dtype, memory + at_db)
         if small is not None and x._c_contiguous and w._c_contiguous:
             if fresh:
-                self._small_backward(small, left, dout, x, w, keep, to_dx, to_dw, to_db)
-                return to_dx, to_dw, to_db
+                results = to_dx, to_dw, to_db
+                self._small_backward(small, left, dout, x, w, keep, results)
+                return results
             of_dx, of_dw, of_db = shapes
             dx, dw, db = self._result(of_dx, dtype, to_dx), self._result(of_dw, dtype, to_dw), self._result(of_db, dtype, to_db)
-            self._small_backward(small, left, dout, x, w, keep, dx, dw, db)
+            self._small_backward(small, left, dout, x, w, keep, (dx, dw, db))
             return _deliver(dx, to_dx), _deliver(dw, to_dw), _deliver(db, to_db)
         want_dx, want_dw, want_db = wanted
         db = None
@@ -295,10 +296,10 @@ class CupyBackend:
         start((x, w, bias, y, self._null if mask is None else mask, parts, counters, *extents))
 
     def _small_backward(
-        self, launch: Any, left: int, dout: Array, x: Array, w: Array, keep: Keep | None, dx: Array | None, dw: Array, db: Array | None
+        self, launch: Any, left: int, dout: Array, x: Array, w: Array, keep: Keep | None, results: tuple[Array | None, Array, Array | None]
     ) -> None:
         """Fill dw, and dx and db where they are wanted."""
-        start, extents = launch
+        (start, extents), (dx, dw, db) = launch, results
         if (x.data.ptr | w.data.ptr) % x.itemsize:
             x, w = self._contiguous(x), self._contiguous(w)
         selector = self._null if keep is None else self._contiguous(keep._bits if isinstance(keep, KeepMask) else keep)
