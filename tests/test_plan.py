@@ -37,7 +37,7 @@ from rectilinear.kernels.loops.plan import (
     schedule_forward,
 )
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2
-from rectilinear.kernels.micro.strip import STRIP_ROWS
+from rectilinear.kernels.micro.strip import STRIP_DEPTH, STRIP_ROWS
 from rectilinear.kernels.runtime.operands import Stack
 
 from . import plans, subprocesses
@@ -346,6 +346,10 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         assert (chosen.w == IN_PLACE) == (w.row == host.itemsize)
         assert chosen.w == IN_PLACE or job.m <= NARROW
         assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.d, job.m)
+    elif chosen.by_strips:
+        assert w.column == host.itemsize
+        assert chosen.w == IN_PLACE
+        assert job.n <= STRIP_ROWS
     elif chosen.w == IN_PLACE:
         assert in_rows
     if chosen.w == PACKED and in_rows and not chosen.by_dots:
@@ -354,9 +358,6 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
         outgrows = 2 * job.d * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
         assert outgrows or w.row % (host.lanes * host.itemsize) != 0
-    if chosen.by_strips:
-        assert w.column == host.itemsize
-        assert job.n <= STRIP_ROWS
 
 
 @quick
@@ -378,6 +379,10 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
         assert x.column == host.itemsize
         assert job.d % (host.vectors * host.lanes) == 0 or (job.m <= NARROW and x.row >= job.d * host.itemsize)
     assert not (chosen.dw_by_columns and chosen.dw_a == COPIED)
+    if chosen.dw_by_strips:
+        assert chosen.dw_by_columns
+        assert (job.m, x.column, chosen.dw_a, chosen.dw_b) == (1, host.itemsize, IN_PLACE, IN_PLACE)
+        assert job.n >= STRIP_DEPTH
     if chosen.by_dots:
         assert job.w.column == host.itemsize
         assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.m, job.d)

@@ -29,7 +29,7 @@ from rectilinear.kernels.micro.library import lanes, vectors
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import address_of, at
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -116,7 +116,7 @@ def _dw_task(zero: Any, index: int, job: Backward, slot: int) -> None:
 
 @jit_inner
 def _slot_bytes(zero: Any, job: Backward) -> int:
-    """Scratch of one thread: panels of w^T, or sums of dx, or a block of dw's A."""
+    """Scratch of one thread: panels of w^T, or a block of dw's A, or what strips keep."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     rows, row = longest_block(job.m if job.plan.dw_by_columns != 0 else job.d, host(zero).rows, max(1, job.tasks.dw_rows)), 0
     if job.plan.dw_a == COPIED:
@@ -125,10 +125,10 @@ def _slot_bytes(zero: Any, job: Backward) -> int:
         row = tiles_of(zero, rows, vectors(zero)) * packed_step(zero, vectors(zero))
     of_dx = 0
     if job.plan.by_strips != 0:
-        of_dx = strips_bytes(zero, Matrix(), job.n, job.m, job.d)
+        of_dx = strips_bytes(zero, job.n, job.m, job.d, True)
     elif job.plan.w == PACKED and job.plan.by_dots == 0 and job.tasks.dx_rows == 1:
         of_dx = panels_at_once(host(zero), block_count(job.d, nr), job.m * nr) * job.m * nr * size
-    of_dw = strips_bytes(zero, Matrix(), 1, job.n, job.d) if job.plan.dw_by_strips != 0 else host(zero).kc * row
+    of_dw = strips_bytes(zero, 1, job.n, job.d, False) if job.plan.dw_by_strips != 0 else host(zero).kc * row
     return round_up(max(of_dx, of_dw), 64)
 
 

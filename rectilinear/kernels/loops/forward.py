@@ -210,7 +210,7 @@ def _lay_out(zero: Any, job: Forward, scratch: int, threads: int) -> int:
     elif _copies_itself(job):
         slot = longest_block(job.n, host(zero).rows, tasks.rows) * packed_row(depth * size)
     if plan.by_strips != 0:
-        slot = strips_bytes(zero, Matrix(0, job.x.row, job.x.column), job.n, job.d, job.m)
+        slot = strips_bytes(zero, job.n, job.d, job.m, job.x.column == size)
     job.copy_bytes = slot
     if tasks.packs != 0:
         slot += panels_at_once(host(zero), block_count(job.m, nr), depth * nr) * depth * nr * size

@@ -32,7 +32,7 @@ class Block:
 
     Of dx: `panels` panels from `panel` on, with w^T packed at `packed_w`. Of dw: `rows` rows from `row` on and `panels` panels, where `dw`
     is the whole of it; its B may be packed, with these samples of its first panel at `packed_b`, and `space` is for a copy of its A, or
-    for the sums of strips. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
+    for what strips keep. What the tiles are to prefetch meanwhile is at `prefetch`, or that is 0.
     """
 
     group: int = 0
@@ -124,7 +124,7 @@ def dx_by_dots(zero: Any, job: Backward, b: Block) -> None:
 
 @jit_inner
 def dx_by_strips(zero: Any, job: Backward, b: Block) -> None:
-    """Panels of dx by strips, from a w^T that lies in rows; the sums are in `b.space`."""
+    """Panels of dx by strips, from a w^T that lies in rows; what they keep is in `b.space`."""
     size, nr = size_of(zero), vectors(zero) * lanes(zero)
     j = b.panel * nr
     dx = Rows(job.dx.data + b.group * job.dx.group + b.first * job.dx.row + j * size, job.dx.row)

@@ -1,4 +1,4 @@
-"""C (n, m) = A (n, k) B^T by inner products of rows of A and of B, for few rows of A or of B.
+"""C (n, m) = bias + A (n, k) B^T by inner products of rows of A and of B, for few rows of A or of B.
 
     for j in range(0, m, DOTS_BLOCK):           rows of B that stay in the cache for all of A
         for i in range(0, n, DOTS_ROWS):        a single column takes all rows at once

@@ -40,7 +40,8 @@ L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
 
 STRIP_BYTES = 512
-"""The least of a row of w for one thread to move along: of two threads each had half of (1, 784, 512), 1.2 times as fast as one (Zen 3)."""
+"""The least of a row of w, or of x for dw of one column, for one thread to move along: of two threads each had half of (1, 784, 512), 1.2
+times as fast as one; dw of (1000, 500, 1) ran 1.2 times as fast as by tiles, (1000, 100, 1) 1.07, but (1000, 30, 1) 0.68 (Zen 3)."""
 
 FEW_ROWS = 16
 """Rows up to which dw is mostly a matter of writing it."""
@@ -155,7 +156,7 @@ class Forward:
     slots: Rows = Rows()
     """Scratch of the threads, and the bytes of each."""
     copy_bytes: int = 0
-    """What of a slot is for x, or for the sums of strips."""
+    """What of a slot is for x, or for what strips keep."""
 
 
 @record
@@ -178,10 +179,10 @@ class BackwardPlan:
     """1 where rows are so few that dx reads w^T along its rows."""
     depth: int = 0
     """kc of dx."""
-    dw_by_strips: int = 0
-    """1 where dw^T is a single row, from x as it lies."""
     dw_by_columns: int = 0
     """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
+    dw_by_strips: int = 0
+    """1 where dw^T is a single row that is made from x along its rows."""
     by_slabs: int = 0
     slabs: int = 0
     stretch: int = 0
@@ -424,6 +425,8 @@ def plan_forward(job: Forward, host: Host) -> None:
     depth = depth_for(host, n, d, d * m * size, (packs_by_model or not in_rows) and not crowds)
     plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
     plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.w.row) if job.w.column == size else 0
+    if plan.by_strips != 0:
+        plan.w = IN_PLACE
     plan.by_dots = suits_dots(host, n, d, m) if job.x.column == size else 0
     if job.w.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
         plan.by_dots = 0
@@ -513,7 +516,8 @@ def plan_backward(job: Backward, host: Host) -> None:
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
     must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
     plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
-    plan.dw_by_strips = 1 if by_columns and m == 1 and plan.dw_b == IN_PLACE and n >= STRIP_DEPTH else 0
+    alone = by_columns and m == 1 and plan.dw_b == IN_PLACE
+    plan.dw_by_strips = 1 if alone and n >= STRIP_DEPTH and d * size >= STRIP_BYTES else 0
     wide = by_columns and plan.dw_b == IN_PLACE and rows <= host.rows_of_wide
     plan.dw_width = 2 * host.vectors if wide else host.vectors
     bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)

@@ -34,8 +34,8 @@ from rectilinear.kernels.runtime.threads import parallel_for
 
 @record
 class Space:
-    """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, copied or packed, packed w^T; and
-    its end."""
+    """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, copied or packed, or what strips
+    keep, packed w^T; and its end."""
 
     z: int = 0
     sums: int = 0

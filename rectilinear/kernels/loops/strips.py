@@ -23,9 +23,9 @@ SUM_WORDS = 1024
 
 
 @jit_inner
-def strips_bytes(zero: Any, a: Matrix, rows: int, k: int, columns: int) -> int:
-    """The scratch that `by_strips` takes: for the sums, and for elements of A. 0 for a single short row that is read as it lies."""
-    short = rows == 1 and a.column == size_of(zero) and columns * size_of(zero) <= 8 * SUM_WORDS
+def strips_bytes(zero: Any, rows: int, k: int, columns: int, side_by_side: bool) -> int:
+    """The scratch that `by_strips` takes: for the sums, and for elements of A. 0 for a single short row whose elements lie side by side."""
+    short = rows == 1 and side_by_side and columns * size_of(zero) <= 8 * SUM_WORDS
     return 0 if short else rows * packed_row(columns * size_of(zero)) + _bytes_of_a(zero, rows, k)
 
 
@@ -39,7 +39,7 @@ def by_strips(zero: Any, p: Product, space: int) -> None:
     """The product `p`, whose B lies in rows, with scratch at `space`."""
     # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
     sums = Rows(room(SUM_WORDS), 0)
-    if strips_bytes(zero, p.a, p.n, p.k, p.m) != 0:
+    if strips_bytes(zero, p.n, p.k, p.m, p.a.column == size_of(zero)) != 0:
         sums = Rows(space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
     for k in range(0, p.k, LONGEST_CHAIN):
         depth = min(LONGEST_CHAIN, p.k - k)

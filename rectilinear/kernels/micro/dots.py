@@ -1,4 +1,4 @@
-"""The generator of inner products of rows: C^T[j, i] = sum over k of A[i, k] B[j, k].
+"""The generator of inner products of rows: C^T[j, i] = bias[i, j] + sum over k of A[i, k] B[j, k].
 
 It is how dx = dz w^T is computed for few rows, and results of few columns: both operands are read along their rows, so that w is not
 transposed, and no vector of C is padded. Sums are kept a vector of partial sums for each element, added up at the end in a fixed order.

@@ -27,16 +27,16 @@ class PanelsOperands:
 
 def emit_panels(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(PanelsOperands *)`` to `module`, for panels of B, as wide as full tiles."""
-    return _PanelsEmitter(module, name, simd, itemsize, simd.tile(itemsize)[1]).run()
+    return _PanelsEmitter(module, simd, name, itemsize, simd.tile(itemsize)[1]).run()
 
 
 def emit_panels_of_a(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """The same for panels of A, as wide as full tiles are high, padded to whole vectors with what follows in `src`."""
-    return _PanelsEmitter(module, name, simd, itemsize, -(-simd.tile(itemsize)[0] // simd.lanes(itemsize))).run()
+    return _PanelsEmitter(module, simd, name, itemsize, -(-simd.tile(itemsize)[0] // simd.lanes(itemsize))).run()
 
 
 class _PanelsEmitter(Emitter):
-    def __init__(self, module: ir.Module, name: str, simd: Simd, itemsize: int, width: int) -> None:
+    def __init__(self, module: ir.Module, simd: Simd, name: str, itemsize: int, width: int) -> None:
         super().__init__(module, simd, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.width = width
 

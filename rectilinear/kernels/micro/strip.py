@@ -1,9 +1,9 @@
 """The generator of strips: C (n, m) = init + A (n, k) B (k, m) for a few rows, with B read along its rows as they lie.
 
     for k in range(0, K, STRIP_DEPTH):          so many rows of B at once, each a stream; what is left over one by one
-        for j in range(0, m, nr):
-            for i in range(0, n, mr):
-                C[i, j] += A[i, k] B[k, j]      mr by nr elements; those of B come from L1 for all but the first rows
+        for i in range(0, n, mr):               from the second on, they are in the cache
+            for j in range(0, m, nr):
+                C[i, j] += A[i, k] B[k, j]      mr by nr elements
 
 For few rows of A the register tile of `tile` has nothing to use again, and going down a panel of B it touches a page with every k, where
 hardware does not look ahead. A strip is that same tile with the loops changed about. Sums are carried on in between, in memory.
@@ -16,7 +16,7 @@ from dataclasses import replace
 from llvmlite import ir
 
 from rectilinear.kernels.micro.emit import I1, I64, Tails, Values
-from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.micro.simd import BITS_PER_BYTE, Simd
 from rectilinear.kernels.micro.tile import Tile, TileEmitter
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import record
@@ -32,7 +32,8 @@ STRIP_ROWS = 8
 class StripOperands:
     """As a tile's, but for `rows`, those wanted, `columns`, all of them, `a`, which is packed, and `sums`, which holds the chains so far.
 
-    `a` has, for each k, the elements of all rows, from one k to the next `strip_step`; the last one stands in all places up to STRIP_ROWS.
+    `a` has a single row's elements side by side; of more rows, for each k those of all of them, from one k to the next `strip_step`: the
+    last row's stands in all places up to STRIP_ROWS.
     """
 
     k: int = 0
@@ -67,6 +68,7 @@ def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
 class _StripEmitter(TileEmitter):
     def run(self) -> ir.Function:
         builder, k = self.builder, self.arg["k"]
+        self.step = 1 if self.tile.mr == 1 else strip_step(self.simd, self.itemsize)
         whole = builder.and_(k, I64(-STRIP_DEPTH))
         with self.steps(I64(0), whole, STRIP_DEPTH) as first:
             self._strip(first, STRIP_DEPTH)
@@ -77,22 +79,21 @@ class _StripEmitter(TileEmitter):
 
     def _strip(self, first: ir.Value, depth: int) -> None:
         """All of C, so many k further. The last one goes to C, the others to the sums."""
-        builder, arg, step = self.builder, self.arg, self.tile.itemsize
-        step *= 1 if self.tile.mr == 1 else strip_step(self.simd, self.tile.itemsize)
+        builder, arg = self.builder, self.arg
         self.begins = builder.icmp_signed("==", first, I64(0))
         last = builder.icmp_signed("==", builder.add(first, I64(depth)), arg["k"])
         ends = {"flags": I64(0), "c.data": arg["sums.data"], "c.row": arg["sums.row"]}
-        moved = {"a": self.offset(arg["a"], first, step), "b.data": self.row("b", first)}
+        moved = {"a": self.offset(arg["a"], first, self.step * self.itemsize), "b.data": self.row("b", first)}
         self.arg = arg | moved | {name: builder.select(last, arg[name], other) for name, other in ends.items()}
         with self.steps(I64(0), builder.add(arg["rows"], I64(self.tile.mr - 1)), self.tile.mr) as self.first_row:
             self._columns(depth)
         self.arg = arg
 
     def _columns(self, depth: int) -> None:
-        """All panels of a few rows: wide ones, then narrow ones, of which the last may have a tail."""
+        """All panels of a few rows: wide ones, then ones as narrow as a byte of the mask allows, of which the last may have a tail."""
         builder, columns, wide = self.builder, self.arg["columns"], self.tile
         done: ir.Value = I64(0)
-        for tile in dict.fromkeys((wide, replace(wide, nv=max(1, 8 // wide.lanes)))):
+        for tile in dict.fromkeys((wide, replace(wide, nv=max(1, BITS_PER_BYTE // wide.lanes)))):
             self.tile, self.whole = tile, [None] * tile.nv
             whole = builder.and_(columns, I64(-tile.nr))
             with self.steps(done, whole, tile.nr) as j:
@@ -129,10 +130,9 @@ class _StripEmitter(TileEmitter):
         tile = self.tile
         columns = self._row(self.row("b", k), tails)
         a = self.offset(self.arg["a"], self.first_row, tile.itemsize)
-        step = 1 if tile.mr == 1 else strip_step(self.simd, tile.itemsize)
         updated = []
         for i in range(tile.mr):
-            broadcast = self.splat(self.load_scalar(self.offset(a, k * step + i, tile.itemsize)))
+            broadcast = self.splat(self.load_scalar(self.offset(a, k * self.step + i, tile.itemsize)))
             updated += [self.multiply_add(broadcast, columns[v], sums[i * tile.nv + v]) for v in range(tile.nv)]
         return updated
 
