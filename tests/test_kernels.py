@@ -217,6 +217,7 @@ def test_few_columns_or_features(dtype: np.dtype[Any], n: int, few: int, rng: np
             with num_threads(threads):
                 check_step(x, w, b, dout, frames=True)
                 check_step(x, np.asfortranarray(w), None, dout, frames=True)
+                check_step(x, w, b, dout)  # a dw of one column is then a row as well
                 check_step(np.asfortranarray(x), w, b, dout)
 
 
