@@ -547,9 +547,8 @@ TINY_WORK = 1 << 17
 
 LEAST_ROWS, COLUMNS_AT_ONCE, LEAST_FEATURES = 8, 4, 2
 """Reading w, or writing dw, takes as long for fewer rows, reading x for fewer columns, writing out for fewer features; and columns are
-computed several at once. On two threads the
-forward of (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4), the backward of (1, 784, 256) 1.5, (1, 1024, 1024) 1.7,
-(1, 256, 256) 1.0 to 1.6, the forward of (1000, 1000, 1) 1.8, but (300, 2, 100) 0.6 (Zen 3)."""
+computed several at once. On two threads the forward of (1, 724, 512) and (1, 1024, 512) ran 1.8 to 2.1 times as fast (Zen 4), the backward
+of (1, 784, 256) 1.5, (1, 1024, 1024) 1.7, (1, 256, 256) 1.0 to 1.6, the forward of (1000, 1000, 1) 1.8, but (300, 2, 100) 0.6 (Zen 3)."""
 
 
 @jit_inner
