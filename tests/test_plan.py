@@ -93,8 +93,8 @@ def stack(draw: st.DrawFn, rows: int, columns: int, size: int) -> Stack:
 
 
 @st.composite
-def forwards(draw: st.DrawFn) -> tuple[Forward, Host]:
-    host, n, d, m = draw(hosts()), draw(extents), draw(extents), draw(extents)
+def forwards(draw: st.DrawFn, rows: st.SearchStrategy[int] = extents) -> tuple[Forward, Host]:
+    host, n, d, m = draw(hosts()), draw(rows), draw(extents), draw(extents)
     x, w, out = (stack(draw, rows, columns, host.itemsize) for rows, columns in ((n, d), (d, m), (n, m)))
     job = Forward(x=x, w=w, out=out, n=n, d=d, m=m, groups=draw(st.sampled_from([1, 1, 3, 64])))
     plan_forward(job, host)
@@ -102,8 +102,8 @@ def forwards(draw: st.DrawFn) -> tuple[Forward, Host]:
 
 
 @st.composite
-def backwards(draw: st.DrawFn) -> tuple[Backward, Host]:
-    host, n, d, m = draw(hosts()), draw(extents), draw(extents), draw(extents)
+def backwards(draw: st.DrawFn, columns: st.SearchStrategy[int] = extents) -> tuple[Backward, Host]:
+    host, n, d, m = draw(hosts()), draw(extents), draw(extents), draw(columns)
     size = host.itemsize
     dout, x, w, dx, dw = (stack(draw, rows, columns, size) for rows, columns in ((n, m), (n, d), (d, m), (n, d), (d, m)))
     for result in (dx, dw):
@@ -266,6 +266,31 @@ def test_dx_goes_by_strips_where_a_w_by_columns_comes_from_memory() -> None:
         assert job.plan.by_strips == strips, shape
 
 
+def test_one_row_and_one_column_go_by_strips_where_these_are_long() -> None:
+    caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))
+    zen3 = host_of(AVX2, 4, caches, cores=2)
+    for shape, strips in (
+        ((1, 784, 512), True),
+        ((1, 100, 4000), True),
+        ((1, 256, 256), False),  # in half of L2
+        ((1, 10000, 32), False),  # a single tile
+        ((2, 784, 512), False),
+    ):
+        assert plan("forward", shape, zen3).plan.by_strips == strips, shape
+    upside_down = plan("forward", (1, 784, 512), zen3)
+    upside_down.w.row *= -1
+    plan_forward(upside_down, zen3)
+    assert (upside_down.plan.by_strips, upside_down.plan.w) == (1, IN_PLACE)  # nobody packs what strips read where it lies
+    for shape, strips in (
+        ((1000, 1000, 1), True),
+        ((8, 128, 1), True),
+        ((7, 1000, 1), False),  # few rows of x
+        ((1000, 127, 1), False),  # short ones
+        ((1000, 1000, 2), False),
+    ):
+        assert plan("backward", shape, zen3).plan.dw_by_strips == strips, shape
+
+
 def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_again() -> None:
     caches = Caches(Cache(32 << 10, 8), Cache(1 << 20, 8), Cache(32 << 20, 16))
     for unit, shape, packed in (
@@ -335,7 +360,7 @@ def test_no_chain_of_a_backward_is_too_long(made: tuple[Backward, Host]) -> None
 
 
 @quick
-@given(forwards())
+@given(st.one_of(forwards(), forwards(st.just(1))))
 def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_that_pays(made: tuple[Forward, Host]) -> None:
     """Vectors reach past the last column of a row, so that rows in place have to come one after the other."""
     job, host = made
@@ -370,7 +395,7 @@ def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> 
 
 
 @quick
-@given(backwards())
+@given(st.one_of(backwards(), backwards(st.just(1))))
 def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
     job, host = made

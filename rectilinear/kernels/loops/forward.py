@@ -62,8 +62,8 @@ def _task(zero: Any, index: int, job: Forward, slot: int) -> None:
     block = Product(c=Rows(out, job.out.row), bits=Rows(bits, job.bits.row), bias=bias, width=plan.width, low_tiles=plan.low_tiles)
     if plan.by_strips != 0:
         block.n, block.k, block.m, block.a, block.b = rows, job.d, columns, x, Panels(data=w.data, panel=nr * size, row=w.row)
-        block.flags = job.flags
-        by_strips(zero, block, space)
+        block.flags, block.space = job.flags, space
+        by_strips(zero, block)
         return
     if plan.by_dots != 0:
         columns_of_w = Rows(w.data, w.column)

@@ -131,7 +131,8 @@ def dx_by_strips(zero: Any, job: Backward, b: Block) -> None:
     block = Product(n=b.count, k=job.m, m=min(job.d - j, b.panels * nr), c=dx, width=vectors(zero))
     block.a = Matrix(b.z, job.plan.lead, size)
     block.b = Panels(data=job.w.data + b.group * job.w.group + j * size, panel=nr * size, row=job.w.column)
-    by_strips(zero, block, b.space)
+    block.space = b.space
+    by_strips(zero, block)
 
 
 @jit_inner
@@ -209,6 +210,7 @@ def dw_block(zero: Any, job: Backward, b: Block) -> None:
         panel = job.plan.stretch * nr * size
         block.b = Panels(data=b.packed_b + b.panel * panel, panel=panel, row=nr * size, padded=1)
     if job.plan.dw_by_strips != 0:
-        by_strips(zero, block, b.space)
+        block.space = b.space
+        by_strips(zero, block)
     else:
         product(zero, block)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax, update
+from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax, strips, update
 from rectilinear.kernels.loops.host import publish_host
 from rectilinear.kernels.micro import library
 from rectilinear.kernels.runtime.cache import Job, jit, warms
@@ -24,16 +24,17 @@ def prepare(itemsize: int) -> Any:
     zero = np.dtype(f"f{itemsize}").type(0)
     library.load[itemsize]
     publish_host(itemsize)
-    kernels = product.kernels(zero) | pack.kernels(zero)
-    (product_of_type, pack_panel_of_type, copy_of_type) = kernels.values()
-
-    @jit()
-    def addresses() -> tuple[int, ...]:
-        return c_address(product_of_type), c_address(pack_panel_of_type), c_address(copy_of_type)
-
-    for name, address in zip(kernels, addresses(), strict=True):
-        publish(f"rectilinear_{name}_f{8 * itemsize}", address, addresses)
+    for name, kernel in (pack.kernels(zero) | product.kernels(zero) | strips.kernels(zero)).items():  # those called before those that call
+        _publish(f"rectilinear_{name}_f{8 * itemsize}", kernel)
     return zero
+
+
+def _publish(name: str, kernel: Any) -> None:
+    @jit()
+    def address() -> int:
+        return c_address(kernel)
+
+    publish(name, address(), address)
 
 
 @Once

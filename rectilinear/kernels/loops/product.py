@@ -63,7 +63,7 @@ class Prefetch:
 class Product:
     """A lies in rows, or packed, tile after tile `a_panel` bytes apart. A last panel narrower than `width`
     vectors has higher tiles than the others, unless A is packed or `low_tiles` is 1. `bias` is 0 where there is none. `prefetch` is the
-    address of a `Prefetch`, or 0 to prefetch the panel that follows."""
+    address of a `Prefetch`, or 0 to prefetch the panel that follows; `space` is scratch for one that goes by strips."""
 
     n: int = 0
     k: int = 0
@@ -78,6 +78,7 @@ class Product:
     bits: Rows = Rows()
     width: int = 0
     prefetch: int = 0
+    space: int = 0
 
 
 @jit_inner

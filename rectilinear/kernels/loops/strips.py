@@ -15,8 +15,13 @@ from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.strip import STRIP_ROWS, StripOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.linking import by_name
 from rectilinear.kernels.runtime.memory import get, put, room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.records import at
+
+by_strips = by_name("rectilinear_by_strips")
+"""`_by_strips`, compiled once for a dtype and called by name."""
 
 SUM_WORDS = 1024
 """Room on the stack for the sums of a short row: a small call needs no other memory then."""
@@ -35,15 +40,15 @@ def _bytes_of_a(zero: Any, rows: int, k: int) -> int:
 
 
 @jit_inner
-def by_strips(zero: Any, p: Product, space: int) -> None:
-    """The product `p`, whose B lies in rows, with scratch at `space`."""
+def _by_strips(zero: Any, p: Product) -> None:
+    """The product `p`, whose B lies in rows."""
     # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
     sums = Rows(room(SUM_WORDS), 0)
     if strips_bytes(zero, p.n, p.k, p.m, p.a.column == size_of(zero)) != 0:
-        sums = Rows(space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
+        sums = Rows(p.space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
     for k in range(0, p.k, LONGEST_CHAIN):
         depth = min(LONGEST_CHAIN, p.k - k)
-        a = _elements_of_a(zero, Matrix(p.a.data + k * p.a.column, p.a.row, p.a.column), p.n, depth, space)
+        a = _elements_of_a(zero, Matrix(p.a.data + k * p.a.column, p.a.row, p.a.column), p.n, depth, p.space)
         s = StripOperands(k=depth, rows=p.n, columns=p.m, a=a, b=Rows(p.b.data + k * p.b.row, p.b.row), sums=sums, c=p.c, bits=p.bits)
         s.bias = p.bias if k == 0 else 0
         s.flags = (ADD if k > 0 else p.flags & ADD) | (p.flags if k + depth == p.k else 0)
@@ -65,3 +70,13 @@ def _elements_of_a(zero: Any, a: Matrix, rows: int, depth: int, space: int) -> i
         for i in range(rows, STRIP_ROWS):
             put(space + (k * step + i) * size, last)
     return space
+
+
+def kernels(zero: Any) -> dict[str, Any]:
+    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
+
+    @jit_inner
+    def strips_of_type(operands: int) -> None:
+        _by_strips(zero, at(Product, operands))
+
+    return {"by_strips": strips_of_type}

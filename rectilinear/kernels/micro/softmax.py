@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I32, I64, Emitter, float_vector
+from rectilinear.kernels.micro.emit import I32, I64, Emitter, Tail, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import record
@@ -77,7 +77,7 @@ class _SoftmaxEmitter(Emitter):
             place = builder.add(dst, at)
             self.store(builder.fdiv(self.load(place, tail), divisor), place, tail)
 
-    def _vectors(self) -> Iterator[tuple[ir.Value, ir.Value | None]]:
+    def _vectors(self) -> Iterator[tuple[ir.Value, Tail | None]]:
         """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and tail."""
         builder, columns, lanes = self.builder, self.arg["columns"], self.vector.count
         whole = builder.and_(columns, I64(-lanes))
