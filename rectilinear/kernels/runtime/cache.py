@@ -32,6 +32,7 @@ from numba.core.compiler import CompileResult
 from numba.extending import register_jitable
 
 from rectilinear.kernels.runtime import forks  # noqa: F401  # looks after forks from here on
+from rectilinear.kernels.runtime.compiler import INNER, InnerCompiler, forget_literals
 from rectilinear.kernels.runtime.fingerprint import digest, environment, fingerprint
 from rectilinear.kernels.runtime.numba_private import number_functions_apart
 
@@ -72,13 +73,16 @@ def jit(**options: Any) -> Callable[[_Function], _Function]:
 
 def jit_inner(function: _Function) -> _Function:
     """Compile the decorated function into the jitted functions that call it."""
-    dispatcher: _Function = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
-    return dispatcher
+    dispatcher: Any = numba.njit(**INNER, pipeline_class=InnerCompiler)(function)
+    if not numba.config.DISABLE_JIT:
+        forget_literals(dispatcher)
+    inner: _Function = dispatcher
+    return inner
 
 
 def jit_too(function: _Function) -> _Function:
     """Leave the decorated function one of plain Python that jitted functions can call, too."""
-    callable_by_both: _Function = register_jitable(error_model="numpy")(function)
+    callable_by_both: _Function = register_jitable(**INNER, pipeline_class=InnerCompiler)(function)
     return callable_by_both
 
 
