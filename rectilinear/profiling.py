@@ -429,12 +429,17 @@ def _why(key: _Key) -> str:
     if backend != "numba" or not function.startswith("affine") or function == _BIAS_ALONE or 0 in shape:
         return text
     from rectilinear.kernels.loops import host, tuned
-    from rectilinear.kernels.loops.plan import plan
+    from rectilinear.kernels.loops.plan import Backward, plan
 
     threads = call_threads()
     job = plan("forward" if function.endswith("forward") else "backward", shape, host.this_host(dtype.itemsize), threads=threads)
+    jobs = {"": job} | ({"dx: ": job.to_dx, "dw: ": job.to_dw} if isinstance(job, Backward) else {})
     planned, tasks = (
-        " ".join(f"{name}={value}" for name, value in dataclasses.asdict(part).items() if value) for part in (job.plan, job.tasks)
+        "; ".join(
+            name + " ".join(f"{field}={value}" for field, value in dataclasses.asdict(getattr(of, part)).items() if value)
+            for name, of in jobs.items()
+        )
+        for part in ("plan", "tasks")
     )
     by = "the model" if tuned.load(host.host_key()) is None else "what was tuned here"
     return f"{text}; plan by {by}, for C order: {planned}; tasks of {threads} threads: {tasks}"

@@ -48,7 +48,7 @@ SHAPES = [
 ]
 """n, d, m."""
 
-W = {IN_PLACE: "in-place", PACKED: "packed"}
+B = {IN_PLACE: "in-place", PACKED: "packed"}
 A = {IN_PLACE: "in-place", COPIED: "copied", PACKED: "packed"}
 
 
@@ -67,9 +67,10 @@ def _paragraph(machine: str, dtype: str) -> str:
     lines = [f"# {machine}, {dtype}: {_fields(seen)}"]
     for shape in SHAPES:
         jobs = [plan(op, shape, seen, threads=seen.cores) for op in ("forward", "backward")]
-        forward, tasks, backward, backward_tasks = (_fields(part) for job in jobs for part in (job.plan, job.tasks))
+        forward, backward = jobs
+        records = {"forward": forward, "backward": backward, "dx": backward.to_dx, "dw": backward.to_dw}
         name = " x ".join(map(str, shape))
-        lines.append(f"{name:<18}  forward: {forward:<38} / {tasks:<38}  backward: {backward:<50} / {backward_tasks}")
+        lines.append(f"{name:<18}  " + "   ".join(f"{which}: {_fields(job.plan)} / {_fields(job.tasks)}" for which, job in records.items()))
     return "\n".join(lines) + "\n"
 
 
@@ -80,7 +81,7 @@ DERIVED = {"lead", "part_row", "count"}
 def _fields(record: Any) -> str:
     """Those that are not 0."""
     values = {name: value for name, value in dataclasses.asdict(record).items() if value and name not in DERIVED}
-    for name, words in (("w", W), ("x", A), ("dw_a", A), ("dw_b", W)):
+    for name, words in (("a", A), ("b", B)):
         if hasattr(record, name):
             values[name] = words[getattr(record, name)]
     return " ".join(f"{name}={value}" for name, value in values.items())

@@ -160,9 +160,9 @@ def test_a_copied_x(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, 
     passes.prepare[dtype.itemsize]
     fields = {"l1_ways": 2, "choices": dataclasses.replace(host.this_host(dtype.itemsize).choices, x_uses=1)}
     seen = dataclasses.replace(host.this_host(dtype.itemsize), **fields)
-    assert plan("forward", shape, seen, threads=threads).plan.x == COPIED
+    assert plan("forward", shape, seen, threads=threads).plan.a == COPIED
     if n > 2000:
-        assert plan("backward", shape, seen, threads=threads).plan.dw_a == COPIED
+        assert plan("backward", shape, seen, threads=threads).to_dw.plan.a == COPIED
     host.publish_host(dtype.itemsize, **fields)
     try:
         with num_threads(threads):
@@ -765,7 +765,7 @@ def test_tasks_that_pack_for_themselves_and_share_a_copy_of_x(
 def test_inner_products_of_more_rows_than_a_block_has(dtype: np.dtype[Any], n: int, d: int, rng: np.random.Generator) -> None:
     x, w, b, dout = (whole(rng, shape, dtype) for shape in ((n, d), (d, 2048), (2048,), (n, 2048)))
     passes.prepare[dtype.itemsize]
-    assert plan("backward", (n, d, 2048), host.this_host(dtype.itemsize)).plan.by_dots
+    assert plan("backward", (n, d, 2048), host.this_host(dtype.itemsize)).to_dx.plan.by_dots
     host.publish_host(dtype.itemsize, mc=8)
     try:
         check_step(x, w, b, dout, frames=True)
@@ -803,7 +803,7 @@ def test_operands_of_dw_are_packed_in_parts(
     fields = {"kc": 304, "rows": 4, "w_uses": 1, "cores": 64}
     seen = dataclasses.replace(host.this_host(dtype.itemsize), **fields)
     made = plan("backward", (*lead, n, d, m), seen, w_by_columns=by_columns)
-    assert made.plan.dw_a == made.plan.dw_b == PACKED
+    assert made.to_dw.plan.a == made.to_dw.plan.b == PACKED
     host.publish_host(dtype.itemsize, **fields)
     try:
         with num_threads(threads):

@@ -26,7 +26,7 @@ from rectilinear.kernels.loops.plan import (
     SHORT_SLAB_ROWS,
     SLAB_ROWS,
     Backward,
-    Forward,
+    Matmul,
     even_out,
     is_narrow,
     lines_kept,
@@ -93,10 +93,10 @@ def stack(draw: st.DrawFn, rows: int, columns: int, size: int) -> Stack:
 
 
 @st.composite
-def forwards(draw: st.DrawFn, rows: st.SearchStrategy[int] = extents) -> tuple[Forward, Host]:
+def forwards(draw: st.DrawFn, rows: st.SearchStrategy[int] = extents) -> tuple[Matmul, Host]:
     host, n, d, m = draw(hosts()), draw(rows), draw(extents), draw(extents)
     x, w, out = (stack(draw, rows, columns, host.itemsize) for rows, columns in ((n, d), (d, m), (n, m)))
-    job = Forward(x=x, w=w, out=out, n=n, d=d, m=m, groups=draw(st.sampled_from([1, 1, 3, 64])))
+    job = Matmul(a=x, b=w, c=out, n=n, k=d, m=m, groups=draw(st.sampled_from([1, 1, 3, 64])))
     plan_forward(job, host)
     return job, host
 
@@ -124,13 +124,17 @@ def moved(job: Any) -> Any:
     return other
 
 
+def plans_of(job: Backward) -> tuple[Any, ...]:
+    return job.plan, job.to_dx.plan, job.to_dw.plan
+
+
 def panels(columns: int, host: Host, width: int) -> int:
     return block_count(columns, width * host.lanes)
 
 
 @quick
 @given(forwards(), threads, threads)
-def test_threads_and_addresses_decide_nothing_of_a_forward(made: tuple[Forward, Host], few: int, many: int) -> None:
+def test_threads_and_addresses_decide_nothing_of_a_forward(made: tuple[Matmul, Host], few: int, many: int) -> None:
     job, host = made
     before = copy.deepcopy(job.plan)
     for count in (few, many):
@@ -145,18 +149,18 @@ def test_threads_and_addresses_decide_nothing_of_a_forward(made: tuple[Forward, 
 @given(backwards(), threads, threads)
 def test_threads_and_addresses_decide_nothing_of_a_backward(made: tuple[Backward, Host], few: int, many: int) -> None:
     job, host = made
-    before = copy.deepcopy(job.plan)
+    before = copy.deepcopy(plans_of(job))
     for count in (few, many):
         schedule_backward(job, host, count)
-        assert job.plan == before
+        assert plans_of(job) == before
     other = moved(job)
     plan_backward(other, host)
-    assert other.plan == before
+    assert plans_of(other) == before
 
 
 @quick
 @given(forwards(), threads)
-def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[Forward, Host], count: int) -> None:
+def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[Matmul, Host], count: int) -> None:
     job, host = made
     schedule_forward(job, host, count)
     tasks = job.tasks
@@ -166,10 +170,10 @@ def test_the_tasks_of_a_forward_are_all_of_out_and_none_is_empty(made: tuple[For
     assert 1 <= tasks.run <= tasks.count
     assert tasks.columns == 1 or tasks.prefetch == 0
     # w is packed once for all tasks or by each for itself; x copied for all only where several would copy the same.
-    assert (tasks.packs > 0) + (tasks.parts > 0) == (job.plan.w == PACKED)
+    assert (tasks.packs > 0) + (tasks.parts > 0) == (job.plan.b == PACKED)
     assert tasks.parts <= panels(job.m, host, job.plan.width)
     assert tasks.copies <= job.n
-    assert tasks.copies == 0 or (job.plan.x == COPIED and tasks.rows == 1 and tasks.columns > 1)
+    assert tasks.copies == 0 or (job.plan.a == COPIED and tasks.rows == 1 and tasks.columns > 1)
     if job.plan.by_strips:
         assert tasks.rows == 1
         assert tasks.copies == 0
@@ -232,7 +236,7 @@ def test_how_dw_reads_its_operands() -> None:
     ):
         caches = Caches(Cache(32 << 10, 8), Cache(512 << 10, 8), Cache(32 << 20, 16))
         job = plan("backward", shape, host_of(unit, 4, caches, cores=2))
-        assert (job.plan.dw_a, job.plan.dw_b) == (a, b), (unit.name, shape)
+        assert (job.to_dw.plan.a, job.to_dw.plan.b) == (a, b), (unit.name, shape)
     for unit, shape, a, b in (
         (AVX2, (1024, 1024, 1024), PACKED, PACKED),
         (AVX2, (256, 512, 784), PACKED, PACKED),  # rows of x meet in L1
@@ -244,7 +248,7 @@ def test_how_dw_reads_its_operands() -> None:
         (AVX512, (1024, 1024, 1024), IN_PLACE, PACKED),  # rows of dz do not meet
     ):
         job = plan("backward", shape, host_of(unit, 4, caches, cores=2), w_by_columns=True)
-        assert (job.plan.dw_a, job.plan.dw_b) == (a, b), (unit.name, shape)
+        assert (job.to_dw.plan.a, job.to_dw.plan.b) == (a, b), (unit.name, shape)
         assert (job.tasks.x_parts > 0) == (b == PACKED and not job.plan.by_slabs)
 
 
@@ -263,7 +267,7 @@ def test_dx_goes_by_strips_where_a_w_by_columns_comes_from_memory() -> None:
         ((1, 1024, 1024), False, False),  # by inner products
     ):
         job = plan("backward", shape, host_of(AVX2, 4, caches, cores=2), threads=2, w_by_columns=by_columns)
-        assert job.plan.by_strips == strips, shape
+        assert job.to_dx.plan.by_strips == strips, shape
 
 
 def test_one_row_and_one_column_go_by_strips_where_these_are_long() -> None:
@@ -278,9 +282,9 @@ def test_one_row_and_one_column_go_by_strips_where_these_are_long() -> None:
     ):
         assert plan("forward", shape, zen3).plan.by_strips == strips, shape
     upside_down = plan("forward", (1, 784, 512), zen3)
-    upside_down.w.row *= -1
+    upside_down.b.row *= -1
     plan_forward(upside_down, zen3)
-    assert (upside_down.plan.by_strips, upside_down.plan.w) == (1, IN_PLACE)  # nobody packs what strips read where it lies
+    assert (upside_down.plan.by_strips, upside_down.plan.b) == (1, IN_PLACE)  # nobody packs what strips read where it lies
     for shape, strips in (
         ((1000, 1000, 1), True),
         ((8, 128, 1), True),
@@ -288,7 +292,7 @@ def test_one_row_and_one_column_go_by_strips_where_these_are_long() -> None:
         ((1000, 127, 1), False),  # short ones
         ((1000, 1000, 2), False),
     ):
-        assert plan("backward", shape, zen3).plan.dw_by_strips == strips, shape
+        assert plan("backward", shape, zen3).to_dw.plan.by_strips == strips, shape
 
 
 def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_again() -> None:
@@ -308,9 +312,9 @@ def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_
         (AVX512, (512, 512, 512), True),
     ):
         job = plan("forward", shape, host_of(unit, 4, caches, cores=2), threads=2)
-        assert job.plan.w == (PACKED if packed else IN_PLACE), (unit.name, shape)
+        assert job.plan.b == (PACKED if packed else IN_PLACE), (unit.name, shape)
         by_columns = plan("backward", shape[:1] + shape[:0:-1], host_of(unit, 4, caches, cores=2), threads=2, w_by_columns=True)
-        assert by_columns.plan.w == job.plan.w, "dx, from the same w"
+        assert by_columns.to_dx.plan.b == job.plan.b, "dx, from the same w"
 
 
 @quick
@@ -324,23 +328,25 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
         assert 1 <= tasks.run <= tasks.count
         assert 1 <= tasks.adders <= max(1, job.m if chosen.dw_by_columns else job.d)
         return
-    stretch = min(job.n, chosen.stretch)
+    stretch, dx, dw = min(job.n, chosen.stretch), job.to_dx.tasks, job.to_dw.tasks
     rows, columns = (job.m, job.d) if chosen.dw_by_columns else (job.d, job.m)
-    assert 1 <= tasks.dx_columns <= panels(job.d, host, host.vectors)
-    assert 1 <= tasks.dw_columns <= panels(columns, host, chosen.dw_width)
+    assert 1 <= dx.columns <= panels(job.d, host, job.to_dx.plan.width)
+    assert 1 <= dw.columns <= panels(columns, host, job.to_dw.plan.width)
     assert 1 <= tasks.z_parts <= panels(job.m, host, host.vectors)
-    for part, wanted, extent in ((tasks.dx_rows, job.dx.data, stretch), (tasks.dw_rows, job.dw.data, rows)):
+    for part, wanted, extent in ((dx.rows, job.dx.data, stretch), (dw.rows, job.dw.data, rows)):
         assert (1 <= part <= max(1, extent)) if wanted else part == 0
-    assert tasks.dx_rows <= 1 or not chosen.by_dots or job.n > MOST_DOTS_ROWS
-    assert tasks.count == tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
-    # Tasks that share panels of w^T find all of them packed.
-    packed = tasks.dx_rows > 1 and chosen.w == PACKED and not chosen.by_dots
-    assert (1 <= tasks.w_parts <= panels(job.d, host, host.vectors)) == packed
+    assert dx.rows <= 1 or not job.to_dx.plan.by_dots or job.n > MOST_DOTS_ROWS
+    assert (dx.count, dw.count, tasks.count) == (dx.rows * dx.columns, dw.rows * dw.columns, dx.count + dw.count)
+    # w^T is packed by each task for itself where there is one block of rows; tasks that share panels find all of them packed.
+    packed = job.to_dx.plan.b == PACKED
+    assert dx.packs == (packed and dx.rows == 1)
+    assert (1 <= dx.parts <= panels(job.d, host, host.vectors)) == (packed and dx.rows > 1)
+    assert (dw.packs, dw.parts, dw.copies, dx.copies) == (0, 0, 0, 0)
 
 
 @quick
 @given(forwards())
-def test_no_chain_of_a_forward_is_too_long(made: tuple[Forward, Host]) -> None:
+def test_no_chain_of_a_forward_is_too_long(made: tuple[Matmul, Host]) -> None:
     job, host = made
     assert 1 <= job.plan.depth <= host.kc <= LONGEST_CHAIN
 
@@ -350,8 +356,9 @@ def test_no_chain_of_a_forward_is_too_long(made: tuple[Forward, Host]) -> None:
 def test_no_chain_of_a_backward_is_too_long(made: tuple[Backward, Host]) -> None:
     job, host = made
     chosen = job.plan
-    assert 1 <= chosen.depth <= host.kc <= LONGEST_CHAIN
-    if chosen.by_dots:
+    assert 1 <= job.to_dx.plan.depth <= host.kc <= LONGEST_CHAIN
+    assert 1 <= job.to_dw.plan.depth <= LONGEST_CHAIN
+    if job.to_dx.plan.by_dots:
         assert DOTS_DEPTH // host.lanes <= LONGEST_CHAIN
     # And of the rows of dz, each is in a slab or a stretch.
     shortest = SLAB_ROWS if chosen.slabs > host.cores else SHORT_SLAB_ROWS
@@ -361,35 +368,35 @@ def test_no_chain_of_a_backward_is_too_long(made: tuple[Backward, Host]) -> None
 
 @quick
 @given(st.one_of(forwards(), forwards(st.just(1))))
-def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_that_pays(made: tuple[Forward, Host]) -> None:
+def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_that_pays(made: tuple[Matmul, Host]) -> None:
     """Vectors reach past the last column of a row, so that rows in place have to come one after the other."""
     job, host = made
-    chosen, w = job.plan, job.w
+    chosen, w = job.plan, job.b
     in_rows = w.column == host.itemsize and w.row >= job.m * host.itemsize
     if chosen.by_dots:
-        assert job.x.column == host.itemsize
-        assert (chosen.w == IN_PLACE) == (w.row == host.itemsize)
-        assert chosen.w == IN_PLACE or job.m <= NARROW
-        assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.d, job.m)
+        assert job.a.column == host.itemsize
+        assert (chosen.b == IN_PLACE) == (w.row == host.itemsize)
+        assert chosen.b == IN_PLACE or job.m <= NARROW
+        assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.k, job.m)
     elif chosen.by_strips:
         assert w.column == host.itemsize
-        assert chosen.w == IN_PLACE
+        assert chosen.b == IN_PLACE
         assert job.n <= STRIP_ROWS
-    elif chosen.w == IN_PLACE:
+    elif chosen.b == IN_PLACE:
         assert in_rows
-    if chosen.w == PACKED and in_rows and not chosen.by_dots:
+    if chosen.b == PACKED and in_rows and not chosen.by_dots:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
-        large = job.d * job.m * host.itemsize > 2 * host.l2
+        large = job.k * job.m * host.itemsize > 2 * host.l2
         assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
-        outgrows = 2 * job.d * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
+        outgrows = 2 * job.k * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
         assert outgrows or w.row % (host.lanes * host.itemsize) != 0
 
 
 @quick
 @given(forwards())
-def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> None:
+def test_x_is_copied_only_where_it_is_read_often(made: tuple[Matmul, Host]) -> None:
     job, host = made
-    if job.plan.x == COPIED and not job.plan.by_dots:
+    if job.plan.a == COPIED and not job.plan.by_dots:
         assert panels(job.m, host, job.plan.width) >= host.choices.x_uses
         assert job.n >= host.choices.x_uses
 
@@ -399,25 +406,26 @@ def test_x_is_copied_only_where_it_is_read_often(made: tuple[Forward, Host]) -> 
 def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
     job, host = made
-    chosen, x = job.plan, job.x
-    if chosen.dw_by_columns and chosen.dw_b == IN_PLACE:
+    chosen, x, dx, dw = job.plan, job.x, job.to_dx.plan, job.to_dw.plan
+    if chosen.dw_by_columns and dw.b == IN_PLACE:
         assert x.column == host.itemsize
         assert job.d % (host.vectors * host.lanes) == 0 or (job.m <= NARROW and x.row >= job.d * host.itemsize)
-    assert not (chosen.dw_by_columns and chosen.dw_a == COPIED)
-    if chosen.dw_by_strips:
+    assert not (chosen.dw_by_columns and dw.a == COPIED)
+    if dw.by_strips:
         assert chosen.dw_by_columns
-        assert (job.m, x.column, chosen.dw_a, chosen.dw_b) == (1, host.itemsize, IN_PLACE, IN_PLACE)
+        assert (job.m, x.column, dw.a, dw.b) == (1, host.itemsize, IN_PLACE, IN_PLACE)
         assert job.n >= STRIP_DEPTH
-    if chosen.by_dots:
-        assert job.w.column == host.itemsize
+    if dx.by_dots:
+        assert (job.w.column, dx.b) == (host.itemsize, IN_PLACE)
         assert job.n <= MOST_DOTS_ROWS or is_narrow(host, job.m, job.d)
-    if chosen.by_strips:
-        assert chosen.w == IN_PLACE
-        assert job.n <= STRIP_ROWS
-        assert not chosen.by_slabs
-    if chosen.w == IN_PLACE:
+    elif dx.b == IN_PLACE:
         assert job.w.row == host.itemsize
         assert job.w.column >= job.d * host.itemsize
+    if dx.by_strips:
+        assert dx.b == IN_PLACE
+        assert job.n <= STRIP_ROWS
+        assert not chosen.by_slabs
+        assert not dx.by_dots
     # Rows of packed dz, and of a partial dw, hold what is written to them.
     assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
     assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize

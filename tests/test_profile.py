@@ -318,11 +318,15 @@ def test_the_log_says_what_was_chosen_and_why(arrays: Any, caplog: pytest.LogCap
         r.set_backend("numba")
         with r.profile():
             for _ in range(2):
-                r.affine_relu_forward(*arrays[:3])
+                out, cache = r.affine_relu_forward(*arrays[:3])
+            r.affine_relu_backward(np.ones_like(out), cache)
     assert "NumPy arrays go to backend numba, chosen by process" in caplog.text
     (line,) = (record.getMessage() for record in caplog.records if "affine_relu_forward" in record.getMessage())
     assert "6x5x4 float32: numba, chosen by process; plan by " in line
     assert "depth=" in line
+    (line,) = (record.getMessage() for record in caplog.records if "affine_relu_backward" in record.getMessage())
+    for product in ("dx: ", "dw: "):
+        assert line.count(f"{product}width=") == line.count(f"{product}rows=") == 1
     caplog.clear()
     with r.profile():
         r.affine_relu_forward(*arrays[:3])

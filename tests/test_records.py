@@ -8,9 +8,9 @@ import numba
 import numpy as np
 import pytest
 
-from rectilinear.kernels.loops.gradients import Block
+from rectilinear.kernels.loops.gradients import Samples
 from rectilinear.kernels.loops.host import Host
-from rectilinear.kernels.loops.plan import Backward, Forward, Reduction
+from rectilinear.kernels.loops.plan import Backward, Matmul, Reduction
 from rectilinear.kernels.loops.product import Product
 from rectilinear.kernels.micro.tile import TileOperands
 from rectilinear.kernels.runtime.cache import jit_too
@@ -58,7 +58,7 @@ def in_memory(record: Any) -> np.ndarray:
     return np.array(words_of(record), np.int64)
 
 
-@pytest.mark.parametrize("cls", [Point, Line, Drawing, Host, Forward, Backward, Reduction, Product, Block, TileOperands])
+@pytest.mark.parametrize("cls", [Point, Line, Drawing, Host, Matmul, Backward, Reduction, Product, Samples, TileOperands])
 def test_words_lie_where_their_offsets_say(cls: Any) -> None:
     made, offsets = cls(), offsets_of(cls)
     assert words_of(made) == [0] * len(offsets)

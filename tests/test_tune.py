@@ -21,7 +21,7 @@ from rectilinear import tuning
 from rectilinear.__main__ import main
 from rectilinear.kernels.loops import host, passes, tuned
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import Backward, Forward, plan, plan_backward, plan_forward
+from rectilinear.kernels.loops.plan import Backward, Matmul, plan, plan_backward, plan_forward
 from rectilinear.kernels.loops.tuned import Choices
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2
 from rectilinear.kernels.runtime import cache, linking
@@ -62,17 +62,16 @@ def test_what_is_measured_decides_no_sum(data: st.DataObject, seen: Host, chosen
     x, w, dw = (data.draw(stacks(rows, columns, seen.itemsize)) for rows, columns in ((n, d), (d, m), (d, m)))
     forwards, backwards = [], []
     for described in (seen, replace(seen, choices=chosen)):
-        forward = Forward(x=x, w=w, n=n, d=d, m=m, groups=1)
+        forward = Matmul(a=x, b=w, n=n, k=d, m=m, groups=1)
         plan_forward(forward, described)
         backward = Backward(dout=Stack(1, 0, m * seen.itemsize, seen.itemsize), x=x, w=w, dx=x, dw=dw, n=n, d=d, m=m, groups=1)
         plan_backward(backward, described)
         forwards.append(forward.plan)
-        backwards.append(backward.plan)
+        backwards.append((backward.plan, backward.to_dx.plan, replace(backward.to_dw.plan, a=0)))
     one, other = forwards
-    assert one.w == other.w or m % (one.width * seen.lanes) == 0
-    assert replace(one, x=0, w=0, low_tiles=0) == replace(other, x=0, w=0, low_tiles=0)  # nor does the height of tiles change bits
-    one, other = backwards
-    assert replace(one, dw_a=0) == replace(other, dw_a=0)
+    assert one.b == other.b or m % (one.width * seen.lanes) == 0
+    assert replace(one, a=0, b=0, low_tiles=0) == replace(other, a=0, b=0, low_tiles=0)  # nor does the height of tiles change bits
+    assert backwards[0] == backwards[1]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, rows_start
 from rectilinear.kernels.loops.host import Cache, Caches, Host, host_of
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, Backward, Forward, plan
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, IN_PLACE, Backward, Matmul, plan
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON
 from rectilinear.kernels.runtime.threads import TINY_WORK
 
@@ -93,25 +93,25 @@ def again(host: Host, size: int, times: int) -> float:
     return 1 / times if size <= host.past else 1
 
 
-def forward_phases(job: Forward, host: Host) -> Iterator[Phase]:
+def forward_phases(job: Matmul, host: Host) -> Iterator[Phase]:
     chosen, tasks, size = job.plan, job.tasks, host.itemsize
     nr = chosen.width * host.lanes
     panels = block_count(job.m, nr)
-    packed = panels * nr * job.d * size
+    packed = panels * nr * job.k * size
     stays = tasks.parts > 0 and packed <= host.past
     prepared = [Task(copied=2 * part, memory=part * (1 if stays else 3)) for part in blocks(packed, tasks.parts)]
-    prepared += [Task(copied=2 * rows * job.d * size, memory=rows * job.d * size) for rows in blocks(job.n, tasks.copies)]
+    prepared += [Task(copied=2 * rows * job.k * size, memory=rows * job.k * size) for rows in blocks(job.n, tasks.copies)]
     if prepared:
         yield Phase(prepared * job.groups)
     made = []
     for panels_of_task in blocks(panels, tasks.columns):
         columns = min(panels_of_task * nr, job.m)
         for rows in blocks_of_rows(host, job.n, tasks.rows):
-            x, w, out = rows * job.d * size, columns * job.d * size, rows * columns * size
-            copied = 2 * x * (chosen.x != IN_PLACE and tasks.copies == 0) + 2 * w * tasks.packs
+            x, w, out = rows * job.k * size, columns * job.k * size, rows * columns * size
+            copied = 2 * x * (chosen.a != IN_PLACE and tasks.copies == 0) + 2 * w * tasks.packs
             # Tasks of the same columns come one after the other.
-            memory = x * again(host, job.n * job.d * size, tasks.columns) + (0 if stays else w * again(host, w, tasks.rows)) + 2 * out
-            made.append(Task(2 * rows * job.d * padded(host, columns, chosen.width), copied, memory))
+            memory = x * again(host, job.n * job.k * size, tasks.columns) + (0 if stays else w * again(host, w, tasks.rows)) + 2 * out
+            made.append(Task(2 * rows * job.k * padded(host, columns, chosen.width), copied, memory))
     yield Phase(made * job.groups, tasks.run)
 
 
@@ -124,7 +124,7 @@ def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
     made = []
     for rows in blocks(job.n, chosen.slabs):
         operations = 2 * rows * (m * padded(host, d, host.vectors) + d * padded(host, m, host.vectors))
-        of_x = chosen.dw_b if chosen.dw_by_columns else chosen.dw_a
+        of_x = job.to_dw.plan.b if chosen.dw_by_columns else job.to_dw.plan.a
         copied = 2 * (rows * m + rows * d * (of_x != IN_PLACE) + d * m) * size
         made.append(Task(operations, copied, (rows * m + 3 * rows * d) * size))
     yield Phase(made * job.groups, job.tasks.run)
@@ -136,19 +136,19 @@ def slab_phases(job: Backward, host: Host) -> Iterator[Phase]:
 def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     """Stretches are taken to be of equal length."""
     chosen, tasks, size, d, m = job.plan, job.tasks, host.itemsize, job.d, job.m
-    nr = host.vectors * host.lanes
+    dx, dw, nr = job.to_dx, job.to_dw, host.vectors * host.lanes
     stretches = block_count(job.n, chosen.stretch)
     count = -(-job.n // stretches)
     repeats = job.groups * stretches
     pieces = -(-count // BLOCK_ROWS)
     parts_of_dz = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
     parts_of_x = [rows * columns for rows in blocks(count, pieces) for columns in blocks(d, tasks.x_parts)] if tasks.x_parts else []
-    dz_twice = chosen.dw_b != IN_PLACE and not chosen.dw_by_columns  # in rows, and in panels
+    dz_twice = dw.plan.b != IN_PLACE and not chosen.dw_by_columns  # in rows, and in panels
     packing = [Task(copied=(4 if dz_twice else 2) * part * size, memory=part * size) for part in parts_of_dz]
     packing += [Task(copied=2 * part * size, memory=part * size) for part in parts_of_x]
     panel = m * nr * size
-    if tasks.w_parts:
-        panels_of_w = blocks(block_count(d, nr), tasks.w_parts)
+    if dx.tasks.parts:
+        panels_of_w = blocks(block_count(d, nr), dx.tasks.parts)
         yield Phase([Task(copied=2 * part * panel, memory=part * panel) for part in panels_of_w] + packing)
         yield Phase(packing, repeats=repeats - 1)
     else:
@@ -156,21 +156,21 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     yield Phase([Task(copied=pieces * m * 16)], repeats=repeats)  # the sums of db, by the caller alone
     made = []
     panels = block_count(d, nr)
-    for panels_of_task in blocks(panels, tasks.dx_columns):
+    for panels_of_task in blocks(panels, dx.tasks.columns):
         columns = min(panels_of_task * nr, d)
-        for rows in blocks_of_rows(host, count, tasks.dx_rows):
-            packs = 0 if tasks.w_parts or chosen.by_dots or chosen.w == IN_PLACE else 2 * columns * m * size
-            w = columns * m * size * (1 if tasks.w_parts == 0 else again(host, d * m * size, tasks.dx_rows) if stretches > 1 else 0)
+        for rows in blocks_of_rows(host, count, dx.tasks.rows):
+            packs = 2 * columns * m * size * dx.tasks.packs
+            w = columns * m * size * (1 if dx.tasks.parts == 0 else again(host, d * m * size, dx.tasks.rows) if stretches > 1 else 0)
             made.append(Task(2 * rows * m * padded(host, columns, host.vectors), packs, w + 2 * rows * columns * size))
     down, across = (m, d) if chosen.dw_by_columns else (d, m)
     dw_share = 1 if d * m * size > host.past else 1 / stretches
-    for rows in blocks_of_rows(host, down, tasks.dw_rows):
-        for panels_of_task in blocks(block_count(across, chosen.dw_width * host.lanes), tasks.dw_columns):
-            columns = min(panels_of_task * chosen.dw_width * host.lanes, across)
+    for rows in blocks_of_rows(host, down, dw.tasks.rows):
+        for panels_of_task in blocks(block_count(across, dw.plan.width * host.lanes), dw.tasks.columns):
+            columns = min(panels_of_task * dw.plan.width * host.lanes, across)
             x, a = count * (columns if chosen.dw_by_columns else rows) * size, count * rows * size
-            times = tasks.dw_rows if chosen.dw_by_columns else tasks.dw_columns
+            times = dw.tasks.rows if chosen.dw_by_columns else dw.tasks.columns
             memory = x * again(host, count * d * size, times) + 2 * rows * columns * size * dw_share
-            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * a * (chosen.dw_a != IN_PLACE), memory))
+            made.append(Task(2 * rows * count * padded(host, columns, host.vectors), 2 * a * (dw.plan.a != IN_PLACE), memory))
     yield Phase(made, repeats=repeats)
 
 
@@ -219,7 +219,7 @@ def seconds(op: str, shape: Shape, host: Host, threads: int, machine: Machine) -
     """Of a pass, on one thread where two would take longer."""
     threads = threads if math.prod(shape) > TINY_WORK else 1
     job = plan(op, shape, host, threads=threads)
-    phases = forward_phases(job, host) if isinstance(job, Forward) else backward_phases(job, host)
+    phases = forward_phases(job, host) if isinstance(job, Matmul) else backward_phases(job, host)
     return sum(phase.repeats * seconds_of(phase, threads, machine) for phase in phases if phase.repeats)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from rectilinear.kernels.loops import backward, elementwise, forward, pack, product, reduction, softmax, strips, update
+from rectilinear.kernels.loops import backward, elementwise, forward, matmul, pack, product, reduction, softmax, strips, update
 from rectilinear.kernels.loops.host import publish_host
 from rectilinear.kernels.micro import library
 from rectilinear.kernels.runtime.cache import Job, jit, warms
@@ -24,8 +24,9 @@ def prepare(itemsize: int) -> Any:
     zero = np.dtype(f"f{itemsize}").type(0)
     library.load[itemsize]
     publish_host(itemsize)
-    for name, kernel in (pack.kernels(zero) | product.kernels(zero) | strips.kernels(zero)).items():  # those called before those that call
-        _publish(f"rectilinear_{name}_f{8 * itemsize}", kernel)
+    for module in (pack, product, strips, matmul):  # those called before those that call
+        for name, kernel in module.kernels(zero).items():
+            _publish(f"rectilinear_{name}_f{8 * itemsize}", kernel)
     return zero
 
 

@@ -99,64 +99,73 @@ DW_ROWS = 28
 
 
 @record
-class ForwardPlan:
+class ProductPlan:
+    """How C (n, m) = A (n, k) B (k, m) is computed."""
+
     width: int = 0
-    """Vectors of a panel."""
+    """Vectors of a panel of B."""
     depth: int = 0
     """kc."""
-    x: int = 0
-    """IN_PLACE or COPIED."""
-    low_tiles: int = 0
-    """1 where x is read in place and its rows meet: the tiles of a narrow last panel are then no higher than others."""
-    w: int = 0
+    a: int = 0
+    """IN_PLACE, COPIED or PACKED."""
+    b: int = 0
     """IN_PLACE or PACKED."""
+    low_tiles: int = 0
+    """1 where A is read in place and its rows meet: the tiles of a narrow last panel are then no higher than others."""
     by_strips: int = 0
-    """1 where rows are so few that w is read along its rows."""
+    """1 where rows are so few that B is read along its rows."""
     by_dots: int = 0
-    """1 where out is made of inner products, with the columns of w as they lie, or PACKED into rows of their own."""
+    """1 where C is made of inner products, with the columns of B as they lie, or PACKED into rows of their own."""
 
 
 @record
-class ForwardTasks:
+class ProductTasks:
     rows: int = 0
+    """Into how many blocks of rows C is cut, and of columns; 0 where it is not wanted."""
     columns: int = 0
+    packs: int = 0
+    """1 where each task packs its own part of B; else all of it is packed before, in `parts` parts a group."""
+    parts: int = 0
+    copies: int = 0
+    """Into how many blocks of rows A is cut to be copied for all tasks; 0 where each task copies its own."""
     prefetch: int = 0
     """1 where tiles prefetch the next task's rows."""
     count: int = 0
     run: int = 0
     """Tasks handed out together."""
-    packs: int = 0
-    """1 where each task packs its own part of w; else all of it is packed before, in `parts` parts a group."""
-    parts: int = 0
-    copies: int = 0
-    """Into how many blocks of rows x is cut to be copied for all tasks; 0 where each task copies its own."""
 
 
 @record
-class Forward:
-    """The job of a forward pass: out (n, m) = x (n, d) w (d, m) + bias, in groups."""
+class Matmul:
+    """The job of a product: C (n, m) = bias + A (n, k) B (k, m), in groups, with what `flags` ask for at the end of its sums."""
 
-    x: Stack = Stack()
-    w: Stack = Stack()
-    out: Stack = Stack()
+    n: int = 0
+    k: int = 0
+    m: int = 0
+    groups: int = 0
+    a: Stack = Stack()
+    b: Stack = Stack()
+    c: Stack = Stack()
     bits: Stack = Stack()
     bias: Rows = Rows()
     """Its data, or 0, and the bytes from one group's to the next."""
-    n: int = 0
-    d: int = 0
-    m: int = 0
-    groups: int = 0
     flags: int = 0
-    plan: ForwardPlan = ForwardPlan()
-    tasks: ForwardTasks = ForwardTasks()
+    plan: ProductPlan = ProductPlan()
+    tasks: ProductTasks = ProductTasks()
+    padded: int = 0
+    """1 where a B in place can be read to the full width of its panels."""
     packed: Rows = Rows()
-    """Packed w, and its bytes for each group."""
+    """Packed B, all of K panel after panel, and its bytes for each group."""
+    panel: int = 0
+    """Bytes from one packed panel to the next."""
     copied: Rows = Rows()
-    """The copy of x for all tasks, group after group."""
+    """The copy of A for all tasks, group after group."""
     slots: Rows = Rows()
     """Scratch of the threads, and the bytes of each."""
-    copy_bytes: int = 0
-    """What of a slot is for x, or for what strips keep."""
+    bytes_of_a: int = 0
+    """Which of these are for A, or for what strips keep."""
+    prefetch: int = 0
+    """The address of a `Prefetch`, or 0."""
 
 
 @record
@@ -165,24 +174,8 @@ class BackwardPlan:
     """Bytes between rows of packed dz."""
     part_row: int = 0
     """Bytes between rows of a partial dw."""
-    w: int = 0
-    """How dx reads w^T: IN_PLACE or PACKED."""
-    dw_a: int = 0
-    """How dw reads its A, which is x, or where it is stored by columns dz: IN_PLACE, COPIED or PACKED."""
-    dw_b: int = 0
-    """How dw reads its B, which is dz, or x: IN_PLACE, dz in the rows that dx reads, or PACKED into panels for all tasks."""
-    dw_width: int = 0
-    """Vectors of a panel of dw: twice as many for few rows of dw^T, which are made from x as it lies."""
-    by_dots: int = 0
-    """1 where dx is made of inner products."""
-    by_strips: int = 0
-    """1 where rows are so few that dx reads w^T along its rows."""
-    depth: int = 0
-    """kc of dx."""
     dw_by_columns: int = 0
     """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
-    dw_by_strips: int = 0
-    """1 where dw^T is a single row that is made from x along its rows."""
     by_slabs: int = 0
     slabs: int = 0
     stretch: int = 0
@@ -191,12 +184,6 @@ class BackwardPlan:
 
 @record
 class BackwardTasks:
-    dx_rows: int = 0
-    dx_columns: int = 0
-    dw_rows: int = 0
-    dw_columns: int = 0
-    w_parts: int = 0
-    """Into how many parts w^T is cut to be packed once, for all tasks; 0 where each task packs its own."""
     z_parts: int = 0
     """Into how many ranges of columns a block of dz is cut to be packed."""
     x_parts: int = 0
@@ -226,15 +213,16 @@ class Backward:
     groups: int = 0
     plan: BackwardPlan = BackwardPlan()
     tasks: BackwardTasks = BackwardTasks()
+    to_dx: Matmul = Matmul()
+    """dx = dz w^T."""
+    to_dw: Matmul = Matmul()
+    """dw = x^T dz, or where that is stored by columns dw^T = dz^T x, of the samples of a stretch or less, added to what is there."""
     slots: Rows = Rows()
     parts: int = 0
     """Partial dw of slabs."""
     sums: int = 0
-    packed_w: int = 0
     z: int = 0
     """Packed dz, of rows first to last of a group."""
-    packed_b: int = 0
-    """The B of dw in panels, each of a whole stretch of rows, where the plan has it PACKED."""
     group: int = 0
     first: int = 0
     last: int = 0
@@ -397,8 +385,9 @@ def pays(host: Host, w_uses: int, uses: int, w_bytes: int) -> bool:
 
 
 @jit_too
-def plan_forward(job: Forward, host: Host) -> None:
-    plan, n, d, m = job.plan, job.n, job.d, job.m
+def plan_forward(job: Matmul, host: Host) -> None:
+    """How to compute out (n, m) = x (n, d) w (d, m) + b."""
+    plan, n, d, m = job.plan, job.n, job.k, job.m
     size = host.itemsize
     plan.width = 2 * host.vectors if n <= host.rows_of_wide else host.vectors
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
@@ -407,39 +396,39 @@ def plan_forward(job: Forward, host: Host) -> None:
     # from 83 to 92 % of the peak by the copy (Zen 5), (100, 3072, 100) took 0.74 times as long (Zen 4), and copying an x whose rows do not
     # meet costs more than it gives ((128, 784, 256) in float64: 0.87 times as fast). A tile of no more rows than a set has ways keeps them:
     # on AVX2 (128, 1024, 256) ran 1.14 times as fast without, (512, 1024, 300) 1.04, 2048^3 0.99 (Zen 3, two threads).
-    meets = job.x.row != 0 and lines_kept(host, job.x.row) < 2 * host.rows
+    meets = job.a.row != 0 and lines_kept(host, job.a.row) < 2 * host.rows
     crowds = meets and host.rows > host.l1_ways
     copies = crowds and panels >= host.choices.x_uses and n >= host.choices.x_uses
-    plan.x = COPIED if copies else IN_PLACE
+    plan.a = COPIED if copies else IN_PLACE
     plan.low_tiles = 1 if meets and not copies else 0
     uses = n // mr
-    far = job.w.row >= host.page
-    suits = suits_packing(host, job.w.row, d, plan.width * host.lanes, uses)
+    far = job.b.row >= host.page
+    suits = suits_packing(host, job.b.row, d, plan.width * host.lanes, uses)
     # A choice that was measured must not change bits. So kc goes by the model, and so does whether a last panel that is not a whole one is
     # read in place, where its chain has a cut more (`product._read_past`).
     packs_by_model = suits and pays(host, host.w_uses, uses, d * m * size)
     packs = suits and pays(host, host.choices.w_uses, uses, d * m * size) if m % (plan.width * host.lanes) == 0 else packs_by_model
-    in_rows = job.w.column == size and job.w.row >= m * size
-    plan.w = IN_PLACE if in_rows and not packs else PACKED
+    in_rows = job.b.column == size and job.b.row >= m * size
+    plan.b = IN_PLACE if in_rows and not packs else PACKED
     # Panels that are read in place, down rows far apart, meet in few sets of L2: half as deep, there is room for the next one.
     depth = depth_for(host, n, d, d * m * size, (packs_by_model or not in_rows) and not crowds)
     plan.depth = min(depth, max(1, host.kc // 2)) if in_rows and not packs_by_model and far else depth
-    plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.w.row) if job.w.column == size else 0
+    plan.by_strips = suits_strips(host, n, d, m, plan.depth, job.b.row) if job.b.column == size else 0
     if plan.by_strips != 0:
-        plan.w = IN_PLACE
-    plan.by_dots = suits_dots(host, n, d, m) if job.x.column == size else 0
-    if job.w.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
+        plan.b = IN_PLACE
+    plan.by_dots = suits_dots(host, n, d, m) if job.a.column == size else 0
+    if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
         plan.by_dots = 0
     if plan.by_dots != 0:
         # All rows of x stay in L1 while those of w stream by; the copy has them apart.
-        meets = job.x.row != 0 and lines_kept(host, job.x.row) < 8 * n
-        plan.x = COPIED if n <= MOST_DOTS_ROWS and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
-        plan.w = IN_PLACE if job.w.row == size else PACKED
+        meets = job.a.row != 0 and lines_kept(host, job.a.row) < 8 * n
+        plan.a = COPIED if n <= MOST_DOTS_ROWS and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
+        plan.b = IN_PLACE if job.b.row == size else PACKED
 
 
 @jit_too
-def schedule_forward(job: Forward, host: Host, threads: int) -> None:
-    plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
+def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
+    plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.k, job.m
     size = host.itemsize
     panels = block_count(m, plan.width * host.lanes)
     mr = host.rows_of_wide if n <= host.rows_of_wide else host.rows
@@ -448,7 +437,7 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     rows, columns = 1 if streams else row_blocks(host, n, n, d, plan.depth), 1
     wanted = host.choices.turns * threads
     if threads > 1 and job.groups * rows < wanted:
-        most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.x == COPIED else (panels, 4)
+        most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.a == COPIED else (panels, 4)
         if job.groups * most * block_count(n, tiles * mr) < threads:
             most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
@@ -463,9 +452,9 @@ def schedule_forward(job: Forward, host: Host, threads: int) -> None:
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
-    tasks.packs = 1 if plan.w == PACKED and large and plan.by_dots == 0 else 0
-    tasks.parts = min(panels, 2 * threads) if plan.w == PACKED and tasks.packs == 0 else 0
-    tasks.copies = min(n, 2 * threads) if plan.x == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
+    tasks.packs = 1 if plan.b == PACKED and large and plan.by_dots == 0 else 0
+    tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.packs == 0 else 0
+    tasks.copies = min(n, 2 * threads) if plan.a == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
     tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
     tasks.count = job.groups * rows * columns
@@ -483,46 +472,62 @@ def plan_backward(job: Backward, host: Host) -> None:
     # A dw of one column is a row of dw^T, whose vectors are then of x.
     plan.dw_by_columns = 1 if job.dw.data != 0 and (job.dw.column != size or (m == 1 and d > 1 and job.dw.row == size)) else 0
     plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
-    # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
-    meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
-    plan.by_dots = suits_dots(host, n, m, d) if job.w.column == size else 0
-    uses = n // host.rows
-    # As in the forward pass, of w^T, which lies in rows where w does by columns.
-    packs = suits_packing(host, job.w.column, m, nr, uses) and pays(host, host.w_uses, uses, d * m * size)
-    plan.w = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
-    plan.depth = depth_for(host, n, m, d * m * size, plan.w == PACKED)
     narrow = d * m * size <= host.l2
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
-    plan.by_strips = suits_strips(host, n, m, d, plan.depth, job.w.column) if plan.by_slabs == 0 and plan.w == IN_PLACE else 0
-    by_columns = plan.dw_by_columns != 0
-    rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, plan.lead)
+    _plan_dx(job, host)
+    _plan_dw(job, host)
+    columns = d if plan.dw_by_columns != 0 else m
+    bytes_of_row = plan.lead + (round_up(columns, nr) * size if job.to_dw.plan.b == PACKED else 0)
+    most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
+    plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
+
+
+@jit_too
+def _plan_dx(job: Backward, host: Host) -> None:
+    plan, n, d, m, size = job.to_dx.plan, job.n, job.d, job.m, host.itemsize
+    uses = n // host.rows
+    # As in the forward pass, of w^T, which lies in rows where w does by columns.
+    packs = suits_packing(host, job.w.column, m, host.vectors * host.lanes, uses) and pays(host, host.w_uses, uses, d * m * size)
+    plan.b = IN_PLACE if job.w.row == size and job.w.column >= d * size and not packs else PACKED
+    plan.width, plan.depth = host.vectors, depth_for(host, n, m, d * m * size, plan.b == PACKED)
+    plan.by_dots = suits_dots(host, n, m, d) if job.w.column == size else 0
+    if plan.by_dots != 0:
+        plan.b = IN_PLACE
+    elif job.plan.by_slabs == 0 and plan.b == IN_PLACE:
+        plan.by_strips = suits_strips(host, n, m, d, plan.depth, job.w.column)
+
+
+@jit_too
+def _plan_dw(job: Backward, host: Host) -> None:
+    plan, n, d, m = job.to_dw.plan, job.n, job.d, job.m
+    size, nr, by_columns = host.itemsize, host.vectors * host.lanes, job.plan.dw_by_columns != 0
+    plan.width, plan.depth = host.vectors, host.kc
+    if job.dw.data == 0:
+        return
+    rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, job.plan.lead)
+    # dw goes down the rows of x, a line of each: where L1 keeps a sixteenth of its lines or less of those, nothing is there again.
+    meets = lines_kept(host, job.x.row) * 16 <= host.l1_sets * host.l1_ways
     # For every k a tile reads nr elements of B, and a line of A of which it uses a part, more than L2 delivers to a narrow tile meanwhile.
     # Slabs have little of both at a time: x packed for them took 1.03 to 1.06 times as long ((65536, 64, 64), (32768, 32, 128), Zen 3).
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
-    waits = plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
-    wanted = job.dw.data != 0
-    several = rows > host.rows_of_wide and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses
-    if wanted and several:
+    waits = job.plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
+    if rows > host.rows_of_wide and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
         outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
-        plan.dw_a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
-    uses_of_b = rows // host.rows
-    packs_b = waits and suits_packing(host, row_of_b, n, nr, uses_of_b) and uses_of_b >= host.w_uses
+        plan.a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
+    uses = rows // host.rows
+    packs = waits and suits_packing(host, row_of_b, n, nr, uses) and uses >= host.w_uses
     # An x as B is padded to whole panels, so that the chains of the last one have no cut more (`product._read_past`). For NARROW rows of
     # dw^T that would cost more than the product, and the cut is taken. Where its tiles find it in no cache again x is packed for more than
     # two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
     must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
-    plan.dw_b = PACKED if wanted and (packs_b or must) else IN_PLACE
-    alone = by_columns and m == 1 and plan.dw_b == IN_PLACE
-    plan.dw_by_strips = 1 if alone and n >= STRIP_DEPTH and d * size >= STRIP_BYTES else 0
-    wide = by_columns and plan.dw_b == IN_PLACE and rows <= host.rows_of_wide
-    plan.dw_width = 2 * host.vectors if wide else host.vectors
-    bytes_of_row = plan.lead + (round_up(columns, nr) * size if plan.dw_b == PACKED else 0)
-    most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
-    plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
+    plan.b = PACKED if packs or must else IN_PLACE
+    if by_columns and plan.b == IN_PLACE:
+        plan.by_strips = 1 if m == 1 and n >= STRIP_DEPTH and d * size >= STRIP_BYTES else 0
+        plan.width = 2 * host.vectors if rows <= host.rows_of_wide else host.vectors
 
 
 @jit_too
@@ -539,43 +544,57 @@ def _parts(columns: int, rows: int, nr: int, wanted: int) -> int:
 
 @jit_too
 def schedule_backward(job: Backward, host: Host, threads: int) -> None:
-    plan, tasks, n, d, m = job.plan, job.tasks, job.n, job.d, job.m
-    size, nr = host.itemsize, host.vectors * host.lanes
+    plan, tasks, d, m, nr = job.plan, job.tasks, job.d, job.m, host.vectors * host.lanes
     if plan.by_slabs != 0:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
         rows = m if plan.dw_by_columns != 0 else d
         tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
-    wanted = host.choices.turns * threads if threads > 1 else 1
-    stretch = min(n, plan.stretch)
+    stretch = min(job.n, plan.stretch)
     # A single block would keep one thread busy and let the others fall asleep.
     parts = block_count(2 * threads, block_count(stretch, BLOCK_ROWS)) if threads > 1 else 1
     tasks.z_parts = _parts(m, min(stretch, BLOCK_ROWS), nr, parts)
-    packs_x = plan.dw_by_columns != 0 and plan.dw_b == PACKED
+    packs_x = plan.dw_by_columns != 0 and job.to_dw.plan.b == PACKED
     tasks.x_parts = _parts(d, min(stretch, BLOCK_ROWS), nr, parts) if packs_x else 0
+    _schedule_dx(job, host, stretch, threads)
+    _schedule_dw(job, host, stretch, threads)
+    tasks.count = job.to_dx.tasks.count + job.to_dw.tasks.count
+
+
+@jit_too
+def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
+    plan, tasks, n, d, m = job.to_dx.plan, job.to_dx.tasks, job.n, job.d, job.m
+    panels, size = block_count(d, plan.width * host.lanes), host.itemsize
     # Few rows by inner products read all of w: once.
-    dx_rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 or n > MOST_DOTS_ROWS else 1
-    tasks.dx_rows = dx_rows if job.dx.data != 0 else 0
-    dx_columns = -(-wanted // max(tasks.dx_rows, 1))
-    if tasks.dx_rows > 1:
+    rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 or n > MOST_DOTS_ROWS else 1
+    tasks.rows = rows if job.dx.data != 0 else 0
+    columns = -(-(host.choices.turns * threads if threads > 1 else 1) // max(tasks.rows, 1))
+    if tasks.rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
-        dx_columns = max(dx_columns, block_count(d * m * size, w_at_once(host)))
-    tasks.dx_columns = min(block_count(d, nr), dx_columns)
+        columns = max(columns, block_count(d * m * size, w_at_once(host)))
+    tasks.columns = min(panels, columns)
     if plan.by_strips != 0:
-        tasks.dx_columns = min(tasks.dx_columns, threads, max(1, d * size // STRIP_BYTES))
-    tasks.dx_rows = even_out(tasks.dx_rows, tasks.dx_columns, threads)
-    packs_w = tasks.dx_rows > 1 and plan.w == PACKED and plan.by_dots == 0
-    tasks.w_parts = min(block_count(d, nr), 2 * threads) if packs_w else 0
-    rows, columns = (m, d) if plan.dw_by_columns != 0 else (d, m)
+        tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
+    tasks.rows = even_out(tasks.rows, tasks.columns, threads)
+    tasks.packs = 1 if plan.b == PACKED and tasks.rows == 1 else 0
+    tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.rows > 1 else 0
+    tasks.count = tasks.rows * tasks.columns
+
+
+@jit_too
+def _schedule_dw(job: Backward, host: Host, stretch: int, threads: int) -> None:
+    plan, tasks, n, d, size = job.to_dw.plan, job.to_dw.tasks, job.n, job.d, host.itemsize
+    rows, columns = (job.m, d) if job.plan.dw_by_columns != 0 else (d, job.m)
+    wanted = host.choices.turns * threads if threads > 1 else 1
     # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
     scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
-    tasks.dw_rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
-    tasks.dw_columns = _cut(block_count(columns, plan.dw_width * host.lanes), 1, 1 << 30, -(-wanted // max(tasks.dw_rows, 1)))
-    if plan.dw_by_strips != 0:
-        tasks.dw_columns = min(tasks.dw_columns, threads, max(1, d * size // STRIP_BYTES))
-    tasks.dw_rows = even_out(tasks.dw_rows, tasks.dw_columns, threads)
-    tasks.count = tasks.dx_rows * tasks.dx_columns + tasks.dw_rows * tasks.dw_columns
+    tasks.rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
+    tasks.columns = _cut(block_count(columns, plan.width * host.lanes), 1, 1 << 30, -(-wanted // max(tasks.rows, 1)))
+    if plan.by_strips != 0:
+        tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
+    tasks.rows = even_out(tasks.rows, tasks.columns, threads)
+    tasks.count = tasks.rows * tasks.columns
 
 
 # The bias reduction.
@@ -605,7 +624,7 @@ def plan_reduction(job: Reduction, host: Host, block_rows: int) -> None:
 # In plain Python.
 
 
-def plan(op: str, shape: tuple[int, ...], host: Host, *, threads: int = 1, w_by_columns: bool = False) -> Forward | Backward:
+def plan(op: str, shape: tuple[int, ...], host: Host, *, threads: int = 1, w_by_columns: bool = False) -> Matmul | Backward:
     """The job of a pass as it would be planned on `host`, with operands in C order (w in Fortran order, if asked for).
 
     `op` is ``"forward"`` or ``"backward"``; `shape` is (n, d, m) or (groups, n, d, m). The job's operands have strides and no addresses.
@@ -620,7 +639,7 @@ def plan(op: str, shape: tuple[int, ...], host: Host, *, threads: int = 1, w_by_
     groups = lead[0] if lead else 1
     x, w = stack(n, d), stack(d, m, by_columns=w_by_columns)
     if op == "forward":
-        forward = Forward(x=x, w=w, out=stack(n, m), n=n, d=d, m=m, groups=groups)
+        forward = Matmul(a=x, b=w, c=stack(n, m), n=n, k=d, m=m, groups=groups)
         plan_forward(forward, host)
         schedule_forward(forward, host, threads)
         return forward

@@ -8,22 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
-from rectilinear.kernels.loops.gradients import (
-    Block,
-    add_sums,
-    clear,
-    dw_block,
-    dx_block,
-    dx_by_dots,
-    masked_block,
-    pack_b,
-    pack_w,
-    write_db,
-)
-from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward
+from rectilinear.kernels.loops.gradients import Samples, add_sums, clear, masked_block, move_to, write_db, write_products
+from rectilinear.kernels.loops.matmul import Part, multiply, pack_b
+from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward, Matmul
 from rectilinear.kernels.loops.product import Prefetch, prefetch_rows
 from rectilinear.kernels.micro.library import lanes, rows, vectors
 from rectilinear.kernels.micro.rows import SUM, WRITE, RowsOperands
+from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
@@ -33,82 +24,88 @@ from rectilinear.kernels.runtime.threads import parallel_for
 
 
 @record
-class Space:
-    """A slab's scratch memory, laid out from `z` on: a block of dz, its sums, the totals, a block of x, copied or packed, or what strips
-    keep, packed w^T; and its end."""
+class Slab:
+    """What a thread has of its own for a slab: the two products, each a single part, and scratch memory, laid out from `z` on: a block of
+    dz, its sums, the totals, a block of x, copied or packed, packed w^T; and its end."""
 
+    dx: Matmul = Matmul()
+    dw: Matmul = Matmul()
+    all_of_dx: Part = Part()
+    all_of_dw: Part = Part()
+    ahead: Prefetch = Prefetch()
     z: int = 0
     sums: int = 0
     total: int = 0
     x: int = 0
-    packed_w: int = 0
+    w: int = 0
     end: int = 0
 
 
 @jit_inner
-def _lay_out(zero: Any, job: Backward, start: int, space: Space) -> None:
+def _lay_out(zero: Any, job: Backward, start: int, own: Slab) -> None:
     size, d, m = size_of(zero), job.d, job.m
     nr = vectors(zero) * lanes(zero)
-    space.z = start
-    space.sums = space.z + BLOCK_ROWS * job.plan.lead
-    space.total = space.sums + round_up(m * size, 64)
-    space.x = space.total + round_up(m * 8, 64)
-    space.packed_w = space.x + BLOCK_ROWS * packed_row(round_up(d, nr) * size)
-    space.end = space.packed_w + round_up(block_count(d, nr) * m * nr * size, 64)
+    own.z = start
+    own.sums = own.z + BLOCK_ROWS * job.plan.lead
+    own.total = own.sums + round_up(m * size, 64)
+    own.x = own.total + round_up(m * 8, 64)
+    own.w = own.x + BLOCK_ROWS * packed_row(round_up(d, nr) * size)
+    own.end = own.w + round_up(block_count(d, nr) * m * nr * size, 64)
 
 
 @jit_inner
-def _task(zero: Any, index: int, job: Backward, slot: int) -> None:
+def _prepare(zero: Any, job: Backward, slot: int, own: Slab) -> None:
+    dx, dw, ahead = own.dx, own.dw, address_of(own.ahead)
+    _lay_out(zero, job, job.slots.data + slot * job.slots.row, own)
+    dx.packed.data, dw.packed.data, dx.prefetch, dw.prefetch = own.w, own.x, ahead, ahead
+    own.all_of_dx = Part(job=address_of(dx), panels=block_count(job.d, dx.plan.width * lanes(zero)))
+    own.all_of_dw = Part(job=address_of(dw), rows=dw.n, panels=block_count(dw.m, dw.plan.width * lanes(zero)), space=own.x)
+    if job.plan.slabs > 1:
+        dw.c.row = job.plan.part_row
+
+
+@jit_inner
+def _task(zero: Any, index: int, job: Backward, own: Slab) -> None:
     """The whole backward of one slab of one group."""
-    plan, nr = job.plan, vectors(zero) * lanes(zero)
-    n, d, m, slabs = job.n, job.d, job.m, plan.slabs
+    plan, n, d, m, slabs = job.plan, job.n, job.d, job.m, job.plan.slabs
     group, slab = index // slabs, index % slabs
     first, last = block_start(n, slabs, slab), block_start(n, slabs, slab + 1)
     want_dx, want_dw = job.dx.data != 0, job.dw.data != 0
-    by_columns = plan.dw_by_columns != 0
-
-    space = Space()
-    _lay_out(zero, job, job.slots.data + slot * job.slots.row, space)
-    ahead = Prefetch()
-    b = Block(group=group, z=space.z, packed_w=space.packed_w, packed_b=space.x, space=space.x, rows=m if by_columns else d)
-    b.dw = Rows(job.dw.data + group * job.dw.group, job.dw.column if by_columns else job.dw.row)
-    if slabs > 1:
-        b.dw = Rows(job.parts + index * b.rows * plan.part_row, plan.part_row)
-        space.total = job.sums + index * round_up(m * 8, 64)
-    clear(0.0, space.total, m)
-    dx_panels, dw_panels = block_count(d, nr), block_count(d if by_columns else m, plan.dw_width * lanes(zero))
-    if want_dx and plan.by_dots == 0 and plan.w == PACKED:
-        pack_w(zero, job, group, 0, dx_panels, space.packed_w)
+    dx, dw, ahead = own.dx, own.dw, own.ahead
+    total = own.total if slabs == 1 else job.sums + index * round_up(m * 8, 64)
+    clear(0.0, total, m)
     for r0 in range(first, max(last, first + 1), BLOCK_ROWS):
         # The same blocks as in `blocks`: they decide the order in which db is summed.
-        b.first, b.count = r0, min(BLOCK_ROWS, last - r0)
+        s = Samples(group=group, first=r0, count=min(BLOCK_ROWS, last - r0), z=own.z, columns=m)
+        move_to(job, s, dx, dw)
+        dw.flags = ADD if r0 > first else 0
+        if slabs > 1:
+            dw.c.data = job.parts + index * dw.n * plan.part_row
+        if r0 == first and want_dx and dx.plan.b == PACKED:
+            pack_b(zero, dx, Part(rows=m, panels=own.all_of_dx.panels))
         # What comes next: the rest of the slab, or where that is done and a group is one slab, the next group.
-        next_group, next_row, left, next_d = group, r0 + b.count, last - r0 - b.count, 0
+        next_group, next_row, left, next_d = group, r0 + s.count, last - r0 - s.count, 0
         if left == 0 and slabs == 1 and group + 1 < job.groups:
             next_group, next_row, left, next_d = group + 1, 0, n, d
         left = min(left, BLOCK_ROWS)
-        clear(zero, space.sums, m)
-        masked_block(zero, job, b, m, space.sums)
-        add_sums(zero, space.sums, space.total, m)
-        b.panels, b.prefetch = dx_panels, 0
-        if want_dx and plan.by_dots != 0:
-            dx_by_dots(zero, job, b)
-        elif want_dx:
+        clear(zero, own.sums, m)
+        masked_block(zero, job, s, own.sums)
+        add_sums(zero, own.sums, total, m)
+        if want_dx:
             prefetch_rows(zero, ahead.now, job.dout, next_group, next_row, left, m)
             prefetch_rows(zero, ahead.then, job.w, next_group, 0, next_d, m)
-            b.prefetch = address_of(ahead)
-            dx_block(zero, job, b)
+            own.all_of_dx.rows = s.count
+            multiply(zero, own.all_of_dx)
         if want_dw:
             prefetch_rows(zero, ahead.now, job.x, next_group, next_row, left, d)
             if want_dx:
                 prefetch_rows(zero, ahead.then, job.dx, next_group, next_row, left, d)
             prefetch_rows(zero, ahead.last, job.dw, next_group, 0, next_d, m)
-            b.panels, b.prefetch, b.adds = dw_panels, address_of(ahead), 1 if r0 > first else 0
-            if plan.dw_b == PACKED:
-                pack_b(zero, job, b, 0, dw_panels)
-            dw_block(zero, job, b)
+            if dw.plan.b == PACKED:
+                pack_b(zero, dw, Part(rows=s.count, panels=own.all_of_dw.panels))
+            multiply(zero, own.all_of_dw)
     if job.db.data != 0 and slabs == 1:
-        write_db(zero, job, group, space.total)
+        write_db(zero, job, group, total)
 
 
 @jit_inner
@@ -138,8 +135,10 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     @jit_inner
     def task(index: int, address: int, slot: int) -> None:
         job = at(Backward, address)
+        own = Slab(dx=job.to_dx, dw=job.to_dw)
+        _prepare(zero, job, slot, own)
         for i in range(index * job.tasks.run, min((index + 1) * job.tasks.run, job.tasks.count)):
-            _task(zero, i, job, slot)
+            _task(zero, i, job, own)
 
     @jit_inner
     def combine(index: int, address: int, slot: int) -> None:
@@ -147,13 +146,14 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
 
     @jit_inner
     def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:
-        space = Space()
-        _lay_out(zero, job, 0, space)
+        own = Slab()
+        _lay_out(zero, job, 0, own)
+        write_products(zero, job)
         count = job.tasks.count
         threads = min(threads, count)
         shared = count if job.plan.slabs > 1 else 0
-        job.slots = Rows(scratch, space.end)
-        job.parts = scratch + threads * space.end
+        job.slots = Rows(scratch, own.end)
+        job.parts = scratch + threads * own.end
         job.sums = job.parts + shared * (job.m if job.plan.dw_by_columns != 0 else job.d) * job.plan.part_row
         needed = job.sums + shared * round_up(job.m * 8, 64) - scratch
         if needed > scratch_bytes:

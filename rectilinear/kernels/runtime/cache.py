@@ -32,7 +32,7 @@ from numba.core.compiler import CompileResult
 from numba.extending import register_jitable
 
 from rectilinear.kernels.runtime import forks  # noqa: F401  # looks after forks from here on
-from rectilinear.kernels.runtime.compiler import INNER, InnerCompiler, forget_literals
+from rectilinear.kernels.runtime.compiler import OPTIONS, InnerCompiler, OuterCompiler, forget_literals
 from rectilinear.kernels.runtime.fingerprint import digest, environment, fingerprint
 from rectilinear.kernels.runtime.numba_private import number_functions_apart
 
@@ -49,6 +49,8 @@ _DAY_S = 86_400.0
 _MAGIC = b"rectilinear kernel 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
+_INNER = OPTIONS | {"no_cpython_wrapper": True, "pipeline_class": InnerCompiler}
+
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -56,10 +58,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def jit(**options: Any) -> Callable[[_Function], _Function]:
     """Compile the decorated function on first use, or take it from the disk.
 
-    Options are those of ``numba.njit``; kernels let go of the GIL and divide as NumPy does unless told otherwise.
+    Options are those of ``numba.njit``; kernels let go of the GIL unless told otherwise.
     Functions that only other jitted functions call need no entry of their own: `jit_inner`.
     """
-    options = {"nogil": True, "error_model": "numpy"} | options
+    options = OPTIONS | {"nogil": True, "pipeline_class": OuterCompiler} | options
 
     def decorate(function: _Function) -> _Function:
         dispatcher: Any = numba.njit(**options)(function)
@@ -73,7 +75,7 @@ def jit(**options: Any) -> Callable[[_Function], _Function]:
 
 def jit_inner(function: _Function) -> _Function:
     """Compile the decorated function into the jitted functions that call it."""
-    dispatcher: Any = numba.njit(**INNER, pipeline_class=InnerCompiler)(function)
+    dispatcher: Any = numba.njit(**_INNER)(function)
     if not numba.config.DISABLE_JIT:
         forget_literals(dispatcher)
     inner: _Function = dispatcher
@@ -82,7 +84,7 @@ def jit_inner(function: _Function) -> _Function:
 
 def jit_too(function: _Function) -> _Function:
     """Leave the decorated function one of plain Python that jitted functions can call, too."""
-    callable_by_both: _Function = register_jitable(**INNER, pipeline_class=InnerCompiler)(function)
+    callable_by_both: _Function = register_jitable(**_INNER)(function)
     return callable_by_both
 
 

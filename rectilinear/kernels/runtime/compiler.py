@@ -1,8 +1,9 @@
-"""How numba compiles what only jitted code calls: as far as callers need it, and once.
+"""How numba compiles these kernels: everything once.
 
-numba links every function with all that it calls, optimizes the whole and makes machine code of it, then does the same for each of its
-callers. Of the hundred and thirty functions of the affine passes Python calls eight, so nearly all of that is done for nobody. Here it is
-left to these eight: with an empty cache, a first step (Zen 3, float32) takes 14 s in place of 25, with the same code at the end.
+numba optimizes a function, links it with all that it calls, optimizes the whole, twice, and makes machine code of it. Then it does the same
+for each of the function's callers, with the function in it. Of the hundred and thirty functions of the affine passes Python calls eight, so
+nearly all of that is done for nobody. Here code is optimized in these eight alone, and once: with an empty cache, a first step takes half
+the time (docs/threads.md).
 """
 
 from __future__ import annotations
@@ -13,11 +14,22 @@ from numba import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
-INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "no_rewrites": True}
-"""Options of ``numba.njit``. No rewrites: those are for arrays and for branches on None."""
+OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}
+"""Of ``numba.njit``, for all kernels: they divide as NumPy does. Rewrites are for arrays, and for branches on None."""
 
 
-class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]  # numba is untyped
+class _Library(JITCodeLibrary):  # type: ignore[misc]  # numba is untyped
+    """The code of a function that Python calls."""
+
+    def _optimize_functions(self, module: Any) -> None:
+        module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        passes, builder = self._codegen._module_pass_manager()
+        passes.run(self._final_module, builder)
+
+
+class _InnerLibrary(_Library):
     """Code for callers to take in."""
 
     def _optimize_final_module(self) -> None:
@@ -27,13 +39,25 @@ class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]  # numba is untyped
         self._finalized = True
 
 
-class InnerCompiler(Compiler):  # type: ignore[misc]
+class OuterCompiler(Compiler):  # type: ignore[misc]
+    """Of functions that Python calls."""
+
+    library = _Library
+
     def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
-        flags.no_compile = True
         flags.enable_ssa = False  # LLVM does that
-        super().__init__(typingctx, targetctx, _InnerLibrary(targetctx.codegen(), "inner"), args, return_type, flags, locals)
+        library = self.library(targetctx.codegen(), "kernel")
+        library.enable_object_caching()
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+
+
+class InnerCompiler(OuterCompiler):
+    """Of functions that only jitted code calls."""
+
+    library = _InnerLibrary
 
     def compile_extra(self, func: Any) -> Any:
+        self.state.flags.no_compile = True
         compiled = super().compile_extra(func)
         # What stands for the function as it is called: numba wants a builtin function, and each its own.
         compiled = compiled._replace(entry_point=[].append)

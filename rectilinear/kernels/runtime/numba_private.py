@@ -22,7 +22,13 @@ NEEDED = {
     "numba.core.caching": ("_Cache",),
     "numba.core.cgutils": ("alloca_once", "gep_inbounds", "get_or_insert_function", "pack_array"),
     "numba.core.codegen.CPUCodeLibrary": ("add_linking_library", "has_dynamic_globals"),
-    "numba.core.codegen.JITCodeLibrary": ("_finalize_final_module", "_finalized", "_optimize_final_module"),
+    "numba.core.codegen.JITCodeLibrary": (
+        "_finalize_final_module",
+        "_finalized",
+        "_optimize_final_module",
+        "_optimize_functions",
+        "enable_object_caching",
+    ),
     "numba.core.compiler.Compiler": ("compile_extra",),
     "numba.core.compiler.CompileResult": (
         "_rebuild",
@@ -83,7 +89,7 @@ NEEDED = {
 """Where it is, and its names there."""
 
 NEEDED_OF_INSTANCES = {
-    "codegen": ("_get_host_cpu_name", "_tm_features", "magic_tuple"),
+    "codegen": ("_data_layout", "_get_host_cpu_name", "_module_pass_manager", "_tm_features", "magic_tuple"),
     "dispatcher": ("_cache", "_compiler", "get_call_template", "overloads", "py_func", "stats", "targetoptions"),
     "function": ("typing_key",),
     "literal": ("literal_value",),

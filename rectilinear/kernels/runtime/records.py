@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hi
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, lower_getattr_generic, lower_setattr_generic, models, register_model
@@ -29,6 +30,9 @@ WORD = ir.IntType(64)
 WORD_BYTES = 8
 PAIR_BYTES = 128
 """A pair of cache lines, which the adjacent-line prefetcher of x86 couples: words that different threads write lie in different ones."""
+
+MOST_STORED = 512
+"""Bytes of a record up to which it is cleared by stores side by side; a longer one is by a call, which takes less code."""
 
 _Record = TypeVar("_Record")
 
@@ -199,7 +203,10 @@ def _make_constructor(cls: Any) -> None:
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():
             space = builder.alloca(ir.ArrayType(WORD, layout.size // WORD_BYTES))
-        builder.store(space.type.pointee(None), space)
+        if layout.size > MOST_STORED:
+            cgutils.memset(builder, space, WORD(layout.size), 0)
+        else:
+            builder.store(space.type.pointee(None), space)
         address = builder.ptrtoint(space, WORD)
         for (offset, kind), given, value in zip(layout.fields.values(), signature.args, args, strict=True):
             if not isinstance(given, types.Omitted):
