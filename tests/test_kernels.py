@@ -168,6 +168,10 @@ def test_a_copied_x(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, 
         with num_threads(threads):
             x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
             check_step(x, w, b, dout, frames=True)
+            # One whose elements lie apart in both directions.
+            few = min(d, 16)
+            apart = whole(rng, (*lead, n, 1024), dtype)[..., :: 1024 // few]
+            check_step(apart, np.ascontiguousarray(w[..., :few, :]), b, dout, frames=True)
     finally:
         host.publish_host(dtype.itemsize)
 

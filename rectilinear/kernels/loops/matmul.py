@@ -166,21 +166,16 @@ def _copies_itself(job: Matmul) -> bool:
 
 @jit_inner
 def _copy_a(zero: Any, p: Product) -> None:
-    """Set p.a to a copy of it in p.space, with its rows as they are, or its columns where those lie side by side."""
+    """Set p.a to a copy of it in p.space, by rows if it lies so, else by columns."""
     size, a = size_of(zero), p.a
-    if _by_columns(zero, a.row, a.column):
-        copied = Rows(p.space, packed_row(p.n * size))
-        copy(zero, Packing(rows=p.k, columns=p.n, src=Matrix(a.data, a.column, a.row), dst=copied))
-        p.a = Matrix(copied.data, size, copied.row)
-    else:
+    if a.column == size:
         copied = Rows(p.space, packed_row(p.k * size))
         copy(zero, Packing(rows=p.n, columns=p.k, src=a, dst=copied))
         p.a = Matrix(copied.data, copied.row, size)
-
-
-@jit_inner
-def _by_columns(zero: Any, row: int, column: int) -> bool:
-    return row == size_of(zero) and column != row
+    else:
+        copied = Rows(p.space, packed_row(p.n * size))
+        copy(zero, Packing(rows=p.k, columns=p.n, src=Matrix(a.data, a.column, a.row), dst=copied))
+        p.a = Matrix(copied.data, size, copied.row)
 
 
 # Before the tasks.
@@ -251,7 +246,7 @@ def _bytes_of_a(zero: Any, job: Matmul) -> int:
     rows = longest_block(job.n, DOTS_TALL if plan.by_dots != 0 else host(zero).rows, job.tasks.rows)
     if plan.a == PACKED:
         return tiles_of(zero, rows, plan.width) * packed_step(zero, plan.width) * depth
-    return depth * packed_row(rows * size) if _by_columns(zero, a.row, a.column) else rows * packed_row(depth * size)
+    return rows * packed_row(depth * size) if a.column == size else depth * packed_row(rows * size)
 
 
 @jit_inner
