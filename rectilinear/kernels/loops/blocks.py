@@ -88,7 +88,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
                 move_to(job, Samples(group=group, first=first, count=job.last - first, z=job.z), dx, dw)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
                 parallel_for(c_address(pack), address_of(job), dx.tasks.parts + blocks * parts, threads)
-                dx.tasks.parts = 0
+                dx.tasks.parts = 0  # w^T stays as it is packed
                 for block in range(blocks):
                     add_sums(zero, job.sums + block * bytes_of_sums, totals, m)
                 parallel_for(c_address(task), address_of(job), job.tasks.count, threads)

@@ -26,7 +26,7 @@ IN_PLACE, PACKED = 0, 1
 """How an operand is read: where it lies, or packed into what tiles read."""
 
 COPIED = 2
-"""Or, of A, a block at a time with its rows as they are."""
+"""Or, of A, copied as it is, a block at a time or all of it before."""
 
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w, padded to whole vectors, beyond which each task packs for itself."""

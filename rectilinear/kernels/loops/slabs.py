@@ -26,7 +26,7 @@ from rectilinear.kernels.runtime.threads import parallel_for
 @record
 class Slab:
     """What a thread has of its own for a slab: the two products, each a single part, and scratch memory, laid out from `z` on: a block of
-    dz, its sums, the totals, a block of x, copied or packed, packed w^T; and its end."""
+    dz, its sums, the totals, a block of x, copied or packed, or what strips keep, packed w^T; and its end."""
 
     dx: Matmul = Matmul()
     dw: Matmul = Matmul()

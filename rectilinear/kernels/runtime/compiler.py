@@ -59,8 +59,8 @@ class InnerCompiler(OuterCompiler):
     def compile_extra(self, func: Any) -> Any:
         self.state.flags.no_compile = True
         compiled = super().compile_extra(func)
-        # What stands for the function as it is called: numba wants a builtin function, and each its own.
-        compiled = compiled._replace(entry_point=[].append)
+        # What stands for the function as it is called: numba wants a builtin function for each. These fail if Python calls them.
+        compiled = compiled._replace(entry_point=[].pop)
         self.state.targetctx.insert_user_function(compiled.entry_point, compiled.fndesc, [compiled.library])
         return compiled
 

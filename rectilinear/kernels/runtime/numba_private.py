@@ -92,6 +92,7 @@ NEEDED_OF_INSTANCES = {
     "codegen": ("_data_layout", "_get_host_cpu_name", "_module_pass_manager", "_tm_features", "magic_tuple"),
     "dispatcher": ("_cache", "_compiler", "get_call_template", "overloads", "py_func", "stats", "targetoptions"),
     "function": ("typing_key",),
+    "library": ("_codegen", "_final_module"),
     "literal": ("literal_value",),
     "signature": ("args", "replace", "return_type"),
 }
@@ -148,10 +149,11 @@ def _first_missing(path: str) -> str | None:
 
 
 def _instance(kind: str) -> Any:
-    if kind == "codegen":
+    if kind in ("codegen", "library"):
         from numba.core.registry import cpu_target
 
-        return cpu_target.target_context.codegen()
+        codegen = cpu_target.target_context.codegen()
+        return codegen if kind == "codegen" else codegen.create_library("probe")
     import numba
     from numba.core.typing import templates
 
