@@ -59,8 +59,10 @@ BLOCKS: tuple[dict[str, int], ...] = (
     {"past": 1, "l2": 1},
     {"past": 1000},
     {"l1_ways": 2},
+    {"l1_ways": 2, "cores": 1},
 )
-"""What `host.publish_host` is told: the host's block sizes, block edges at small extents, the ways for long and far memory, x copied."""
+"""What `host.publish_host` is told: the host's block sizes, block edges at small extents, the ways for long and far memory, x copied, slabs
+wherever w is small."""
 
 MIXED = ("f4", "f8", "f2", ">f4", ">f8", "i1", "i8", "?")
 """Dtypes of operands but the first, in one call of 20."""
