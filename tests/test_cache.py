@@ -8,11 +8,14 @@ import pickle
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numba import types
 
 import rectilinear
 from rectilinear.kernels.runtime import cache, fingerprint
+from rectilinear.kernels.runtime.cache import jit, jit_inner
 
 from .subprocesses import finish, forks, run, start
 
@@ -486,3 +489,22 @@ def test_import_is_light() -> None:
         assert not {"numba", "llvmlite", "rich"} & sys.modules.keys()
         """
     )
+
+
+def test_an_inner_function_is_compiled_once_and_for_jitted_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each constant that it is called with, and not for Python, which would need machine code of it."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))  # where nothing is: what is loaded needs no inner function
+
+    @jit_inner
+    def twice(value: int) -> int:
+        return 2 * value
+
+    @jit()
+    def total(value: int) -> int:
+        return twice(value) + twice(3) + twice(4)
+
+    assert total(5) == 24
+    inner: Any = twice
+    assert inner.signatures == [(types.intp,)]
+    with pytest.raises(IndexError):
+        inner(5)
