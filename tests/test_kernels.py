@@ -143,6 +143,7 @@ def test_nothing_and_one(dtype: np.dtype[Any], shape: tuple[int, int, int], grou
 
 SHAPES = [(1, 64, 64), (16, 128, 128), (100, 300, 100), (333, 77, 111), (40, 700, 600), (3000, 20, 33), (2500, 64, 10), (700, 300, 500)]
 SHAPES += [(150, 90, 1100), (20, 1024, 90)]  # rows of dz far apart; rows of x that meet in the same sets
+SHAPES += [(90, 30, 1100), (90, 700, 20)]  # of out and of dx, tile after tile along rows
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -150,6 +151,28 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
     """Slabs, blocks, packed and in place, with the host's own block sizes."""
     n, d, m = shape
     check_step(whole(rng, (n, d), dtype), whole(rng, (d, m), dtype), whole(rng, (m,), dtype), whole(rng, (n, m), dtype), frames=True)
+
+
+@pytest.mark.parametrize("l2", [None, 1 << 18], ids=["", "in several blocks"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(90, 30, 1500), (90, 1500, 20), (30, 290, 1501), (3, 64, 1000, 64), (3000, 700, 20)], ids=str)
+def test_tiles_along_rows(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, l2: int | None, rng: np.random.Generator) -> None:
+    """Of out, of dx, of dw and of dw^T, by slabs too, and with columns left over for a last panel."""
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    seen = host.this_host(dtype.itemsize)
+    seen = dataclasses.replace(seen, l2=l2 or seen.l2)
+    backward = plan("backward", shape, seen, threads=threads)
+    jobs = plan("forward", shape, seen, threads=threads), backward.to_dx, backward.to_dw
+    assert any(job.tasks.along_rows for job in jobs)
+    host.publish_host(dtype.itemsize, l2=seen.l2)
+    try:
+        with num_threads(threads):
+            x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+            for by_columns in (False, True):
+                check_step(x, w, b, dout, frames=True, by_columns=by_columns)
+    finally:
+        host.publish_host(dtype.itemsize)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -69,7 +69,7 @@ def _multiply(zero: Any, part: Part) -> None:
     plan, size, nr, group = job.plan, size_of(zero), job.plan.width * lanes(zero), part.group
     first = part.panel * nr
     p = Product(n=part.rows, k=job.k, m=min(job.m - first, part.panels * nr), width=plan.width, low_tiles=plan.low_tiles, flags=job.flags)
-    p.space, p.prefetch = part.space, job.prefetch
+    p.along_rows, p.space, p.prefetch = job.tasks.along_rows, part.space, job.prefetch
     p.a.data, p.a.row, p.a.column = job.a.data + group * job.a.group + part.row * job.a.row, job.a.row, job.a.column
     if job.tasks.copies != 0:
         p.a = Matrix(job.copied.data + (group * job.n + part.row) * job.copied.row, job.copied.row, size)

@@ -43,8 +43,11 @@ STRIP_BYTES = 512
 """The least of a row of w, or of x for dw of one column, for one thread to move along: of two threads each had half of (1, 784, 512), 1.2
 times as fast as one; dw of (1000, 500, 1) ran 1.2 times as fast as by tiles, (1000, 100, 1) 1.07, but (1000, 30, 1) 0.68 (Zen 3)."""
 
-FEW_ROWS = 16
-"""Rows up to which dw is mostly a matter of writing it."""
+LONG_ROWS, SHORT_K = 8, 64
+"""Panels of a row of C from which on tiles follow one another along it, where k is no longer than that. Against panel by panel, one thread,
+float32 and float64: dw (1, 1024, 1024) 2.8, (8, 1024, 1024) 1.57 and 1.57, (16, 1024, 1024) 1.19 and 1.24, (32, 512, 512) 1.1, dx of
+(256, 512, 10) 1.2 and 1.4, forward (2048, 16, 1024) 1.12, (512, 64, 512) 1.05. With four panels (8192, 64, 64) ran 0.97 times as fast; with
+a k of 128 dw (128, 784, 256) 0.98, of 256 dw (256, 784, 512) 0.89 (Zen 3)."""
 
 DOTS_VECTORS = 8
 """The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves. A single
@@ -59,7 +62,7 @@ NARROW_ROWS, NARROW_ELEMENTS = 64, 1 << 14
 """Of x, for the transposition of a w in rows of up to NARROW columns to pay: (64, 64, 3) ran 0.8 times as fast with it, (16, 2048, 3) 0.9,
 (64, 256, 2) 1.1, (1024, 256, 3) 2.5. For more columns it takes too long: (256, 512, 10) ran 0.94 times as fast (Zen 3)."""
 
-DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 32, 48
+FEW_DOTS_ROWS, DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 16, 32, 48
 """Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
 one for every 32 of k. Against tiles, one thread: (24, 1024, 1024) 1.15 to 1.4, (48, 784, 256) 1.02, but (32, 784, 256) 0.93 to 0.96 as
 dx, of k = 256; (100, 3072, 100) 1.1 with AVX-512, 0.9 with AVX2 (Zen 4)."""
@@ -128,6 +131,8 @@ class ProductTasks:
     parts: int = 0
     copies: int = 0
     """Into how many blocks of rows A is cut to be copied for all tasks; 0 where each task copies its own."""
+    along_rows: int = 0
+    """1 where tiles follow one another along the rows of C; they otherwise go down one panel of B after the other."""
     prefetch: int = 0
     """1 where tiles prefetch the next task's rows."""
     count: int = 0
@@ -326,7 +331,7 @@ def w_at_once(host: Host) -> int:
 def suits_dots(host: Host, n: int, k: int, m: int) -> int:
     """Whether n rows of m inner products of length k take less time than tiles: few rows, for which tiles would have B transposed first, or
     few columns, for which they would compute padding."""
-    few = n <= max(FEW_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
+    few = n <= max(FEW_DOTS_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
     least = 1 if m == 1 else DOTS_VECTORS
     return 1 if k >= least * host.lanes and (few or is_narrow(host, k, m)) else 0
 
@@ -338,6 +343,19 @@ def is_narrow(host: Host, k: int, m: int) -> bool:
     while width > 1 and 2 * m <= width * host.lanes:
         width //= 2
     return m <= NARROW or (3 * m <= 2 * width * host.lanes and k >= LONG_DOTS_VECTORS * host.lanes)
+
+
+@jit_too
+def suits_rows(host: Host, plan: ProductPlan, k: int, m: int) -> bool:
+    """Whether tiles are to follow one another along rows of C, so that these are written from end to end, not a line at a time on as many
+    pages as there are rows. With few k a product is mostly a matter of writing."""
+    return k <= SHORT_K and m >= LONG_ROWS * plan.width * host.lanes and plan.by_strips + plan.by_dots == 0
+
+
+@jit_too
+def blocks_along_rows(host: Host, k: int, m: int) -> int:
+    """Into how many blocks of columns C is cut at least, so that a quarter of L2 holds what such tiles read of B again and again."""
+    return block_count(k * m * host.itemsize, host.l2 // 4)
 
 
 @jit_too
@@ -435,9 +453,11 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     # Inner products of few columns use a row of x once: no cache has to keep any. (10000, 64, 1) ran 1.4 times as fast as in 90 blocks.
     streams = plan.by_dots != 0 and n > MOST_DOTS_ROWS
     rows, columns = 1 if streams else row_blocks(host, n, n, d, plan.depth), 1
-    wanted = host.choices.turns * threads
+    wanted, suits = host.choices.turns * threads, suits_rows(host, plan, d, m)
+    least = blocks_along_rows(host, d, m) if suits else 1
     if threads > 1 and job.groups * rows < wanted:
         most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.a == COPIED else (panels, 4)
+        most = min(most, least) if suits else most
         if job.groups * most * block_count(n, tiles * mr) < threads:
             most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
@@ -445,10 +465,12 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
         columns = max(columns, min(panels, block_count(d * m * size, w_at_once(host))))
+    columns = max(columns, least)
     rows = even_out(rows, job.groups * columns, threads)
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
+    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * columns else 0
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
@@ -549,6 +571,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
         rows = m if plan.dw_by_columns != 0 else d
+        job.to_dx.tasks.along_rows = 1 if suits_rows(host, job.to_dx.plan, m, d) else 0
         tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
     stretch = min(job.n, plan.stretch)
@@ -568,15 +591,21 @@ def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
     panels, size = block_count(d, plan.width * host.lanes), host.itemsize
     # Few rows by inner products read all of w: once.
     rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 or n > MOST_DOTS_ROWS else 1
+    wanted = host.choices.turns * threads if threads > 1 else 1
+    suits, enough, most = suits_rows(host, plan, m, d), block_count(stretch, 4 * host.rows), panels
+    least = blocks_along_rows(host, m, d) if suits else 1
+    if suits and enough >= threads:
+        rows, most = max(rows, min(enough, wanted)), least
     tasks.rows = rows if job.dx.data != 0 else 0
-    columns = -(-(host.choices.turns * threads if threads > 1 else 1) // max(tasks.rows, 1))
+    columns = -(-wanted // max(tasks.rows, 1))
     if tasks.rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         columns = max(columns, block_count(d * m * size, w_at_once(host)))
-    tasks.columns = min(panels, columns)
+    tasks.columns = max(least, min(most, columns))
     if plan.by_strips != 0:
         tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.rows = even_out(tasks.rows, tasks.columns, threads)
+    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * tasks.columns else 0
     tasks.packs = 1 if plan.b == PACKED and tasks.rows == 1 else 0
     tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.rows > 1 else 0
     tasks.count = tasks.rows * tasks.columns
@@ -584,16 +613,19 @@ def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
 
 @jit_too
 def _schedule_dw(job: Backward, host: Host, stretch: int, threads: int) -> None:
-    plan, tasks, n, d, size = job.to_dw.plan, job.to_dw.tasks, job.n, job.d, host.itemsize
+    plan, tasks, d, size = job.to_dw.plan, job.to_dw.tasks, job.d, host.itemsize
     rows, columns = (job.m, d) if job.plan.dw_by_columns != 0 else (d, job.m)
     wanted = host.choices.turns * threads if threads > 1 else 1
-    # With few rows dw is a matter of writing: a thread writes to no more rows at a time than it has to, each a page of its own.
-    scattered = n <= FEW_ROWS and columns * size >= host.page and threads > 1
-    tasks.rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), rows if scattered else wanted) if job.dw.data != 0 else 0
-    tasks.columns = _cut(block_count(columns, plan.width * host.lanes), 1, 1 << 30, -(-wanted // max(tasks.rows, 1)))
+    tasks.rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted) if job.dw.data != 0 else 0
+    panels = block_count(columns, plan.width * host.lanes)
+    suits = suits_rows(host, plan, stretch, columns)
+    least = blocks_along_rows(host, stretch, columns) if suits else 1
+    most = least if suits and tasks.rows >= threads else panels
+    tasks.columns = max(least, min(most, -(-wanted // max(tasks.rows, 1))))
     if plan.by_strips != 0:
         tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.rows = even_out(tasks.rows, tasks.columns, threads)
+    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * tasks.columns else 0
     tasks.count = tasks.rows * tasks.columns
 
 

@@ -4,7 +4,8 @@
         for i in range(0, n, mr):           a tile of C, its sums in registers
             for k in range(k):              micro/tile.py
 
-Everything works on addresses and byte strides. The loops over blocks of K and of rows are the passes'.
+Where k is small (`plan.suits_rows`) the two outer loops change places, so that C is written row by row. Everything works on addresses and
+byte strides. The loops over blocks of K and of rows are the passes'.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, le
 from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.simd import LINE_BYTES
-from rectilinear.kernels.micro.tile import ADD, TileOperands
+from rectilinear.kernels.micro.tile import ADD, Steps, TileOperands
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.linking import by_name
 from rectilinear.kernels.runtime.memory import room, size_of
@@ -61,9 +62,9 @@ class Prefetch:
 
 @record
 class Product:
-    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. A last panel narrower than `width`
-    vectors has higher tiles than the others, unless A is packed or `low_tiles` is 1. `bias` is 0 where there is none. `prefetch` is the
-    address of a `Prefetch`, or 0 to prefetch the panel that follows; `space` is scratch for one that goes by strips."""
+    """A lies in rows, or packed, tile after tile `a_panel` bytes apart. With `along_rows` 1 tiles go along rows of C. A last panel narrower
+    than `width` vectors has higher tiles than the others, unless A is packed or `low_tiles` is 1. `bias` is 0 where there is none.
+    `prefetch` is the address of a `Prefetch`, or 0 to prefetch the panel that follows; `space` is scratch for one that goes by strips."""
 
     n: int = 0
     k: int = 0
@@ -71,6 +72,7 @@ class Product:
     a: Matrix = Matrix()
     a_panel: int = 0
     low_tiles: int = 0
+    along_rows: int = 0
     b: Panels = Panels()
     c: Rows = Rows()
     bias: int = 0
@@ -156,39 +158,68 @@ def _tile_index(nv: int) -> int:
 
 
 @jit_inner
-def _panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> None:
-    """One panel of B, nv vectors wide, against all rows of A, in tiles of nearly equal height; `t` is moved on from one to the next.
+def _prefetches_next(p: Product, t: TileOperands) -> bool:
+    """Whether the tiles prefetch what p.prefetch says; then they do, but no more of them than that lasts for."""
+    if p.prefetch == 0:
+        return False
+    ahead = at(Prefetch, p.prefetch)
+    if ahead.now.start >= ahead.now.end:
+        ahead.now = ahead.then
+        ahead.then = ahead.last
+        ahead.last.end = 0
+    left, share = ahead.now.end - ahead.now.start, max(1, t.k) * LINE_BYTES
+    if left <= 0:
+        return False
+    t.prefetch, t.prefetch_step, t.steps.prefetch, t.tiles = ahead.now.start, LINE_BYTES, share, min(t.tiles, -(-left // share))
+    ahead.now.start += t.tiles * share
+    return True
+
+
+@jit_inner
+def _along_rows(zero: Any, p: Product, panels: int) -> None:
+    """So many whole panels of B against all rows of A: all panels for a tile's rows, then for the next ones. The first rows prefetch B."""
+    n, nv, size, first = p.n, p.width, size_of(zero), 0
+    count, nr = tiles_of(zero, n, nv), nv * lanes(zero)
+    t = TileOperands(k=p.k, flags=p.flags, columns=nr)
+    t.steps = Steps(b=p.b.panel, c=nr * size, bias=nr * size if p.bias != 0 else 0, bits=nr >> 3)
+    for i in range(count if n > 0 else 0):
+        height, left = block_start(n, count, i + 1) - first, panels
+        t.a, t.b, t.bias = p.a, Rows(p.b.data, p.b.row), p.bias
+        t.a.data += i * p.a_panel if p.a_panel != 0 else first * p.a.row
+        t.c, t.bits = Rows(p.c.data + first * p.c.row, p.c.row), Rows(p.bits.data + first * p.bits.row, p.bits.row)
+        while left > 0:
+            t.tiles = left
+            if not _prefetches_next(p, t):
+                t.prefetch, t.prefetch_step, t.steps.prefetch = t.b.data + p.b.panel, p.b.row if i == 0 else 0, p.b.panel
+            left -= t.tiles
+            tile(zero, _tile_index(nv) + height, t)
+        first += height
+
+
+@jit_inner
+def _down_panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int) -> None:
+    """One panel of B, nv vectors wide, against all rows of A, in tiles of nearly equal height.
 
     The tiles prefetch what p.prefetch says, else the panel that follows (at `following`, not 0): each an equal share of a packed one, or
     one line of each row of k of one in place. A packed one by the first tile alone would be more than L3 delivers meanwhile.
     """
-    n, prefetch = p.n, p.prefetch
-    count = tiles_of(zero, n, p.width if p.a_panel != 0 or p.low_tiles != 0 else nv)
-    index = _tile_index(nv)
-    lines = max(1, nv * lanes(zero) * size_of(zero) // LINE_BYTES)
-    first = 0
-    for i in range(count if n > 0 else 0):
-        height = block_start(n, count, i + 1) - first
-        t.prefetch, t.prefetch_step = t.b.data, 0
-        if prefetch != 0:
-            wanted = at(Prefetch, prefetch)
-            if wanted.now.start >= wanted.now.end:
-                wanted.now = wanted.then
-                wanted.then = wanted.last
-                wanted.last.end = 0
-        if prefetch != 0 and at(Prefetch, prefetch).now.start < at(Prefetch, prefetch).now.end:
-            now = at(Prefetch, prefetch).now
-            t.prefetch, t.prefetch_step = now.start, LINE_BYTES
-            now.start += t.k * LINE_BYTES
-        elif following != 0 and t.b.row == nv * lanes(zero) * size_of(zero):
-            t.prefetch, t.prefetch_step = following + i * t.k * t.b.row // count, t.b.row // count
-        elif following != 0 and i < lines:
-            t.prefetch, t.prefetch_step = following + i * LINE_BYTES, t.b.row
-        tile(zero, index + height, t)
-        t.a.data += p.a_panel if p.a_panel != 0 else height * t.a.row
-        t.c.data += height * t.c.row
-        t.bits.data += height * t.bits.row
-        first += height
+    n, width = p.n, nv * lanes(zero) * size_of(zero)
+    count, done = tiles_of(zero, n, p.width if p.a_panel != 0 or p.low_tiles != 0 else nv), 0
+    packed = t.b.row == width
+    share = -(-width // count) if packed else LINE_BYTES
+    sharers = -(-width // share) if following != 0 else 0
+    while done < count and n > 0:
+        taller = done < n % count
+        height = n // count + (1 if taller else 0)
+        t.tiles = (n % count if taller else count) - done
+        t.steps = Steps(a=p.a_panel if p.a_panel != 0 else height * t.a.row, c=height * t.c.row, bits=height * t.bits.row)
+        if not _prefetches_next(p, t):
+            t.prefetch, t.prefetch_step, t.steps.prefetch = t.b.data, 0, 0
+            if done < sharers:
+                t.steps.prefetch, t.prefetch_step = (t.k * share, share) if packed else (share, t.b.row)
+                t.prefetch, t.tiles = following + done * t.steps.prefetch, min(t.tiles, sharers - done)
+        done += t.tiles
+        tile(zero, _tile_index(nv) + height, t)
 
 
 @jit_inner
@@ -206,19 +237,22 @@ def _read_past(zero: Any, p: Product, nv: int, t: TileOperands) -> None:
     rows(zero, RowsOperands(rows=last, columns=t.columns, src=src, dst=tail, flags=WRITE | PAD))
     if last < k:
         early = TileOperands(k=k - last, a=t.a, b=t.b, c=t.c, bias=t.bias, flags=t.flags & ADD, columns=t.columns)
-        _panel(zero, p, nv, early, 0)
+        _down_panel(zero, p, nv, early, 0)
         t.a.data += (k - last) * t.a.column
         t.flags |= ADD
         t.bias = 0
     t.k, t.b = last, tail
-    _panel(zero, p, nv, t, 0)
+    _down_panel(zero, p, nv, t, 0)
 
 
 @jit_inner
 def _product(zero: Any, p: Product) -> None:
     size = size_of(zero)
     nr = p.width * lanes(zero)
-    for j in range(0, p.m, nr):
+    along = p.m // nr if p.along_rows != 0 else 0
+    if along > 0:
+        _along_rows(zero, p, along)
+    for j in range(along * nr, p.m, nr):
         columns = min(nr, p.m - j)
         nv = _vectors_for(zero, columns, p.width)
         b = Rows(p.b.data + j // nr * p.b.panel, p.b.row)
@@ -227,7 +261,7 @@ def _product(zero: Any, p: Product) -> None:
         bias = p.bias + j * size if p.bias != 0 else 0
         t = TileOperands(k=p.k, a=p.a, b=b, c=c, bias=bias, flags=p.flags, bits=bits, columns=columns)
         if p.b.padded != 0 or columns == nv * lanes(zero):
-            _panel(zero, p, nv, t, b.data + p.b.panel if j + nr < p.m else 0)
+            _down_panel(zero, p, nv, t, b.data + p.b.panel if j + nr < p.m else 0)
         else:
             _read_past(zero, p, nv, t)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.simd import Simd
+from rectilinear.kernels.micro.simd import LINE_BYTES, Simd
 from rectilinear.kernels.runtime.records import offsets_of
 
 I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -45,9 +45,12 @@ class Emitter:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64]), name)
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         (record,) = self.function.args
-        self.arg: dict[str, ir.Value] = {}
-        for field, offset in offsets_of(operands).items():
-            self.arg[field] = self.builder.load(self.pointer(self.offset(record, offset, 1)), name=field, align=8, typ=I64)
+        self.places = {field: self.pointer(self.offset(record, offset, 1)) for field, offset in offsets_of(operands).items()}
+        self.arg = self.operands()
+
+    def operands(self) -> dict[str, ir.Value]:
+        """The fields of the record as they are here."""
+        return {field: self.builder.load(place, name=field, align=8, typ=I64) for field, place in self.places.items()}
 
     # Memory. Nothing is assumed of alignment: on the machines meant, an aligned address is fast by itself.
 
@@ -149,10 +152,16 @@ class Emitter:
         return self.builder.icmp_signed("!=", self.builder.and_(self.arg["flags"], I64(bit)), I64(0))
 
     def not_unrolled(self, branch: ir.Instruction) -> None:
-        """Mark the loop that `branch` goes back in, which LLVM else unrolls for some processors, and then runs out of registers."""
-        loop = self.module.add_metadata([self.module.add_metadata(["llvm.loop.unroll.disable"])])
+        """Mark the loop that `branch` goes back in: LLVM is not to unroll it, as it does for some processors, out of registers then,
+        and is to begin it with a cache line."""
+        properties = (["llvm.loop.unroll.disable"], ["llvm.loop.align", I32(LINE_BYTES)])
+        loop = self.module.add_metadata([self.module.add_metadata(named) for named in properties])
         loop.operands = (loop, *loop.operands)  # LLVM knows loops by metadata that begin with themselves
         branch.set_metadata("llvm.loop", loop)
+
+    def in_order(self) -> None:
+        """Loads before this place stay before it, those after it after: an empty assembler instruction that may touch any memory."""
+        self.builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     def choose(self, condition: ir.Value, then: Callable[[], Values], otherwise: Callable[[], Values]) -> Values:
         """Values from one of two emitted branches."""

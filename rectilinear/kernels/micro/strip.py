@@ -111,10 +111,10 @@ class _StripEmitter(TileEmitter):
         moved["bias"] = builder.select(builder.icmp_signed("!=", strip["bias"], I64(0)), moved["bias"], I64(0))
         moved["bits.data"] = builder.add(strip["bits.data"], builder.lshr(j, I64(3)))
         self.arg = strip | moved | {"columns": columns}
-        self.full, self.tails = I1(full), self._tails(columns)
+        self.full, tails = I1(full), self.whole if full else self._tails()
         sums = self.choose(self.begins, self._start, self._chains_so_far)
         for k in range(depth):
-            sums = self._add_products(k, sums, self.whole if full else self.tails)
+            sums = self._add_products(k, sums, tails)
         self._store(self._relu(self._added(sums)))
         self.arg = strip
 
