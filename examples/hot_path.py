@@ -60,9 +60,8 @@ def table(record: Record) -> Table:
                 cell += f"\nnumba {ratio(figure, OURS, name).mid:.2f} x"
             cells.append(cell)
         rows.add_row(", ".join(map(str, figure.shape)), *cells)
-    rows.caption = (
-        f"medians of {record.settings['rounds']} rounds in turns, {record.settings['threads']} threads each; ratios taken in each round"
-    )
+    settings = record.settings
+    rows.caption = f"medians of {settings['rounds']} rounds in turns, threads: {settings['threads']}; ratios taken in each round"
     return rows
 
 

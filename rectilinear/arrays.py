@@ -43,8 +43,10 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     if x is None:
         raise TypeError("asarray: x is None, not an array, nested lists or a scalar")
     if dtype == "bfloat16":
-        import ml_dtypes  # whose import teaches NumPy the name
-
+        try:
+            import ml_dtypes  # whose import teaches NumPy the name
+        except ImportError as error:
+            raise DTypeError(f"asarray: NumPy has no bfloat16 without the package ml-dtypes ({error}); install ml-dtypes") from None
         dtype = ml_dtypes.bfloat16
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"asarray: x is a masked array, whose mask would be lost; pass {remedy('x', x)}")

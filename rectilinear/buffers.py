@@ -147,7 +147,8 @@ def _made_allocator() -> Allocator | Literal[False]:
     room = memory_limit() - SCRATCH_BYTES * _most_idle()
     if _allocator is None and _making.acquire(blocking=False):
         try:
-            _allocator = room >= LARGE_BYTES and _allocator_with(room)
+            if _allocator is None:  # still
+                _allocator = room >= LARGE_BYTES and _allocator_with(room)
         finally:
             _making.release()
     return _allocator or False

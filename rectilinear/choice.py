@@ -7,6 +7,7 @@ the environment, found when it is first needed and kept. What can be chosen, and
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -94,7 +95,8 @@ class Choice(Generic[T]):
 
 
 class Block(ContextDecorator, Generic[T]):
-    """Choose `value` for a ``with`` block or a decorated function, in this thread or task and the tasks started from it.
+    """Choose `value` for a ``with`` block or a decorated function, in this thread or task and the tasks started from it. A generator or
+    an ``async`` function, whose body runs after the call, is not decorated: TypeError.
 
     Tasks and ``asyncio.to_thread`` inherit the choice, new threads do not. Leaving the block restores what was before. One object may
     be open in several threads, and more than once.
@@ -103,6 +105,11 @@ class Block(ContextDecorator, Generic[T]):
     def __init__(self, choice: Choice[T], value: T) -> None:
         self._choice = choice
         self._value = value
+
+    def __call__(self, func: Callable[..., Any]) -> Any:
+        if inspect.iscoroutinefunction(func) or inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(f"{type(self).__name__}: {func.__name__} runs after the call that a decorator sees; put a with block into it")
+        return super().__call__(func)
 
     def __enter__(self) -> Any:
         choice = self._choice

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectilinear.backends.dask_backend import FAN_IN, add_up, as_told, chosen
+from rectilinear.errors import ShapeError
 from rectilinear.extras import lacks
 from rectilinear.nn.files import load, metadata, save
 from rectilinear.nn.module import Layer, Module
@@ -182,7 +183,7 @@ def _check(net: Any, x: Any, y: Any, loss: Any, optimizer: Any, epochs: Any, bat
     if optimizer.model is not net:
         raise ValueError("fit: optimizer moves another model than net; make it with SGD(net, ...)")
     for name, number in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, int | np.integer) or number < 1:
             raise ValueError(f"fit: {name} is {number!r}; wanted a whole number from 1 on")
     for name, array in (("x", x), ("y", y)):
         if not isinstance(array, da.Array | np.ndarray):
@@ -190,7 +191,7 @@ def _check(net: Any, x: Any, y: Any, loss: Any, optimizer: Any, epochs: Any, bat
         if any(map(isnan, array.shape)):
             raise ValueError(f"fit: {name} has an unknown extent (shape {array.shape}); let dask find out: {name}.compute_chunk_sizes()")
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"fit: x has shape {x.shape} and y has {y.shape}; wanted as many rows in both, and one at least")
+        raise ShapeError(f"fit: x has shape {x.shape} and y has {y.shape}; wanted as many rows in both, and one at least")
 
 
 def _current_client() -> Any:

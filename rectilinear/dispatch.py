@@ -196,7 +196,7 @@ def common_namespace(function: str, given: Sequence[tuple[str, Array]]) -> Any:
                 continue
             how = f"rectilinear.to_numpy({name})" if xp is np else f"{_maker(first)}(rectilinear.to_numpy({name}))"
             raise TypeError(
-                f"{function}: {first_name} is {_a(library_name(first))} array but {name} is {_a(library_name(array))} array; "
+                f"{function}: {first_name} is {a_or_an(library_name(first))} array but {name} is {a_or_an(library_name(array))} array; "
                 f"bring both to one library, for example with {how}"
             )
         other = None if xp is np else _device(array)
@@ -222,7 +222,9 @@ def _namespace(function: str, name: str, x: Any, first: Array = None) -> Any:
     """The namespace of x; `first` is an array before it, whose library the remedy is to lead to."""
     if isinstance(x, np.ndarray | np.generic):
         if isinstance(x, np.matrix | np.ma.MaskedArray):
-            raise TypeError(f"{function}: {name} is {_a(type_name(x))}, whose operators mean other things; pass {remedy(name, x, first)}")
+            raise TypeError(
+                f"{function}: {name} is {a_or_an(type_name(x))}, whose operators mean other things; pass {remedy(name, x, first)}"
+            )
         return np
     if isinstance(x, KeepMask):
         return _namespace(function, name, x._bits)
@@ -232,11 +234,12 @@ def _namespace(function: str, name: str, x: Any, first: Array = None) -> Any:
         if x is None:
             hint = "; only b may be None" if function.startswith("affine") else ""
             raise TypeError(f"{function}: {name} is None, not an array{hint}") from None
-        raise TypeError(f"{function}: {name} is {_a(type_name(x))}, not an array; pass {remedy(name, x, first)}") from None
+        raise TypeError(f"{function}: {name} is {a_or_an(type_name(x))}, not an array; pass {remedy(name, x, first)}") from None
 
 
 def remedy(name: str, x: Any, first: Array = None) -> str:
     """The expression that makes an array of x, which is none that we take, in the library of `first`; `name` is what x is called."""
+    name = "..." if " " in name else name  # no expression
     if isinstance(x, np.ma.MaskedArray):
         made = f"{name}.filled(0)"  # or what the caller would have in the place of what is masked
     elif isinstance(x, np.matrix):
@@ -318,7 +321,7 @@ def type_name(x: Any) -> str:
     return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
 
 
-def _a(noun: str) -> str:
+def a_or_an(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 

@@ -24,6 +24,14 @@ _COMPARISONS: dict[Any, Any] = {
 }
 
 
+_REFUSAL = (
+    "KeepMask: {} cannot take a mask, which says where a fused ReLU kept z but does not hold z; "
+    "pass relu_backward(dout, mask) for the gradient, mask > 0 for what was kept, or np.asarray(mask) for +1 and -1"
+)
+
+_ABOUT_SHAPES = ("shape", "ndim", "size")
+
+
 class _MaskOfAnyImport(type):
     """A mask made before this module was loaded anew (importlib.reload, IPython's autoreload) is still a mask to `isinstance`.
 
@@ -130,14 +138,20 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
         """Comparisons, which operators on either side come to as well; for everything else, an error that says what to do."""
         compare = _COMPARISONS.get(ufunc) if method == "__call__" else None
         if compare is None or any(isinstance(out, KeepMask) for out in kwargs.get("out", ())):
-            raise TypeError(
-                f"KeepMask: {ufunc.__name__} cannot take a mask, which says where a fused ReLU kept z but does not hold z; "
-                "pass relu_backward(dout, mask) for the gradient, mask > 0 for what was kept, or np.asarray(mask) for +1 and -1"
-            )
+            raise TypeError(_REFUSAL.format(ufunc.__name__))
         operands = [x._signs() if isinstance(x, KeepMask) else x for x in inputs]
         if not isinstance(self._bits, np.ndarray):
             operands = [_number(x) for x in operands]
         return ufunc(*operands, **kwargs) if kwargs else compare(*operands)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """NumPy's functions that are no ufuncs: those about the shape, `array_equal` and `where`; for the others the same error."""
+        name = getattr(function, "__name__", "")
+        if name in _ABOUT_SHAPES:
+            return function(*(np.broadcast_to(np.False_, x.shape) if isinstance(x, KeepMask) else x for x in args), **kwargs)
+        if name in ("array_equal", "where"):
+            return function(*(x._signs() if isinstance(x, KeepMask) else x for x in args), **kwargs)
+        raise TypeError(_REFUSAL.format(name))
 
     def __repr__(self) -> str:
         return f"KeepMask(shape={self._shape}, nbytes={self.nbytes})"

@@ -26,6 +26,7 @@ from rectilinear.backends.cupy_scratch import refuse_while_recording
 from rectilinear.backends.generic import beside, known
 from rectilinear.dispatch import (
     Call,
+    a_or_an,
     check_outs,
     common_namespace,
     dtype_name,
@@ -540,7 +541,11 @@ def _flat_shape(function: str, x_shape: tuple[Any, ...], w_shape: tuple[Any, ...
     features = product(x_shape[lead:])
     if not same(features, w_shape[-2]):
         met, wanted = shape_text(x_shape), shape_text(w_shape)
-        raise ShapeError(f"{function}: x has {features} features per sample (shape {met}) but w takes {w_shape[-2]} (shape {wanted})")
+        one = "; of a single sample pass x[None]" if len(x_shape) == lead == 1 and same(x_shape[0], w_shape[-2]) else ""
+        plural = "" if features == 1 else "s"
+        raise ShapeError(
+            f"{function}: x has {features} feature{plural} per sample (shape {met}) but w takes {w_shape[-2]} (shape {wanted}){one}"
+        )
     return (*x_shape[:lead], features if known(features) else w_shape[-2])
 
 
@@ -555,8 +560,8 @@ def _affine_cache(function: str, cache: Any) -> tuple[Array, Array, Array | None
 def _met(cache: Any) -> str:
     if cache is None:
         return "None"
-    name = type(cache).__name__
-    return f"a {name} of {len(cache)}" if isinstance(cache, _SEQUENCE) else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    name = f"{type(cache).__module__}.{type(cache).__name__}".removeprefix("builtins.")
+    return f"a {name} of {len(cache)}" if isinstance(cache, _SEQUENCE) else a_or_an(name)
 
 
 def _affine_backward(

@@ -23,8 +23,14 @@ _LIBRARIES = ("rectilinear.", "cupy", "numpy", "array_api_compat")  # whose func
 _INNER = ("rectilinear.graphs", "rectilinear.backends", "cupy")  # whose objects hold what belongs to them, but for the function captured
 
 
+class _Slot(str):
+    """The name of an attribute that lies in a slot of its object, not in a dict."""
+
+    __slots__ = ()
+
+
 class _Edge(NamedTuple):
-    """`child` is at `key` of `where`: a dict, a list or a closure's cell; None where it cannot be replaced."""
+    """`child` is at `key` of `where`: a dict, a list, a closure's cell, or an object with a `_Slot`; None where it cannot be replaced."""
 
     owner: int
     where: Any
@@ -41,6 +47,9 @@ class Held:
 
     def __init__(self, arrays: list[Array], edges: list[_Edge]) -> None:
         self._arrays = arrays
+        in_slots = [edge for edge in edges if isinstance(edge.key, _Slot)]
+        edges = [edge for edge in edges if not isinstance(edge.key, _Slot)]
+        self._slots = [(edge.where, str(edge.key), edge.child) for edge in in_slots]
         self._dicts: list[tuple[dict[Any, Any], Any, Any]] = [
             (edge.where, edge.key, edge.child) for edge in edges if isinstance(edge.where, dict)
         ]
@@ -53,6 +62,9 @@ class Held:
         """Whether each is where it was. At every replay, so it looks at no more than identities."""
         for where, key, child in self._dicts:
             if where.get(key) is not child:
+                return False
+        for owner, name, child in self._slots:
+            if getattr(owner, name, None) is not child:
                 return False
         try:
             for items, place, child in self._lists:
@@ -139,7 +151,7 @@ def _children(x: Any) -> Iterator[tuple[Any, Any, Any]]:
         return
     for name in _slots(kind):
         if hasattr(x, name):
-            yield None, None, getattr(x, name)
+            yield x, _Slot(name), getattr(x, name)
     attributes = getattr(x, "__dict__", None)
     if isinstance(attributes, dict) and not isinstance(x, FunctionType):
         for key, child in list(attributes.items()):
@@ -171,5 +183,5 @@ def _slots(kind: type) -> Iterator[str]:
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and not name.startswith("__"):
-                yield name
+            if not (name.startswith("__") and name.endswith("__")):
+                yield f"_{base.__name__.lstrip('_')}{name}" if name.startswith("__") else name

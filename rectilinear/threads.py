@@ -230,7 +230,7 @@ def _by_variable() -> int:
     if text:
         if text.isdecimal() and 1 <= int(text) <= MAX_THREADS:
             return int(text)
-        raise ValueError(f"{_out_of_range(VARIABLE, repr(text))}; unset it to use the {available_cores()} cores that this process may use")
+        raise ValueError(f"{_out_of_range(VARIABLE, repr(text))}; unset it for as many as this process may use: {available_cores()}")
     _cores.read_limits()
     _cores.count()
     return _BY_CORES

@@ -54,6 +54,21 @@ def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     r.set_num_threads(None)
 
 
+def test_functions_whose_body_runs_later_are_not_decorated(way: Way) -> None:
+    async def task() -> None: ...
+
+    def values() -> Iterator[int]:
+        yield 1
+
+    async def later() -> Any:
+        yield 1
+
+    for function in (task, values, later):
+        with pytest.raises(TypeError, match=f"{function.__name__} runs after the call.*with block"):
+            way.block(way.values[0])(function)
+    assert way.block(way.values[0])(way.look)() == way.values[0]
+
+
 def test_the_strongest_counts(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     by_variable, by_process, by_context = way.values
     monkeypatch.setenv(way.variable, str(by_variable))

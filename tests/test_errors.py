@@ -26,6 +26,11 @@ VERBATIM = [
         "affine_forward: x has 3072 features per sample (shape (100, 32, 32, 3)) but w takes 768 (shape (768, 50))",
     ),
     (
+        lambda: r.affine_forward(np.ones(6), np.ones((6, 4)), None),
+        r.ShapeError,
+        "affine_forward: x has 1 feature per sample (shape (6,)) but w takes 6 (shape (6, 4)); of a single sample pass x[None]",
+    ),
+    (
         lambda: r.affine_relu_forward(X, W, np.ones(5)),
         r.ShapeError,
         "affine_relu_forward: b has shape (5,) but w of shape (6, 4) wants (4,)",
@@ -51,7 +56,7 @@ def test_word_for_word(call: Any, error: type[Exception], words: str) -> None:
 
 
 def test_a_name_that_is_no_string() -> None:
-    with pytest.raises(TypeError, match=r"set_backend.*int.*'numpy'"):
+    with pytest.raises(TypeError, match=r"set_backend: name is 3; .*'numpy'"):
         r.set_backend(3)  # type: ignore[arg-type]
 
 

@@ -184,6 +184,20 @@ def test_comparisons_answer_as_operators_and_as_ufuncs(keep: np.ndarray, name: s
     np.testing.assert_array_equal(into, ufunc(signs, 0))
 
 
+@pytest.mark.parametrize("name", ["mean", "sum", "dot", "cumsum", "concatenate", "count_nonzero"])
+def test_functions_that_are_no_ufuncs_are_errors_too(keep: np.ndarray, name: str) -> None:
+    mask = made(keep)
+    arguments = {"dot": (mask, keep.T), "concatenate": ((mask, mask),)}.get(name, (mask,))
+    names_the_way_out(lambda: getattr(np, name)(*arguments))
+
+
+def test_questions_about_shape_and_equality_are_answered(keep: np.ndarray) -> None:
+    mask = made(keep)
+    assert (np.shape(mask), np.ndim(mask), np.size(mask)) == (keep.shape, keep.ndim, keep.size)
+    assert np.array_equal(mask, np.where(keep, 1, -1))
+    assert not np.array_equal(mask, np.where(keep, -1, 1))
+
+
 def test_selecting_by_a_comparison_stays(keep: np.ndarray) -> None:
     np.testing.assert_array_equal(np.where(made(keep) > 0, 2.0, 0.0), np.where(keep, 2.0, 0.0))
     np.testing.assert_array_equal(np.where(made(keep), 1, 0), 1)  # as with z, what is not zero is true

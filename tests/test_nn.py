@@ -129,7 +129,19 @@ def test_generator_is_explicit():
         Affine(3, 2, rng=0)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "complex64", np.longdouble, "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float64, float, "f8", np.dtype("f8"), "float64"])
+def test_a_dtype_may_be_given_as_numpy_takes_it(dtype, rng):
+    assert Affine(3, 2, rng=rng, dtype=dtype).params["w"].dtype == np.float64
+
+
+def test_a_layer_with_stacked_parameters_shows_itself(rng):
+    layer = Affine(4, 3, rng=rng)
+    assert repr(layer) == "Affine(4, 3)"
+    layer.params.update(w=np.ones((5, 4, 3), "f4"), b=np.ones((5, 3), "f4"))
+    assert repr(layer) == "Affine(4, 3, stacked 5 times)"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", np.longdouble, "bfloat16", None])
 def test_parameters_are_floating(dtype, rng):
     with pytest.raises(DTypeError, match="wanted 'float16', 'float32' or 'float64'"):
         Affine(3, 2, rng=rng, dtype=dtype)
@@ -298,3 +310,6 @@ def test_a_parameter_that_is_no_array_is_named(rng):
     layer.params["b"] = [0.0]
     with pytest.raises(TypeError, match=r"^Affine: params\['b'\] is of type list, not an array$"):
         SGD(layer, lr=0.1).step()
+    layer.params["w"] = [[1.0], [2.0]]
+    with pytest.raises(TypeError, match=r"^Affine: a parameter is of type list, not an array; put an array into params"):
+        layer.forward(np.ones((3, 2)))

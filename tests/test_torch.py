@@ -115,6 +115,24 @@ def test_first_and_second_gradients(name: str, backend: str, count: dict[str, in
                 torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3, 0), (0, 3, 0), (2, 0, 4)], ids=str)
+def test_no_features_and_no_samples(shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape, requires_grad=True)
+    w, b = torch.ones(5, shape[-1], requires_grad=True), torch.ones(5, requires_grad=True)
+    ours, theirs = rt.affine(x, w, b), torch.nn.functional.linear(x, w, b)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(*(torch.autograd.grad(out.sum(), (x, w, b)) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_no_tensor() -> None:
+    array = np.ones((2, 3), "f4")
+    with pytest.raises(TypeError, match="must be Tensor"):
+        rt.affine(array, torch.ones(5, 3), None)
+    with pytest.raises(TypeError, match=r"relu: x is of type ndarray; it takes a torch\.Tensor"):
+        rt.relu(array)
+
+
 def test_relu_first_and_second_gradients() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     for function in (rt.relu, torch.ops.rectilinear.relu):

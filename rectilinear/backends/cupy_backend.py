@@ -658,7 +658,7 @@ def flat_launch(itemsize: int, name: str, size: int, aligned: bool) -> Launch:
 
 
 def mask_backward_launch(itemsize: int, shape: tuple[int, ...], aligned: bool, row_bytes: int) -> Launch:
-    cols = shape[-1] if shape else 1
+    cols = shape[-1]
     rows = math.prod(shape) // cols
     width = _width(itemsize, cols, aligned)
     block = _block(cols, width, 1)

@@ -89,22 +89,20 @@ class _Plan:
     """A product without its pointers. Immutable once made, but for what is a thread's own."""
 
     __slots__ = (
-        *(
-            "a",
-            "algorithm",
-            "b",
-            "biased",
-            "chosen",
-            "descriptor",
-            "handle",
-            "one",
-            "out",
-            "owned",
-            "recipe",
-            "splits",
-            "workspace",
-            "zero",
-        ),
+        "a",
+        "algorithm",
+        "b",
+        "biased",
+        "chosen",
+        "descriptor",
+        "handle",
+        "one",
+        "out",
+        "owned",
+        "recipe",
+        "splits",
+        "workspace",
+        "zero",
     )
 
     def __init__(self, handle: int, recipe: _Recipe, scale: np.dtype[Any], layouts: tuple[_Owned, _Owned, _Owned]) -> None:

@@ -175,7 +175,7 @@ def _select(dout: Array, drop: Array, out: Array | None) -> Array:
     keep = drop.view(np.int8)
     np.subtract(keep, _ONE[keep.dtype], keep)  # all ones where kept
     bits = _BITS[dout.dtype]
-    if out is not None and np.may_share_memory(dout, out):  # then it is dout, be it seen through another view
+    if out is not None and (out is dout or _begin_together(out, dout)):  # then it is dout, seen through another view
         whole = dout.view(bits)
         np.bitwise_and(whole, keep, whole)
         return out
@@ -184,6 +184,10 @@ def _select(dout: Array, drop: Array, out: Array | None) -> Array:
     np.copyto(whole, keep)  # widened by a pass of its own: a ufunc that has to widen an operand does it in pieces, for longer
     np.bitwise_and(dout.view(bits), whole, whole)
     return result
+
+
+def _begin_together(a: Array, b: Array) -> bool:
+    return bool(np.may_share_memory(a, b) and a.__array_interface__["data"] == b.__array_interface__["data"])
 
 
 # Bytes of a long row of `_sum_rows`: starting on a sum takes as long as adding up some hundred elements.

@@ -174,8 +174,5 @@ def backend_subjects() -> tuple[list[Subject], dict[str, str]]:
                 )
             )
     if any(subject.backend == "cupy" for subject in subjects):
-        if hasattr(rectilinear, "capture"):
-            subjects.append(CAPTURED)
-        else:
-            missing[CAPTURED.name] = "this version of rectilinear has no capture()"
+        subjects.append(CAPTURED)
     return subjects, missing

@@ -88,8 +88,9 @@ class Affine(Layer):
         return dx
 
     def __repr__(self) -> str:
-        n_in, n_out = self.params["w"].shape
-        return f"{type(self).__name__}({n_in}, {n_out}{'' if 'b' in self.params else ', bias=False'})"
+        *groups, n_in, n_out = self.params["w"].shape
+        stacked = f", stacked {groups[0]} times" if groups else ""
+        return f"{type(self).__name__}({n_in}, {n_out}{'' if 'b' in self.params else ', bias=False'}{stacked})"
 
 
 class AffineReLU(Affine):

@@ -240,6 +240,8 @@ def bring(owner: str, name: str, x: Array, like: Array, *, cast: bool = True) ->
     if type(x) is np.ndarray and type(like) is np.ndarray and (x.dtype is like.dtype or not cast):
         return x
     common_namespace(owner, [(name, x)])  # refuses what is no array, and says how to make one
+    if not hasattr(like, "dtype"):
+        raise TypeError(f"{owner}: a parameter is of type {type(like).__name__}, not an array; put an array into params")
     x = np.asarray(x) if isinstance(x, np.generic) else x
     wanted = dtype_name(like.dtype)
     xp, cast = array_namespace(like), cast and wanted in _FLOATS and is_real(x.dtype)
@@ -313,7 +315,10 @@ def is_floating(dtype: Any) -> bool:
 
 def place(values: np.ndarray, dtype: Any, xp: Any, device: Any) -> Array:
     """Fresh float64 values as a parameter: in xp, or on the chosen backend."""
-    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    try:
+        name = "" if dtype is None else np.dtype(dtype).name
+    except TypeError:  # another library's
+        name = dtype_name(dtype)
     if name not in ("float16", "float32", "float64"):
         raise DTypeError(f"dtype is {dtype!r}, wanted 'float16', 'float32' or 'float64'")
     values = values.astype(name)

@@ -247,7 +247,8 @@ def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
         weight, bias = linear.weight, linear.bias
     if _compiling():
         return _compiled(x, weight, bias, at_zero)
-    key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, _grad_enabled() and (x.requires_grad, weight.requires_grad))
+    wanted = _grad_enabled() and (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, wanted)
     together = _together.get(linear, _COPIES)
     choice = True if _deterministic() else together.choices.get(key)
     if choice is False or not served(x, weight, bias):

@@ -93,6 +93,11 @@ def relu(x: Tensor) -> Tensor:
     -------
     Tensor of x's shape
 
+    Raises
+    ------
+    TypeError
+        x is no Tensor.
+
     Examples
     --------
     >>> import torch
@@ -103,6 +108,8 @@ def relu(x: Tensor) -> Tensor:
     """
     if _compiling():
         return operators.relu(x) if x.dtype in _NATIVE and _has_kernels(x) and not _exporting() else relu_of_torch(x)
+    if not isinstance(x, _Tensor):
+        raise TypeError(f"relu: x is of type {type(x).__name__}; it takes a torch.Tensor")
     if not ordinary() or not _plain(x) or primitives.backend_for(x) is None:
         return relu_of_torch(x)
     return _ReLU.apply(x) if x.requires_grad and _grad_enabled() else primitives.relu_forward(x)
@@ -135,12 +142,11 @@ def ordinary() -> bool:
 
 def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels take these, here and now."""
+    if not (ordinary() and _plain(x) and _plain(weight)):  # first, since extents are tensors while a trace is recorded
+        return False
     dtype, on_cpu = x.dtype, x.is_cpu
     return (
-        ordinary()  # first, since extents are tensors while a trace is recorded
-        and _plain(x)
-        and _plain(weight)
-        and weight.dtype is dtype
+        weight.dtype is dtype
         and weight.is_cpu is on_cpu
         and weight.ndim == 2
         and x.ndim > 0
@@ -159,10 +165,15 @@ def _plain(x: Tensor) -> bool:
 def computed(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
     """The layer by the kernels, of what is `served`."""
     if x.ndim != 2:
-        return computed(x.reshape(-1, x.shape[-1]), weight, bias, with_relu).view(*x.shape[:-1], weight.shape[0])
+        return computed(_flat(x), weight, bias, with_relu).view(*x.shape[:-1], weight.shape[0])
     if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Affine.apply(x, weight, bias, with_relu)
     return primitives.forward(x, weight, bias, with_relu)[0]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All samples of x along one axis; reshape does not know how many there are of 0 features."""
+    return x.flatten(0, -2) if x.ndim > 2 else x[None]
 
 
 def traceable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -195,7 +206,7 @@ def _exporting() -> bool:
 
 def traced(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
     """The layer by the operators."""
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else _flat(x)
     out = operators.affine_relu(flat, weight, bias)[0] if with_relu else operators.affine(flat, weight, bias)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 

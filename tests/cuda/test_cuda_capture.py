@@ -449,7 +449,36 @@ def held_in_an_attribute(w: Any) -> tuple[Callable[[Any], Any], Callable[[Any], 
     return holder.step.__wrapped__, lambda other: setattr(holder, "w", other)
 
 
-@pytest.mark.parametrize("held", [held_in_closure, held_in_global, held_in_dict, held_in_list, held_in_an_attribute])
+class Slotted:
+    __slots__ = ("__hidden", "w")
+
+    def __init__(self, w: Any) -> None:
+        self.w, self.__hidden = w, w
+
+    def step(self, x: Any) -> Any:
+        return x * self.w
+
+    def step_hidden(self, x: Any) -> Any:
+        return x * self.__hidden
+
+    def hide(self, w: Any) -> None:
+        self.__hidden = w
+
+
+def held_in_a_slot(w: Any) -> tuple[Callable[[Any], Any], Callable[[Any], None]]:
+    holder = Slotted(w)
+    return holder.step, lambda other: setattr(holder, "w", other)
+
+
+def held_in_a_private_slot(w: Any) -> tuple[Callable[[Any], Any], Callable[[Any], None]]:
+    holder = Slotted(w)
+    return holder.step_hidden, holder.hide
+
+
+HOLDERS = [held_in_closure, held_in_global, held_in_dict, held_in_list, held_in_an_attribute, held_in_a_slot, held_in_a_private_slot]
+
+
+@pytest.mark.parametrize("held", HOLDERS)
 def test_an_array_that_is_replaced_is_noticed_and_one_that_is_written_to_is_heard(cp: Any, held: Any) -> None:
     w = cp.asarray(np.full(100, 2, "f4"))
     function, replace = held(w)

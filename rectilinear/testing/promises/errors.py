@@ -51,7 +51,7 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], list[str]]] = {
         TypeError,
         ["cache", "tuple of 3", "affine_relu_forward"],
     ),
-    "cache that is an array": (lambda: r.affine_backward(DOUT, X), TypeError, ["cache is a ndarray", "(x, w, b)"]),
+    "cache that is an array": (lambda: r.affine_backward(DOUT, X), TypeError, ["cache is a numpy.ndarray", "(x, w, b)"]),
     "tuple in relu": (lambda: r.relu_backward(DOUT, (X, W, B)), TypeError, ["relu_backward", "cache", "tuple of 3", "relu_forward"]),
     "no relu half": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), None)), TypeError, ["ReLU half of cache is None", "KeepMask"]),
     "relu half of other shape": (lambda: r.affine_relu_backward(DOUT, ((X, W, B), X)), r.ShapeError, ["ReLU half", "(5, 6)", "(5, 4)"]),
