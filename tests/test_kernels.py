@@ -175,6 +175,19 @@ def test_tiles_along_rows(dtype: np.dtype[Any], shape: tuple[int, ...], threads:
         host.publish_host(dtype.itemsize)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 5, 301), (1, 700, 67), (3, 1, 90, 64), (90, 1, 64, 100)], ids=str)
+def test_dw_of_a_single_sample_by_strips(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    assert plan("backward", shape, host.this_host(dtype.itemsize), threads=threads).to_dw.plan.by_strips
+    x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+    with num_threads(threads):
+        for by_columns in (False, True):
+            check_step(x, w, b, dout, frames=True, by_columns=by_columns)
+            check_step(whole(rng, (*lead, n, 2 * d), dtype)[..., ::2], w, b, dout, frames=True, by_columns=by_columns)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(70, 512, 300), (20, 1024, 300), (2100, 512, 60), (3, 20, 1024, 300)], ids=str)
 def test_a_copied_x(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:

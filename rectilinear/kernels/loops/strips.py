@@ -1,5 +1,5 @@
 """C (n, m) = init + A (n, k) B (k, m) by strips, for few rows of A and a B that lies in rows: micro/strip.py, for so many k at a time as
-a chain may have.
+a chain may have. Or for any number of rows and a single k, as dw of one sample has.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ SUM_WORDS = 1024
 
 
 @jit_inner
-def strips_bytes(zero: Any, rows: int, k: int, columns: int, side_by_side: bool) -> int:
-    """The scratch that `by_strips` takes: for the sums, and for elements of A. 0 for a single short row whose elements lie side by side."""
-    short = rows == 1 and side_by_side and columns * size_of(zero) <= 8 * SUM_WORDS
-    return 0 if short else rows * packed_row(columns * size_of(zero)) + _bytes_of_a(zero, rows, k)
+def strips_bytes(zero: Any, rows: int, k: int, columns: int, a: Matrix) -> int:
+    """The scratch that `by_strips` takes: for the sums, and for elements of A. 0 for a single k, or a single short row, where elements of A
+    lie side by side."""
+    short = rows == 1 and a.column == size_of(zero) and columns * size_of(zero) <= 8 * SUM_WORDS
+    return 0 if short or _is_outer(zero, k, a) else rows * packed_row(columns * size_of(zero)) + _bytes_of_a(zero, rows, k)
+
+
+@jit_inner
+def _is_outer(zero: Any, k: int, a: Matrix) -> bool:
+    """Whether C is the outer product of a column of A and a row of B."""
+    return k == 1 and a.row == size_of(zero)
 
 
 @jit_inner
@@ -44,7 +51,12 @@ def _by_strips(zero: Any, p: Product) -> None:
     """The product `p`, whose B lies in rows."""
     # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
     sums = Rows(room(SUM_WORDS), 0)
-    if strips_bytes(zero, p.n, p.k, p.m, p.a.column == size_of(zero)) != 0:
+    if _is_outer(zero, p.k, p.a):
+        # Every row of C is the same row of B times an element of A: a strip of one row after the other, none with a sum to keep.
+        s = StripOperands(k=1, rows=p.n, columns=p.m, a=p.a.data, b=Rows(p.b.data, p.b.row), c=p.c, bias=p.bias, flags=p.flags, bits=p.bits)
+        strip(zero, 1, s)
+        return
+    if strips_bytes(zero, p.n, p.k, p.m, p.a) != 0:
         sums = Rows(p.space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
     for k in range(0, p.k, LONGEST_CHAIN):
         depth = min(LONGEST_CHAIN, p.k - k)
