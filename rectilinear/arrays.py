@@ -13,6 +13,8 @@ from rectilinear.dispatch import library_name, remedy, type_name
 from rectilinear.errors import DTypeError
 from rectilinear.keepmask import KeepMask
 
+_NO_NUMBERS = {"O": "objects", "S": "bytes", "U": "strings"}  # by the kind of NumPy's dtype
+
 
 def asarray(x: Any, dtype: Any = None) -> Array:
     """x as an array of the chosen backend's library, on its device. From there everything stays there.
@@ -31,7 +33,7 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     Raises
     ------
     TypeError
-        For masked arrays, whose mask would be lost, None, and what NumPy makes arrays of objects of (sparse matrices, say).
+        For masked arrays, whose mask would be lost, None, strings, and what NumPy makes arrays of objects of (sparse matrices, say).
 
     Examples
     --------
@@ -53,9 +55,9 @@ def asarray(x: Any, dtype: Any = None) -> Array:
     if not compat.is_array_api_obj(x) or isinstance(x, np.ndarray):
         met, way = type_name(x), remedy("x", x)
         x = np.asarray(x, dtype=dtype)
-        if x.dtype == object:
+        if x.dtype.kind in _NO_NUMBERS:
             way = f"pass {way}" if "rectilinear" not in way else "pass numbers, or a dtype that these convert to"
-            raise DTypeError(f"asarray: x ({met}) would become an array of objects, not of numbers; {way}")
+            raise DTypeError(f"asarray: x ({met}) would become an array of {_NO_NUMBERS[x.dtype.kind]}, not of numbers; {way}")
     if compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic) and library_name(x) != backend.library:
         x = to_numpy(x)
     return backend.asarray(x, dtype)

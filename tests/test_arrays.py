@@ -18,6 +18,13 @@ def test_asarray_takes_lists_scalars_and_arrays() -> None:
     assert r.asarray(x) is x
 
 
+@pytest.mark.parametrize(("x", "kind"), [(["a", "b"], "strings"), ([b"a"], "bytes"), ([None], "objects")])
+def test_asarray_refuses_what_is_no_number(x: Any, kind: str) -> None:
+    with pytest.raises(r.DTypeError, match=rf"asarray: x \(list\) would become an array of {kind}, not of numbers; pass numbers"):
+        r.asarray(x)
+    assert r.asarray(["1", "2"], dtype="float32").tolist() == [1.0, 2.0]
+
+
 def test_asarray_refuses_to_lose_a_mask() -> None:
     with pytest.raises(TypeError, match=r"masked array.*filled"):
         r.asarray(np.ma.masked_array([1.0, 2.0], [True, False]))

@@ -134,6 +134,18 @@ def test_a_dtype_may_be_given_as_numpy_takes_it(dtype, rng):
     assert Affine(3, 2, rng=rng, dtype=dtype).params["w"].dtype == np.float64
 
 
+@pytest.mark.parametrize("extents", [(2.0, 3), (-2, 3), ("2", 3), (2, None)])
+def test_extents_are_whole_numbers(extents, rng):
+    with pytest.raises(ValueError, match=r"Affine: n_(in|out) is .*, wanted a whole number, 0 or more"):
+        Affine(*extents, rng=rng)
+    assert Affine(np.int64(2), np.int32(3), rng=rng).params["w"].shape == (2, 3)
+
+
+def test_a_device_is_one_of_a_library(rng):
+    with pytest.raises(ValueError, match="device is 'cuda', and xp is not given"):
+        Affine(2, 3, rng=rng, device="cuda")
+
+
 def test_a_layer_with_stacked_parameters_shows_itself(rng):
     layer = Affine(4, 3, rng=rng)
     assert repr(layer) == "Affine(4, 3)"

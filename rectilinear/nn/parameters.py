@@ -322,6 +322,8 @@ def place(values: np.ndarray, dtype: Any, xp: Any, device: Any) -> Array:
     if name not in ("float16", "float32", "float64"):
         raise DTypeError(f"dtype is {dtype!r}, wanted 'float16', 'float32' or 'float64'")
     values = values.astype(name)
+    if xp is None and device is not None:
+        raise ValueError(f"device is {device!r}, and xp is not given; pass the library that is to put parameters there, such as xp=torch")
     if xp is None:
         return asarray(values)
     placed = xp.asarray(values) if device is None else xp.asarray(values, device=device)

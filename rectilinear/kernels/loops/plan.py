@@ -350,16 +350,14 @@ def is_narrow(host: Host, k: int, m: int) -> bool:
 
 
 @jit_too
-def suits_rows(host: Host, plan: ProductPlan, k: int, m: int) -> bool:
-    """Whether tiles are to follow one another along rows of C, so that these are written from end to end, not a line at a time on as many
-    pages as there are rows. With few k a product is mostly a matter of writing."""
-    return k <= SHORT_K and m >= LONG_ROWS * plan.width * host.lanes and plan.by_strips + plan.by_dots == 0
+def blocks_along_rows(host: Host, plan: ProductPlan, k: int, m: int) -> int:
+    """Into how many blocks of columns C is cut at least, if tiles are to follow one another along its rows; 0 if they are not.
 
-
-@jit_too
-def blocks_along_rows(host: Host, k: int, m: int) -> int:
-    """Into how many blocks of columns C is cut at least, so that a quarter of L2 holds what such tiles read of B again and again."""
-    return block_count(k * m * host.itemsize, host.l2 // 4)
+    With few k a product is mostly a matter of writing: rows of C from end to end, not a line at a time on as many pages as there are rows.
+    What such tiles read of B again and again is to stay in a quarter of L2.
+    """
+    suits = k <= SHORT_K and m >= LONG_ROWS * plan.width * host.lanes and plan.by_strips + plan.by_dots == 0
+    return block_count(k * m * host.itemsize, host.l2 // 4) if suits else 0
 
 
 @jit_too
@@ -457,11 +455,10 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     # Inner products of few columns use a row of x once: no cache has to keep any. (10000, 64, 1) ran 1.4 times as fast as in 90 blocks.
     streams = plan.by_dots != 0 and n > MOST_DOTS_ROWS
     rows, columns = 1 if streams else row_blocks(host, n, n, d, plan.depth), 1
-    wanted, suits = host.choices.turns * threads, suits_rows(host, plan, d, m)
-    least = blocks_along_rows(host, d, m) if suits else 1
+    wanted, least = host.choices.turns * threads, blocks_along_rows(host, plan, d, m)
     if threads > 1 and job.groups * rows < wanted:
         most, tiles = (max(1, panels // host.choices.x_uses), 2) if plan.a == COPIED else (panels, 4)
-        most = min(most, least) if suits else most
+        most = min(most, least) if least > 0 else most
         if job.groups * most * block_count(n, tiles * mr) < threads:
             most, tiles = panels, 1  # a copy that is used less, or lower tiles, cost less than a thread without a task
         columns = min(most, block_count(wanted, job.groups * rows))
@@ -474,7 +471,7 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     if plan.by_strips != 0:
         rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
     tasks.rows, tasks.columns = rows, columns
-    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * columns else 0
+    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * columns else 0
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
@@ -578,7 +575,7 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
         tasks.count = plan.slabs * job.groups
         tasks.run = run_length(tasks.count, threads)
         rows = m if plan.dw_by_columns != 0 else d
-        job.to_dx.tasks.along_rows = 1 if suits_rows(host, job.to_dx.plan, m, d) else 0
+        job.to_dx.tasks.along_rows = min(1, blocks_along_rows(host, job.to_dx.plan, m, d))
         tasks.adders = max(1, min(rows, -(-threads // max(job.groups, 1)))) if job.dw.data != 0 else 1
         return
     stretch = min(job.n, plan.stretch)
@@ -599,9 +596,8 @@ def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
     # Few rows by inner products read all of w: once.
     rows = row_blocks(host, n, stretch, m, plan.depth) if plan.by_dots == 0 or n > MOST_DOTS_ROWS else 1
     wanted = host.choices.turns * threads if threads > 1 else 1
-    suits, enough, most = suits_rows(host, plan, m, d), block_count(stretch, 4 * host.rows), panels
-    least = blocks_along_rows(host, m, d) if suits else 1
-    if suits and enough >= threads:
+    least, most, enough = blocks_along_rows(host, plan, m, d), panels, block_count(stretch, 4 * host.rows)
+    if least > 0 and enough >= threads:
         rows, most = max(rows, min(enough, wanted)), least
     tasks.rows = rows if job.dx.data != 0 else 0
     columns = -(-wanted // max(tasks.rows, 1))
@@ -612,7 +608,7 @@ def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
     if plan.by_strips != 0:
         tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
     tasks.rows = even_out(tasks.rows, tasks.columns, threads)
-    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * tasks.columns else 0
+    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * tasks.columns else 0
     tasks.packs = 1 if plan.b == PACKED and tasks.rows == 1 else 0
     tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.rows > 1 else 0
     tasks.count = tasks.rows * tasks.columns
@@ -625,14 +621,13 @@ def _schedule_dw(job: Backward, host: Host, stretch: int, threads: int) -> None:
     wanted = host.choices.turns * threads if threads > 1 else 1
     tasks.rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted) if job.dw.data != 0 else 0
     panels = block_count(columns, plan.width * host.lanes)
-    suits = suits_rows(host, plan, stretch, columns)
-    least = blocks_along_rows(host, stretch, columns) if suits else 1
-    most = least if suits and tasks.rows >= threads else panels
+    least = blocks_along_rows(host, plan, stretch, columns)
+    most = least if least > 0 and tasks.rows >= threads else panels
     tasks.columns = max(least, min(most, -(-wanted // max(tasks.rows, 1))))
     if plan.by_strips != 0:
         tasks.columns = min(tasks.columns, threads, max(1, columns * size // STRIP_BYTES))
     tasks.rows = even_out(tasks.rows, tasks.columns, threads)
-    tasks.along_rows = 1 if suits and panels >= LONG_ROWS * tasks.columns else 0
+    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * tasks.columns else 0
     tasks.count = tasks.rows * tasks.columns
 
 

@@ -4,8 +4,8 @@
         for i in range(0, n, mr):           a tile of C, its sums in registers
             for k in range(k):              micro/tile.py
 
-Where k is small (`plan.suits_rows`) the two outer loops change places, so that C is written row by row. Everything works on addresses and
-byte strides. The loops over blocks of K and of rows are the passes'.
+Where k is small (`plan.blocks_along_rows`) the two outer loops change places, so that C is written row by row. Everything works on
+addresses and byte strides. The loops over blocks of K and of rows are the passes'.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _down_panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int)
     share = -(-width // count) if packed else LINE_BYTES
     sharers = -(-width // share) if following != 0 else 0
     while done < count and n > 0:
-        taller = done < n % count
+        taller = done < n % count  # as `block_start` has it
         height = n // count + (1 if taller else 0)
         t.tiles = (n % count if taller else count) - done
         t.steps = Steps(a=p.a_panel if p.a_panel != 0 else height * t.a.row, c=height * t.c.row, bits=height * t.bits.row)
