@@ -108,7 +108,8 @@ class Block(ContextDecorator, Generic[T]):
 
     def __call__(self, func: Callable[..., Any]) -> Any:
         if inspect.iscoroutinefunction(func) or inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(f"{type(self).__name__}: {func.__name__} runs after the call that a decorator sees; put a with block into it")
+            name = getattr(func, "__name__", repr(func))
+            raise TypeError(f"{type(self).__name__}: {name} runs after the call that a decorator sees; put a with block into it")
         return super().__call__(func)
 
     def __enter__(self) -> Any:

@@ -147,11 +147,15 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """NumPy's functions that are no ufuncs: those about the shape, `array_equal` and `where`; for the others the same error."""
         name = getattr(function, "__name__", "")
-        if name in _ABOUT_SHAPES:
-            return function(*(np.broadcast_to(np.False_, x.shape) if isinstance(x, KeepMask) else x for x in args), **kwargs)
-        if name in ("array_equal", "where"):
-            return function(*(x._signs() if isinstance(x, KeepMask) else x for x in args), **kwargs)
-        raise TypeError(_REFUSAL.format(name))
+        if name not in (*_ABOUT_SHAPES, "array_equal", "where"):
+            raise TypeError(_REFUSAL.format(name))
+
+        def stand_in(x: Any) -> Any:
+            if not isinstance(x, KeepMask):
+                return x
+            return np.broadcast_to(np.False_, x.shape) if name in _ABOUT_SHAPES else x._signs()
+
+        return function(*map(stand_in, args), **{key: stand_in(x) for key, x in kwargs.items()})
 
     def __repr__(self) -> str:
         return f"KeepMask(shape={self._shape}, nbytes={self.nbytes})"

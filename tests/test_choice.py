@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import importlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,8 +65,9 @@ def test_functions_whose_body_runs_later_are_not_decorated(way: Way) -> None:
     async def later() -> Any:
         yield 1
 
-    for function in (task, values, later):
-        with pytest.raises(TypeError, match=f"{function.__name__} runs after the call.*with block"):
+    for function in (task, values, later, functools.partial(task)):
+        name = re.escape(getattr(function, "__name__", repr(function)))
+        with pytest.raises(TypeError, match=f"{name} runs after the call.*with block"):
             way.block(way.values[0])(function)
     assert way.block(way.values[0])(way.look)() == way.values[0]
 

@@ -194,7 +194,9 @@ def test_functions_that_are_no_ufuncs_are_errors_too(keep: np.ndarray, name: str
 def test_questions_about_shape_and_equality_are_answered(keep: np.ndarray) -> None:
     mask = made(keep)
     assert (np.shape(mask), np.ndim(mask), np.size(mask)) == (keep.shape, keep.ndim, keep.size)
+    assert (np.shape(a=mask), np.size(a=mask)) == (keep.shape, keep.size)
     assert np.array_equal(mask, np.where(keep, 1, -1))
+    assert np.array_equal(a1=np.where(keep, 1, -1), a2=mask)
     assert not np.array_equal(mask, np.where(keep, -1, 1))
 
 

@@ -134,7 +134,7 @@ def test_a_dtype_may_be_given_as_numpy_takes_it(dtype, rng):
     assert Affine(3, 2, rng=rng, dtype=dtype).params["w"].dtype == np.float64
 
 
-@pytest.mark.parametrize("extents", [(2.0, 3), (-2, 3), ("2", 3), (2, None)])
+@pytest.mark.parametrize("extents", [(2.0, 3), (-2, 3), ("2", 3), (2, None), (True, 3)])
 def test_extents_are_whole_numbers(extents, rng):
     with pytest.raises(ValueError, match=r"Affine: n_(in|out) is .*, wanted a whole number, 0 or more"):
         Affine(*extents, rng=rng)

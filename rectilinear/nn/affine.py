@@ -69,7 +69,7 @@ class Affine(Layer):
                 f"{type(self).__name__}: rng is {rng!r}, wanted a numpy.random.Generator, as numpy.random.default_rng(0) makes one"
             )
         for name, extent in (("n_in", n_in), ("n_out", n_out)):
-            if not isinstance(extent, int | np.integer) or extent < 0:
+            if not isinstance(extent, int | np.integer) or isinstance(extent, bool) or extent < 0:
                 raise ValueError(f"{type(self).__name__}: {name} is {extent!r}, wanted a whole number, 0 or more")
         std = math.sqrt(2 / max(n_in, 1))
         self.params["w"] = place(std * rng.standard_normal((n_in, n_out)), dtype, xp, device)

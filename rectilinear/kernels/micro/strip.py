@@ -1,4 +1,5 @@
-"""The generator of strips: C (n, m) = init + A (n, k) B (k, m) for a few rows, with B read along its rows as they lie.
+"""The generator of strips: C (n, m) = init + A (n, k) B (k, m) for a few rows, with B read along its rows as they lie; or for any number of
+rows and a single k.
 
     for k in range(0, K, STRIP_DEPTH):          so many rows of B at once, each a stream; what is left over one by one
         for i in range(0, n, mr):               from the second on, they are in the cache
@@ -25,15 +26,15 @@ STRIP_DEPTH = 8
 """Rows of B taken together."""
 
 STRIP_ROWS = 8
-"""Rows of A at most."""
+"""Rows of A at most, but for a single k."""
 
 
 @record
 class StripOperands:
     """As a tile's, but for `rows`, those wanted, `columns`, all of them, `a`, which is packed, and `sums`, which holds the chains so far.
 
-    `a` has a single row's elements side by side; of more rows, for each k those of all of them, from one k to the next `strip_step`: the
-    last row's stands in all places up to STRIP_ROWS.
+    `a` has a single row's elements side by side, and those of a single k; of more rows and k, for each k those of all of them, from one k
+    to the next `strip_step`: the last row's stands in all places up to STRIP_ROWS.
     """
 
     k: int = 0
@@ -61,7 +62,7 @@ def strip_step(simd: Simd, itemsize: int) -> int:
 
 
 def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
-    """Add ``void name(StripOperands *)`` to `module`, by tiles of mr rows; that of one row is for a single one."""
+    """Add ``void name(StripOperands *)`` to `module`, by tiles of mr rows; that of one row is for a single one, or a single k."""
     return _StripEmitter(module, tile, name, StripOperands).run()
 
 
