@@ -325,7 +325,7 @@ def _auto(chosen_by: str) -> _Chosen:
 def _pick(name: str, asker: str, chosen_by: str) -> _Chosen:
     """The choice of a name that somebody asked for, or the error that helps them on."""
     if not isinstance(name, str):
-        raise TypeError(f"{asker}: name is {name!r}; give the name of a backend, such as 'numpy'")
+        raise TypeError(f"{asker}: name is {name!r:.100}; give the name of a backend, such as 'numpy'")
     name = name.strip().lower()
     if name == AUTO:
         return _auto(chosen_by)

@@ -46,13 +46,13 @@ of (1, 784, 512), 1.2 times as fast as one; dw of (1000, 500, 1) ran 1.2 times a
 
 OUTER_BYTES = 256
 """The least of a row of dw, of a single sample, to be written by strips, which take one row after the other. One thread: (1, 1024, 1024)
-ran 1.7 times as fast as by tiles, (1, 784, 256) 1.4, (1, 64, 64) 1.4, but (1, 500, 20) 0.55 (Zen 3)."""
+ran 1.7 times as fast as by tiles, (1, 784, 256) 1.4, (1, 64, 64) 1.2, but (1, 500, 20) 0.57 (Zen 3)."""
 
 LONG_ROWS, SHORT_K = 8, 64
 """Panels of a row of C from which on tiles follow one another along it, where k is no longer than that. Against panel by panel, one thread,
-float32 and float64: dw (1, 1024, 1024) 2.8, (8, 1024, 1024) 1.57 and 1.57, (16, 1024, 1024) 1.19 and 1.24, (32, 512, 512) 1.1, dx of
-(256, 512, 10) 1.2 and 1.4, forward (2048, 16, 1024) 1.12, (512, 64, 512) 1.05. With four panels (8192, 64, 64) ran 0.97 times as fast; with
-a k of 128 dw (128, 784, 256) 0.98, of 256 dw (256, 784, 512) 0.89 (Zen 3)."""
+float32 and float64: dw (1, 1024, 1024) 2.8, (8, 1024, 1024) 1.57 and 1.57, (16, 1024, 1024) 1.19 and 1.24, (32, 1024, 1024) 1.08, dx of
+(256, 512, 10) 1.2 and 1.4, forward (2048, 16, 1024) 1.12, (2048, 64, 512) 1.03. With four panels (8192, 64, 64) ran 0.97 times as fast;
+with a k of 256 dw (256, 784, 512) 0.89, of 128 dw (128, 784, 256) on two threads 0.98 (Zen 3)."""
 
 DOTS_VECTORS = 8
 """The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves. A single
