@@ -64,7 +64,7 @@ class KeepMask(np.lib.mixins.NDArrayOperatorsMixin, metaclass=_MaskOfAnyImport):
     Notes
     -----
     ``np.asarray(mask)`` and comparisons see int8 values, +1 where kept and -1 where not (as bool: kept or not), so that code
-    which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept. `numpy.where` and `numpy.array_equal` see those values
+    which tests ``z > 0`` or ``z >= 0`` selects the elements that the forward kept. ``np.where`` and ``np.array_equal`` see those values
     too. Nothing else can be computed with a mask: it is not z. Where the bits are on a GPU, comparisons answer there, in CuPy, and
     ``np.asarray`` refuses, as for CuPy's arrays.
 
