@@ -10,22 +10,35 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from time import perf_counter
+from time import get_clock_info, perf_counter, thread_time
 from typing import Any, NamedTuple
 
 import torch
 
 from rectilinear.torch.primitives import Tensor
 
-CLEARLY = 0.92
-"""The kernels are taken where they need at most so much of PyTorch's time. A layer alone finds its operands in caches that a whole net
-shares; a training step of batch 32 took up to a tenth longer where both ways took equally long alone (Zen 4)."""
+IN_A_NET_S = 10e-6, 60e-6
+"""Seconds that a layer by the kernels takes longer in a pass through a net than it does called again and again, for inference and for
+training: more of it is Python, which the processor has forgotten by the next pass. In 784-512-256-10 it came to 8 us a layer in inference
+of 1 row, 12 to 24 of 4 to 32 rows, and 40 to 70 in training of 4 to 32 (Zen 3, two threads). With about the least of that inference of 8
+to 32 rows goes to the kernels, in 0.85 to 0.98 of PyTorch's time; training of 32 rows would take 1.07 of it, and does not."""
+CLEARLY = 0.98
+"""And they are taken where they then need at most so much of PyTorch's time, so that chance does not decide. In nets they gain as much of
+a long pass as they do alone, or more: training of 1024 and 4096 rows took 0.96 and 0.94 of PyTorch's time alone, 0.93 and 0.94 in the
+net."""
 
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
 BLOCK_S = 0.002
 """How long a block lasts: at least two calls, and at most `BLOCK_CALLS`. By its end threads of somebody else's are asleep."""
 BLOCK_CALLS = 20
+
+RUNNING = 0.9
+"""The share of a call's time that the calling thread has to run for the call to count. It runs, or spins at a barrier, all the time, unless
+the system has put another thread on its core: two of OpenMP's began a process on one core, and for 40 to 100 ms each call of 0.1 ms took
+two turns of the scheduler, 8 ms (Zen 3, Linux 6)."""
+PATIENCE_S = 0.3
+"""How long to go on for such calls. If there is none by then, threads may as well sleep where they wait: the shortest call counts."""
 
 
 class Question(NamedTuple):
@@ -72,7 +85,8 @@ class Together:
 
     def take_kernels(self, asked: Question) -> bool:
         like = [answer for other, answer in list(self.asked.items()) if other.goes_with(asked)]
-        return sum(answer.kernels for answer in like) <= CLEARLY * sum(answer.pytorch for answer in like)
+        longer = IN_A_NET_S[any(asked.gradients)]
+        return sum(answer.kernels + longer for answer in like) <= CLEARLY * sum(answer.pytorch for answer in like)
 
     def remember(self, key: tuple[Any, ...], choice: bool) -> None:
         if len(self.choices) >= MOST_CHOICES:  # batches of ever new lengths
@@ -123,23 +137,29 @@ def _measured(asked: Question, x: Tensor, weight: Tensor, bias: Tensor | None, o
         if leaves:
             torch.autograd.grad(out, leaves, out.detach())
 
-    best = {True: float("inf"), False: float("inf")}
+    best = dict.fromkeys((ours, theirs), (True, float("inf")))
     with torch.set_grad_enabled(bool(leaves)):
-        for layer in (ours, theirs):
+        for layer in best:
             run(layer)  # compiles, and touches what has not been touched
-        for _ in range(BLOCKS):
-            for kernels, layer in ((False, theirs), (True, ours)):
-                best[kernels] = min(best[kernels], _shortest(lambda layer=layer: run(layer)))  # type: ignore[misc]
-    return Answer(best[True], best[False])
+        blocks, deadline = 0, perf_counter() + PATIENCE_S
+        while blocks < BLOCKS or (any(disturbed for disturbed, _ in best.values()) and perf_counter() < deadline):
+            for layer in (theirs, ours):
+                best[layer] = min(best[layer], _shortest(lambda layer=layer: run(layer)))  # type: ignore[misc]
+            blocks += 1
+    return Answer(best[ours][1], best[theirs][1])
 
 
-def _shortest(call: Callable[[], None]) -> float:
-    shortest, begun = float("inf"), perf_counter()
+_running = thread_time if get_clock_info("thread_time").resolution < 1e-6 else perf_counter  # where it is too coarse, no call is disturbed
+
+
+def _shortest(call: Callable[[], None]) -> tuple[bool, float]:
+    """Whether the thread was disturbed in all calls, and the seconds of the shortest of those in which it was not, if there are any."""
+    shortest, begun = (True, float("inf")), perf_counter()
     for done in range(BLOCK_CALLS):
-        start = perf_counter()
+        start, ran = perf_counter(), _running()
         call()
-        now = perf_counter()
-        shortest = min(shortest, now - start)
+        ran, now = _running() - ran, perf_counter()
+        shortest = min(shortest, (ran < RUNNING * (now - start), now - start))
         if done >= 1 and now - begun > BLOCK_S:
             break
     return shortest
