@@ -603,7 +603,7 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.faster(x, weight, 9.0, 9.0, other) is True  # another model, and what has been measured already
 
 
-@pytest.mark.parametrize("disturbed", [1, 12, 10**9])
+@pytest.mark.parametrize("disturbed", [12, 10**9])
 def test_calls_in_which_the_thread_did_not_run_do_not_count(monkeypatch: pytest.MonkeyPatch, disturbed: int) -> None:
     """As when a process begins with two of OpenMP's threads on one core."""
     clock, x, weight = Clock(monkeypatch), torch.randn(4, 6), torch.randn(3, 6)

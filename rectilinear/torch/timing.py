@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import get_clock_info, perf_counter, thread_time
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ of 1 row, 12 to 24 of 4 to 32 rows, and 40 to 70 in training of 4 to 32 (Zen 3, 
 to 32 rows goes to the kernels, in 0.85 to 0.98 of PyTorch's time; training of 32 rows would take 1.07 of it, and does not."""
 CLEARLY = 0.98
 """And they are taken where they then need at most so much of PyTorch's time, so that chance does not decide. In nets they gain as much of
-a long pass as they do alone, or more: training of 1024 and 4096 rows took 0.96 and 0.94 of PyTorch's time alone, 0.93 and 0.94 in the
-net."""
+a long pass as they do alone, or more: training of 1024 and 4096 rows took 0.96 and 0.94 of PyTorch's time alone, 0.92 to 0.97 and
+0.94 in the net (Zen 3, two threads)."""
 
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
@@ -144,7 +145,7 @@ def _measured(asked: Question, x: Tensor, weight: Tensor, bias: Tensor | None, o
         blocks, deadline = 0, perf_counter() + PATIENCE_S
         while blocks < BLOCKS or (any(disturbed for disturbed, _ in best.values()) and perf_counter() < deadline):
             for layer in (theirs, ours):
-                best[layer] = min(best[layer], _shortest(lambda layer=layer: run(layer)))  # type: ignore[misc]
+                best[layer] = min(best[layer], _shortest(partial(run, layer)))
             blocks += 1
     return Answer(best[ours][1], best[theirs][1])
 
