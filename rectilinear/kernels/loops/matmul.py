@@ -239,7 +239,8 @@ def slot_bytes(zero: Any, job: Matmul) -> int:
 def _bytes_of_a(zero: Any, job: Matmul) -> int:
     plan, size, a = job.plan, size_of(zero), job.a
     if plan.by_strips != 0:
-        return strips_bytes(zero, job.n, job.k, job.m, Matrix(a.data, a.row, a.column))
+        columns = -(-_panels(zero, job) // max(1, job.tasks.columns)) * plan.width * lanes(zero)
+        return strips_bytes(zero, job.n, job.k, min(job.m, columns), Matrix(a.data, a.row, a.column))
     if plan.a != PACKED and not _copies_itself(job):
         return 0
     depth = job.k if plan.by_dots != 0 else min(job.k, plan.depth)

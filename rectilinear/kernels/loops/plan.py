@@ -17,6 +17,7 @@ from math import gcd
 
 from rectilinear.kernels.loops.arithmetic import block_count, packed_row, round_up
 from rectilinear.kernels.loops.host import Host
+from rectilinear.kernels.micro.dots import DOTS_COLUMNS
 from rectilinear.kernels.micro.strip import STRIP_DEPTH, STRIP_ROWS
 from rectilinear.kernels.runtime.cache import jit_too
 from rectilinear.kernels.runtime.operands import Rows, Stack
@@ -442,9 +443,11 @@ def plan_forward(job: Matmul, host: Host) -> None:
     if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
         plan.by_dots = 0
     if plan.by_dots != 0:
-        # All rows of x stay in L1 while those of w stream by; the copy has them apart.
-        meets = job.a.row != 0 and lines_kept(host, job.a.row) < 8 * n
-        plan.a = COPIED if n <= MOST_DOTS_ROWS and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
+        # Few rows of x stay in L1 while those of w stream by, and are used once for each column; the copy has them apart.
+        l1 = host.l1_sets * host.l1_ways * host.line
+        meets = job.a.row != 0 and lines_kept(host, job.a.row) < 8 * n and n * abs(job.a.row) > l1
+        reused = n <= MOST_DOTS_ROWS and m > DOTS_COLUMNS
+        plan.a = COPIED if reused and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
         plan.b = IN_PLACE if job.b.row == size else PACKED
 
 
