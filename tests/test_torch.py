@@ -332,6 +332,9 @@ def test_hooks_added_later_see_what_they_would(kernels: None) -> None:
     assert len(seen[0]) == len(seen[1]) == 2
     for got, want in zip(*seen, strict=True):
         close(got, want)
+    model[2].forward = lambda x: x[:, :12]
+    plain[2].forward = model[2].forward
+    close(model(x), plain(x))
     every: list[Any] = []
     model = net()
     rt.accelerate(model)
@@ -395,6 +398,49 @@ def test_wrong_arguments_say_what_is_wanted() -> None:
         rt.accelerate(torch.ones(2))
     with pytest.raises(ValueError, match=r"relu_at_zero is 2; it takes 1 .* or 0"):
         rt.accelerate(net(), relu_at_zero=2)
+
+
+def test_layers_that_follow_one_another_are_one_call(kernels: None, count: dict[str, int]) -> None:
+    """One function for autograd, of any number of layers, one of them twice; nothing below what needs a gradient is computed."""
+    nn = torch.nn
+    twice = nn.Linear(6, 6)
+    model = nn.Sequential(nn.Linear(6, 6), twice, nn.ReLU(), twice, nn.ReLU(), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    rt.accelerate(model)
+    chain = model[:5](x)
+    assert chain.grad_fn.next_functions[0][0].name() == "_LayersBackward"
+    assert len(chain.grad_fn.next_functions[0][0].next_functions) == 1 + 3 * 2
+    close(chain, plain[:5](x))
+    for got, want in zip(gradients(model, x), gradients(plain, x), strict=True):
+        close(got, want)
+    for m in (model, plain):
+        m[0].requires_grad_(False)
+        m[1].bias.requires_grad_(False)
+    samples, before = x.detach(), count["backward"]
+    for got, want in zip(gradients(model, samples), gradients(plain, samples), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.allclose(got, want)
+    assert count["backward"] == before + 3
+
+
+@pytest.mark.parametrize("at_zero", [0, 1])
+def test_second_gradients_of_layers_in_one_call(at_zero: int, kernels: None, count: dict[str, int]) -> None:
+    nn = torch.nn
+    twice = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), twice, nn.ReLU(), twice, nn.Linear(4, 2)).double()
+    plain, x = copy.deepcopy(model), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    rt.accelerate(model, relu_at_zero=at_zero)
+
+    def out(x: Any, *parameters: Any) -> Any:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert torch.autograd.gradcheck(out, (x, *parameters))
+    assert count["backward"] > 0
+    assert torch.autograd.gradgradcheck(out, (x, *parameters))
+    for vectorize in (False, True):
+        hessians = [torch.autograd.functional.hessian(lambda x, m=m: m(x).pow(3).sum(), x, vectorize=vectorize) for m in (model, plain)]
+        torch.testing.assert_close(*hessians)
 
 
 # ---------------------------------------------------------------- accelerate: what looks on
@@ -547,10 +593,10 @@ def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
         model(x)
         model(torch.randn(3, 6))  # up to 4 as well
     asked = rt.timing._answers
-    assert {(q.features, q.outputs, q.relu, any(q.gradients), q.batch) for q in asked} == {
-        (d, m, relu, training, 4) for d, m, relu in ((6, 16, True), (16, 12, True), (12, 3, False)) for training in (False, True)
+    assert {(q.extents, q.relus, any(q.gradients), q.batch) for q in asked} == {
+        ((6, 16, 12, 3), (True, True, False), training, 4) for training in (False, True)
     }
-    assert handle.report.count("batches up to 4") == 6
+    assert handle.report.count("Linear+ReLU 6-16, Linear+ReLU 16-12, Linear 12-3, batches up to 4, ") == 2
     for p, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, grad)
     monkeypatch.setattr(rt.timing, "_measured", None)
@@ -574,17 +620,17 @@ class Clock:
         """A layer that takes 8 times as long, half of it waiting, for so many calls."""
         calls = itertools.count()
 
-        def layer(x: Any, weight: Any, bias: Any) -> Any:
+        def layer(x: Any, layers: Any) -> Any:
             waits = next(calls) < disturbed
             self.now += 8 * seconds if waits else seconds
             self.ran += 4 * seconds if waits else seconds
-            return F.linear(x, weight, bias)
+            return F.linear(x, *layers[0][:2])
 
         return layer
 
     def faster(self, x: Any, weight: Any, ours: Any, theirs: Any, together: Any) -> Any:
         ours, theirs = (layer if callable(layer) else self.layer(layer) for layer in (ours, theirs))
-        return rt.timing.kernels_are_faster(x, weight, None, False, ours, theirs, together)
+        return rt.timing.kernels_are_faster(x, [(weight, None, False)], ours, theirs, together)
 
 
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

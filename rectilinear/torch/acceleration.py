@@ -8,9 +8,9 @@ in one kernel; called by itself, each of the two does what it did.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.modules import module as modules_of_torch
 
 from rectilinear.torch import timing
-from rectilinear.torch.functions import computed, relu_of_torch, served, traceable, traced
+from rectilinear.torch.functions import Layer, computed, needs_gradient, relu_of_torch, served, traceable, traced
 from rectilinear.torch.primitives import Tensor, backend_for
 
 COMPILED_WORK = 1 << 20
@@ -81,10 +81,11 @@ class Handle:
 
 def _sentence(asked: timing.Question, answer: timing.Answer, kernels: bool) -> str:
     what = "training" if any(asked.gradients) else "inference"
-    name = "Linear+ReLU" if asked.relu else "Linear"
+    layers = zip(itertools.pairwise(asked.extents), asked.relus, strict=True)
+    names = ", ".join(f"{'Linear+ReLU' if relu else 'Linear'} {features}-{outputs}" for (features, outputs), relu in layers)
     who = "the kernels" if kernels else "PyTorch"
     times = f"{answer.kernels * 1e6:.0f} us with the kernels, {answer.pytorch * 1e6:.0f} with PyTorch"
-    return f"{name} {asked.features}-{asked.outputs}, batches up to {asked.batch}, {what}: {times}: {who}"
+    return f"{names}, batches up to {asked.batch}, {what}: {times}: {who}"
 
 
 def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
@@ -184,6 +185,11 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
+def _is_unobserved(module: nn.Module) -> bool:
+    """Whether nobody has put anything around its forward."""
+    return not (_has_hooks(module) or "forward" in module.__dict__)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     state = module.__dict__
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"])
@@ -193,28 +199,30 @@ class AcceleratedLinear(nn.Linear):  # type: ignore[misc]  # torch is Any to myp
     """What an accelerated ``nn.Linear`` is, under this name in pickles."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _layer(self, input, None)
+        return _run([(self, False)], input, 1)
 
 
 class AcceleratedSequential(nn.Sequential):  # type: ignore[misc]
-    """What an accelerated ``nn.Sequential`` is: a Linear and the ReLU after it are one call, as long as nobody looks between them."""
+    """What an accelerated ``nn.Sequential`` is: Linear layers that follow one another, with the ReLU after each, are one call, as long as
+    nobody looks between them."""
 
     _relu_at_zero = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        fuse = not any(_GLOBAL_HOOKS)
-        waiting = None  # a Linear whose ReLU may come next
+        if any(_GLOBAL_HOOKS):
+            return super().forward(input)
+        chain: list[tuple[nn.Linear, bool]] = []
         for child in self._modules.values():
-            if waiting is not None:
-                if type(child) is nn.ReLU and not _has_hooks(child):
-                    input = _layer(waiting, input, self._relu_at_zero)
-                    waiting = None
-                    continue
-                input = waiting(input)
-            waiting = child if fuse and type(child) is AcceleratedLinear and not _has_hooks(child) else None
-            if waiting is None:
+            kind = type(child)
+            if kind is AcceleratedLinear and _is_unobserved(child):
+                chain.append((child, False))
+            elif kind is nn.ReLU and chain and not chain[-1][1] and _is_unobserved(child):
+                chain[-1] = (chain[-1][0], True)
+            else:
+                if chain:
+                    input, chain = _run(chain, input, self._relu_at_zero), []
                 input = child(input)
-        return input if waiting is None else waiting(input)
+        return _run(chain, input, self._relu_at_zero) if chain else input
 
 
 class AcceleratedSequentialZero(AcceleratedSequential):
@@ -238,60 +246,60 @@ _COPIES = timing.Together()
 """Copies, and what comes out of pickles."""
 
 
-def _layer(linear: nn.Linear, x: Tensor, at_zero: int | None) -> Tensor:
-    """A Linear, and the ReLU after it unless `at_zero`, its gradient at 0, is None."""
-    try:
-        parameters = linear._parameters  # found at once, where attributes are looked for in three places
-        weight, bias = parameters["weight"], parameters["bias"]
-    except KeyError:  # a replica of DataParallel, pruning and the like have them elsewhere
-        weight, bias = linear.weight, linear.bias
+def _run(chain: Sequence[tuple[nn.Linear, bool]], x: Tensor, at_zero: int) -> Tensor:
+    """Linear layers, each with ReLU after it or not, whose gradient at 0 is `at_zero`."""
+    layers = [(*_parameters(linear), relu) for linear, relu in chain]
     if _compiling():
-        return _compiled(x, weight, bias, at_zero)
-    wanted = _grad_enabled() and (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    key = (linear.out_features, linear.in_features, x.shape, x.dtype, at_zero, wanted)
-    together = _together.get(linear, _COPIES)
+        for layer in layers:
+            x = _compiled(x, *layer, at_zero)
+        return x
+    key = (
+        (x.shape, x.dtype, at_zero, _grad_enabled(), x.requires_grad),
+        *[(linear.out_features, linear.in_features, relu) for linear, relu in chain],
+        *[t is not None and t.requires_grad for layer in layers for t in layer[:2]],
+    )
+    together = _together.get(chain[0][0], _COPIES)
     choice = True if _deterministic() else together.choices.get(key)
-    if choice is False or not served(x, weight, bias):
-        return _THEIRS[at_zero](x, weight, bias)
+    if choice is False or not served(x, layers):
+        return _THEIRS[at_zero](x, layers)
     if choice is None:
-        choice = timing.kernels_are_faster(x, weight, bias, at_zero is not None, _OURS[at_zero], _THEIRS[at_zero], together)
+        choice = timing.kernels_are_faster(x, layers, _OURS[at_zero], _THEIRS[at_zero], together)
         if choice is not None:
             together.remember(key, choice)
-    return (_OURS if choice else _THEIRS)[at_zero](x, weight, bias)
+    return (_OURS if choice else _THEIRS)[at_zero](x, layers)
 
 
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, at_zero: int | None) -> Tensor:
+def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    try:
+        parameters = linear._parameters  # found at once, where attributes are looked for in three places
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # a replica of DataParallel, pruning and the like have them elsewhere
+        return linear.weight, linear.bias
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, at_zero: int) -> Tensor:
     if not traceable(x, weight, bias) or x.numel() * weight.shape[0] < COMPILED_WORK:
-        return _THEIRS[at_zero](x, weight, bias)
-    out = traced(x, weight, bias, at_zero == 1)
-    return torch.relu(out) if at_zero == 0 else out
+        return _THEIRS[at_zero](x, [(weight, bias, relu)])
+    out = traced(x, weight, bias, relu and at_zero == 1)
+    return torch.relu(out) if relu and at_zero == 0 else out
 
 
-def _their_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x, weight, bias)
+def _theirs(relu_of: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    for weight, bias, relu in layers:
+        x = functional.linear(x, weight, bias)
+        x = relu_of(x) if relu else x
+    return x
 
 
-def _their_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.relu(functional.linear(x, weight, bias))
+def _ours_at_zero(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """With PyTorch's ReLU where a gradient is asked for."""
+    if not needs_gradient(x, layers):
+        return computed(x, layers)
+    for weight, bias, relu in layers:
+        x = computed(x, [(weight, bias, False)])
+        x = torch.relu(x) if relu else x
+    return x
 
 
-def _their_linear_our_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return relu_of_torch(functional.linear(x, weight, bias))
-
-
-def _our_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return computed(x, weight, bias, False)
-
-
-def _our_linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return computed(x, weight, bias, True)
-
-
-def _our_linear_their_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return torch.relu(computed(x, weight, bias, False))
-    return computed(x, weight, bias, True)
-
-
-_THEIRS: dict[int | None, Any] = {None: _their_linear, 0: _their_linear_relu, 1: _their_linear_our_relu}
-_OURS: dict[int | None, Any] = {None: _our_linear, 0: _our_linear_their_relu, 1: _our_linear_relu}
+_THEIRS: dict[int, timing.Run] = {0: partial(_theirs, torch.relu), 1: partial(_theirs, relu_of_torch)}
+_OURS: dict[int, timing.Run] = {0: _ours_at_zero, 1: computed}

@@ -7,7 +7,9 @@ subclasses of Tensor, autocast, torch.func, modes, traces) PyTorch's own operati
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -15,6 +17,9 @@ from torch.nn import functional
 
 from rectilinear.torch import operators, primitives
 from rectilinear.torch.primitives import Tensor
+
+Layer: TypeAlias = tuple[Tensor, Tensor | None, bool]
+"""A weight, a bias, and whether ReLU follows."""
 
 _Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
 _NATIVE = (torch.float32, torch.float64)
@@ -119,8 +124,8 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> T
     if _compiling():
         if traceable(x, weight, bias):
             return traced(x, weight, bias, with_relu)
-    elif served(x, weight, bias):
-        return computed(x, weight, bias, with_relu)
+    elif served(x, layers := ((weight, bias, with_relu),)):
+        return computed(x, layers)
     z = functional.linear(x, weight, bias)
     return relu_of_torch(z) if with_relu else z
 
@@ -140,21 +145,24 @@ def ordinary() -> bool:
     )
 
 
-def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels take these, here and now."""
-    if not (ordinary() and _plain(x) and _plain(weight)):  # first, since extents are tensors while a trace is recorded
+def served(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether the kernels take x through these layers, here and now."""
+    if not (ordinary() and _plain(x)) or x.ndim == 0:  # first, since extents are tensors while a trace is recorded
         return False
-    dtype, on_cpu = x.dtype, x.is_cpu
-    return (
-        weight.dtype is dtype
-        and weight.is_cpu is on_cpu
-        and weight.ndim == 2
-        and x.ndim > 0
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or (_plain(bias) and bias.dtype is dtype and bias.is_cpu is on_cpu and bias.shape == weight.shape[:1]))
-        and (on_cpu or (weight.device == x.device and (bias is None or bias.device == x.device)))
-        and primitives.backend_for(x) is not None
-    )
+    dtype, on_cpu, features = x.dtype, x.is_cpu, x.shape[-1]
+    for weight, bias, _ in layers:
+        if not (
+            _plain(weight)
+            and weight.dtype is dtype
+            and weight.is_cpu is on_cpu
+            and weight.ndim == 2
+            and features == weight.shape[1]
+            and (bias is None or (_plain(bias) and bias.dtype is dtype and bias.is_cpu is on_cpu and bias.shape == weight.shape[:1]))
+            and (on_cpu or (weight.device == x.device and (bias is None or bias.device == x.device)))
+        ):
+            return False
+        features = weight.shape[0]
+    return primitives.backend_for(x) is not None
 
 
 def _plain(x: Tensor) -> bool:
@@ -162,13 +170,19 @@ def _plain(x: Tensor) -> bool:
     return (kind is _Tensor or kind is _Parameter) and x.dtype in _NATIVE and x.layout is _strided and not x._is_zerotensor()
 
 
-def computed(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
-    """The layer by the kernels, of what is `served`."""
+def needs_gradient(x: Tensor, layers: Sequence[Layer]) -> bool:
+    return _grad_enabled() and (x.requires_grad or any(w.requires_grad or (b is not None and b.requires_grad) for w, b, _ in layers))
+
+
+def computed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """The layers one after the other by the kernels, of what is `served`."""
     if x.ndim != 2:
-        return computed(_flat(x), weight, bias, with_relu).view(*x.shape[:-1], weight.shape[0])
-    if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Affine.apply(x, weight, bias, with_relu)
-    return primitives.forward(x, weight, bias, with_relu)[0]
+        return computed(_flat(x), layers).view(*x.shape[:-1], layers[-1][0].shape[0])
+    if needs_gradient(x, layers):
+        return _Layers.apply(x, [relu for _, _, relu in layers], *[t for layer in layers for t in layer[:2]])
+    for weight, bias, relu in layers:
+        x, _ = primitives.forward(x, weight, bias, relu)
+    return x
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -220,21 +234,42 @@ def relu_of_torch(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- eager gradients
 
 
-class _Affine(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+    """Layers one after the other: one function for all, since autograd and the Python around it take some 50 us for each."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> Tensor:
-        out, ctx.keep = primitives.forward(x, weight, bias, with_relu)
-        ctx.save_for_backward(x, weight)
-        return out
+    def forward(ctx: Any, x: Tensor, relus: Sequence[bool], *parameters: Tensor | None) -> Tensor:
+        samples, ctx.keeps = [], []
+        for weight, bias, relu in zip(parameters[::2], parameters[1::2], relus, strict=True):
+            samples.append(x)
+            x, keep = primitives.forward(x, weight, bias, relu)
+            ctx.keeps.append(keep)
+        ctx.save_for_backward(*samples, *parameters)
+        return x
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if _kernels_differentiate(dout):
-            return (*primitives.backward(dout, x, weight, ctx.keep, needs), None)
-        kept = None if ctx.keep is None else primitives.kept(ctx.keep)
-        return (*operators.gradients(dout, x, weight, kept, needs), None)
+        keeps, needs, saved = ctx.keeps, ctx.needs_input_grad, ctx.saved_tensors
+        count = len(keeps)
+        samples, weights, biases = saved[:count], saved[count::2], saved[count + 1 :: 2]
+        by_kernels = _kernels_differentiate(dout)
+        if _grad_enabled():
+            # To be differentiated again: what has been saved of the layers after the first one does not say where it came from.
+            relus = [keep is not None for keep in keeps]
+            before_last = zip(weights[:-1], biases[:-1], relus[:-1], strict=True)
+            samples = list(accumulate(before_last, lambda x, layer: _layer(x, *layer), initial=samples[0]))
+        of_parameters: list[Tensor | None] = [None] * (2 * count)
+        for i in reversed(range(count)):
+            wanted = any(needs[: 2 * i + 2]), needs[2 * i + 2], needs[2 * i + 3]
+            if by_kernels:
+                found = primitives.backward(dout, samples[i], weights[i], keeps[i], wanted)
+            else:
+                kept = None if keeps[i] is None else primitives.kept(keeps[i])
+                found = operators.gradients(dout, samples[i], weights[i], kept, wanted)
+            dout, of_parameters[2 * i], of_parameters[2 * i + 1] = found
+            if not wanted[0]:
+                break
+        return (dout, None, *of_parameters)
 
 
 class _ReLU(torch.autograd.Function):  # type: ignore[misc]

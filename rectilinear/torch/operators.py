@@ -14,7 +14,7 @@ import torch
 
 from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.torch import primitives
-from rectilinear.torch.primitives import Tensor
+from rectilinear.torch.primitives import Gradients, Tensor
 
 _library = torch.library.Library("rectilinear", "DEF")
 _DEVICES = ("CPU", "CUDA")
@@ -91,14 +91,14 @@ relu_backward = _operator("relu_backward(Tensor dout, Tensor x) -> Tensor", prim
 # ---------------------------------------------------------------- gradients
 
 
-def gradients(dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+def gradients(dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor | None, needs: Sequence[bool]) -> Gradients:
     """The gradients in PyTorch's own operations, which can be differentiated again; `kept` is a bool tensor, None without ReLU."""
     dz = dout if kept is None else torch.where(kept, dout, 0)
-    return [
+    return (
         dz @ weight if needs[0] else None,
         dz.transpose(-1, -2) @ x if needs[1] else None,
         dz.sum(0) if needs[2] else None,
-    ]
+    )
 
 
 def _spread(bits: Tensor, columns: int) -> Tensor:

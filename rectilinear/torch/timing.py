@@ -1,4 +1,4 @@
-"""Which is faster on this machine, PyTorch's own operations or the kernels, for a layer at a batch: measured where it is first asked for.
+"""Which is faster on this machine, PyTorch's own operations or the kernels, for layers at a batch: measured where it is first asked for.
 
 A threshold that was measured elsewhere would be a guess. So the first call of `accelerate`d layers with a shape, dtype and batch runs both
 ways a few times on its own operands, and the answer is kept for the process, for all layers alike. Batches up to the next power of two
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import get_clock_info, perf_counter, thread_time
 from typing import Any, NamedTuple
 
 import torch
 
+from rectilinear.torch.functions import Layer
 from rectilinear.torch.primitives import Tensor
 
-IN_A_NET_S = 10e-6, 60e-6
-"""Seconds that a layer by the kernels takes longer in a pass through a net than it does called again and again, for inference and for
-training: more of it is Python, which the processor has forgotten by the next pass. In 784-512-256-10 it came to 8 us a layer in inference
-of 1 row, 12 to 24 of 4 to 32 rows, and 40 to 70 in training of 4 to 32 (Zen 3, two threads). With about the least of that inference of 8
-to 32 rows goes to the kernels, in 0.85 to 0.98 of PyTorch's time; training of 32 rows would take 1.07 of it, and does not."""
+IN_A_NET_S = 10e-6, 30e-6
+"""Seconds that a call of the kernels takes longer in a pass through a net than again and again, for inference and for training: more of it
+is Python, which the processor has forgotten by the next pass. Three and four layers in one call: 3 to 22 us in inference of up to 32 rows,
+and up to 40 in training (Zen 3, two threads)."""
+ALONE = 2
+"""So many times that for a layer that is called by itself, among operations of PyTorch: 18 to 26 us in inference of 4 to 32 rows, 40 to 70
+in training (the same)."""
 CLEARLY = 0.98
 """And they are taken where they then need at most so much of PyTorch's time, so that chance does not decide. In nets they gain as much of
 a long pass as they do alone, or more: training of 1024 and 4096 rows took 0.96 and 0.94 of PyTorch's time alone, 0.92 to 0.97 and
@@ -43,17 +46,17 @@ PATIENCE_S = 0.3
 
 
 class Question(NamedTuple):
-    """What is to be as fast as possible: a layer, with its ReLU or without, at batches of which `batch` is the largest.
+    """What is to be as fast as possible: layers that follow one another, at batches of which `batch` is the largest.
 
-    `gradients` says of x, weight and bias which will need one; none: inference.
+    `extents` are the features of x and the outputs of each layer, `relus` says after which of them ReLU follows, `gradients` which of x and
+    each layer's weight and bias will need one; none: inference.
     """
 
-    features: int
-    outputs: int
+    extents: tuple[int, ...]
+    relus: tuple[bool, ...]
     dtype: Any
     device: str
-    relu: bool
-    gradients: tuple[bool, bool, bool]
+    gradients: tuple[bool, ...]
     batch: int
 
     def goes_with(self, other: Question) -> bool:
@@ -85,9 +88,10 @@ class Together:
             self.choices.clear()  # what has been chosen without it
 
     def take_kernels(self, asked: Question) -> bool:
-        like = [answer for other, answer in list(self.asked.items()) if other.goes_with(asked)]
-        longer = IN_A_NET_S[any(asked.gradients)]
-        return sum(answer.kernels + longer for answer in like) <= CLEARLY * sum(answer.pytorch for answer in like)
+        like = [(other, answer) for other, answer in list(self.asked.items()) if other.goes_with(asked)]
+        calls = sum(1 if len(other.relus) > 1 else ALONE for other, _ in like)
+        longer = calls * IN_A_NET_S[any(asked.gradients)]
+        return longer + sum(answer.kernels for _, answer in like) <= CLEARLY * sum(answer.pytorch for _, answer in like)
 
     def remember(self, key: tuple[Any, ...], choice: bool) -> None:
         if len(self.choices) >= MOST_CHOICES:  # batches of ever new lengths
@@ -98,54 +102,58 @@ class Together:
 _answers: dict[Question, Answer] = {}
 _measuring = threading.Lock()
 
-Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Layers = Sequence[Layer]
+Run = Callable[[Tensor, Layers], Tensor]
 
 
-def question(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Question:
+def question(x: Tensor, layers: Layers) -> Question:
     """What a call asks. The axes of x before the last one make a batch."""
-    outputs, features = weight.shape
+    features = layers[0][0].shape[1]
     rows = x.numel() // max(features, 1)
-    gradients = (
-        (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad) if torch.is_grad_enabled() else (False,) * 3
-    )
-    return Question(features, outputs, x.dtype, x.device.type, relu, gradients, 1 << (rows - 1).bit_length() if rows else 0)
+    gradients = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in _operands(x, layers))
+    extents, relus = (features, *(weight.shape[0] for weight, _, _ in layers)), tuple(relu for _, _, relu in layers)
+    return Question(extents, relus, x.dtype, x.device.type, gradients, 1 << (rows - 1).bit_length() if rows else 0)
 
 
-def kernels_are_faster(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, ours: Layer, theirs: Layer, together: Together
-) -> bool | None:
+def _operands(x: Tensor, layers: Layers) -> list[Tensor | None]:
+    return [x, *(t for layer in layers for t in layer[:2])]
+
+
+def kernels_are_faster(x: Tensor, layers: Layers, ours: Run, theirs: Run, together: Together) -> bool | None:
     """Whether to take `ours` for this call: measured if nobody has asked before; None while another thread is measuring."""
-    asked = question(x, weight, bias, relu)
+    asked = question(x, layers)
     answer = _answers.get(asked)
     if answer is None:
         if not _measuring.acquire(blocking=False):
             return None
         try:
-            answer = _answers[asked] = _measured(asked, x, weight, bias, ours, theirs)
+            answer = _answers[asked] = _measured(asked, x, layers, ours, theirs)
         finally:
             _measuring.release()
     together.add(asked, answer)
     return together.take_kernels(asked)
 
 
-def _measured(asked: Question, x: Tensor, weight: Tensor, bias: Tensor | None, ours: Layer, theirs: Layer) -> Answer:
+def _measured(asked: Question, x: Tensor, layers: Layers, ours: Run, theirs: Run) -> Answer:
     # Leaves of their own, on the same memory: the model's gradients, and hooks on its parameters, notice nothing.
-    given = [None if t is None else t.detach().requires_grad_(needed) for t, needed in zip((x, weight, bias), asked.gradients, strict=True)]
+    pairs = zip(_operands(x, layers), asked.gradients, strict=True)
+    given = [None if t is None else t.detach().requires_grad_(needed) for t, needed in pairs]
     leaves = [t for t in given if t is not None and t.requires_grad]
+    samples, alike = given[0], list(zip(given[1::2], given[2::2], asked.relus, strict=True))
 
-    def run(layer: Layer) -> None:
-        out = layer(*given)
+    def run(way: Run) -> None:
+        out = way(samples, alike)
         if leaves:
             torch.autograd.grad(out, leaves, out.detach())
 
     best = dict.fromkeys((ours, theirs), (True, float("inf")))
     with torch.set_grad_enabled(bool(leaves)):
-        for layer in best:
-            run(layer)  # compiles, and touches what has not been touched
+        for way in best:
+            run(way)  # compiles, and touches what has not been touched
         blocks, deadline = 0, perf_counter() + PATIENCE_S
         while blocks < BLOCKS or (any(disturbed for disturbed, _ in best.values()) and perf_counter() < deadline):
-            for layer in (theirs, ours):
-                best[layer] = min(best[layer], _shortest(partial(run, layer)))
+            for way in (theirs, ours):
+                best[way] = min(best[way], _shortest(partial(run, way)))
             blocks += 1
     return Answer(best[ours][1], best[theirs][1])
 
