@@ -635,7 +635,7 @@ class Clock:
 
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, x, weight = Clock(monkeypatch), torch.randn(4, 6), torch.randn(3, 6)
-    for ours, theirs, better in ((1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.01, False), (1e-6, 5e-6, False)):
+    for ours, theirs, better in ((1.0, 2.0, True), (2.0, 1.0, False), (1e-6, 5e-6, False)):
         clock.forget()
         assert clock.faster(x, weight, ours, theirs, rt.timing.Together()) is better
     clock.forget()

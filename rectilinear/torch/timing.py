@@ -26,10 +26,6 @@ and up to 40 in training (Zen 3, two threads)."""
 ALONE = 2
 """So many times that for a layer that is called by itself, among operations of PyTorch: 18 to 26 us in inference of 4 to 32 rows, 40 to 70
 in training (the same)."""
-CLEARLY = 0.98
-"""And they are taken where they then need at most so much of PyTorch's time, so that chance does not decide. In nets they gain as much of
-a long pass as they do alone, or more: training of 1024 and 4096 rows took 0.96 and 0.94 of PyTorch's time alone, 0.92 to 0.97 and
-0.94 in the net (Zen 3, two threads)."""
 
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
@@ -91,7 +87,7 @@ class Together:
         like = [(other, answer) for other, answer in list(self.asked.items()) if other.goes_with(asked)]
         calls = sum(1 if len(other.relus) > 1 else ALONE for other, _ in like)
         longer = calls * IN_A_NET_S[any(asked.gradients)]
-        return longer + sum(answer.kernels for _, answer in like) <= CLEARLY * sum(answer.pytorch for _, answer in like)
+        return longer + sum(answer.kernels for _, answer in like) <= sum(answer.pytorch for _, answer in like)
 
     def remember(self, key: tuple[Any, ...], choice: bool) -> None:
         if len(self.choices) >= MOST_CHOICES:  # batches of ever new lengths
