@@ -421,6 +421,9 @@ def test_layers_that_follow_one_another_are_one_call(kernels: None, count: dict[
         assert (got is None) == (want is None)
         assert got is None or torch.allclose(got, want)
     assert count["backward"] == before + 3
+    linears = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    assert rt.accelerate(linears).rows[0].kind == "Sequential"
+    assert linears(x.detach().float()).grad_fn.next_functions[0][0].name() == "_LayersBackward"
 
 
 @pytest.mark.parametrize("at_zero", [0, 1])

@@ -1,8 +1,8 @@
 """`accelerate`: a model that is there already, on rectilinear's kernels.
 
 A layer that is served gets another class, a subclass of its own, and nothing else changes: it is the same object in the same place, with
-the same parameters, hooks and ``state_dict``. A ``Sequential`` with a Linear and a ReLU side by side gets one whose ``forward`` runs both
-in one kernel; called by itself, each of the two does what it did.
+the same parameters, hooks and ``state_dict``. A ``Sequential`` gets one whose ``forward`` runs Linear layers that follow one another, and
+the ReLU after each, as one call; called by itself, each of them does what it did.
 """
 
 from __future__ import annotations
@@ -92,12 +92,13 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
     """Run a model's ``nn.Linear`` layers, and the ``nn.ReLU`` right after them, on rectilinear's kernels.
 
     Layers are changed in place. Parameters stay the same objects, so that optimizers, hooks and ``state_dict`` go on as before. Calls go
-    to the kernels only where they are faster here than PyTorch itself: the first call of a shape, dtype and batch, for inference
-    and for training, measures both on its own operands, in some twenty calls' time, and the layers of a model go the way that is faster
-    for all of them together. Under
-    ``torch.use_deterministic_algorithms(True)`` nothing is measured and the kernels serve, so that results never depend on a measurement.
+    to the kernels only where they are faster here than PyTorch itself: the first call with certain shapes, dtype and batch, for
+    inference and for training, measures both on its own operands, in some twenty calls' time, and the layers of a model go the way that is
+    faster for all of them together. Under ``torch.use_deterministic_algorithms(True)`` nothing is measured and the kernels serve, so that
+    results never depend on a measurement.
 
-    Linear and ReLU become one kernel where they are neighbours in an ``nn.Sequential`` and neither has hooks.
+    Linear and ReLU become one kernel where they are neighbours in an ``nn.Sequential``, and such layers one call where they follow one
+    another, as long as none of them has hooks.
 
     Parameters
     ----------
@@ -154,14 +155,15 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
     for name, module in model.named_modules():
         kind = _PLAIN.get(type(module), type(module))
         if kind is nn.Sequential:
-            if any(_neighbours(module)):
+            if _has_chain(module):
                 yield name, module, kind
         elif isinstance(module, nn.Linear) or kind.__name__.endswith("Linear"):
             yield name, module, kind
 
 
-def _neighbours(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
-    return (pair for pair in itertools.pairwise(sequential) if isinstance(pair[0], nn.Linear) and type(pair[1]) is nn.ReLU)
+def _has_chain(sequential: nn.Sequential) -> bool:
+    """Whether a Linear comes right before another one or a ReLU."""
+    return any(isinstance(a, nn.Linear) and (isinstance(b, nn.Linear) or type(b) is nn.ReLU) for a, b in itertools.pairwise(sequential))
 
 
 def _why_not(module: nn.Module) -> str | None:
