@@ -84,19 +84,17 @@ def write_db(zero: Any, job: Backward, group: int, total: int) -> None:
 def write_products(zero: Any, job: Backward) -> None:
     """Write the operands of both products into the job, all but what differs from one stretch of samples to the next (`move_to`)."""
     size, plan, dx, dw = size_of(zero), job.plan, job.to_dx, job.to_dw
-    dx.k, dx.m = job.m, job.d
     dx.a.row, dx.a.column = plan.lead, size
     dx.b.row, dx.b.column = job.w.column, job.w.row
     dx.c.row = job.dx.row
     dx.panel = dx.k * dx.plan.width * lanes(zero) * size
     dw.panel = plan.stretch * dw.plan.width * lanes(zero) * size
     if plan.dw_by_columns != 0:
-        dw.n, dw.m = job.m, job.d
         dw.a.row, dw.a.column = size, plan.lead
         dw.b.row, dw.b.column = job.x.row, job.x.column
         dw.c.row = job.dw.column
     else:
-        dw.n, dw.m, dw.padded = job.d, job.m, 1
+        dw.padded = 1
         dw.a.row, dw.a.column = job.x.column, job.x.row
         dw.b.row, dw.b.column = plan.lead, size
         dw.c.row = job.dw.row

@@ -471,22 +471,27 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     if rows > 1:
         # Every block of rows reads all of its columns of w: no more of them at a time than the last cache holds with ease.
         columns = max(columns, min(panels, block_count(d * m * size, w_at_once(host))))
-    columns = max(columns, least)
-    rows = even_out(rows, job.groups * columns, threads)
-    if plan.by_strips != 0:
-        rows, columns = 1, min(columns, max(1, threads // max(job.groups, 1)), max(1, m * size // STRIP_BYTES))
-    tasks.rows, tasks.columns = rows, columns
-    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * columns else 0
+    _set_blocks(job, host, threads, 1 if plan.by_strips != 0 else rows, max(columns, least), least)
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
-    large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or rows == 1
+    large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or tasks.rows == 1
     tasks.packs = 1 if plan.b == PACKED and large and plan.by_dots == 0 else 0
     tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.packs == 0 else 0
-    tasks.copies = min(n, 2 * threads) if plan.a == COPIED and plan.by_strips == 0 and rows == 1 and columns > 1 else 0
+    tasks.copies = min(n, 2 * threads) if plan.a == COPIED and plan.by_strips == 0 and tasks.rows == 1 and tasks.columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
-    tasks.prefetch = 1 if columns == 1 and d * m * size <= host.l2 // 4 else 0
-    tasks.count = job.groups * rows * columns
+    tasks.prefetch = 1 if tasks.columns == 1 and d * m * size <= host.l2 // 4 else 0
     tasks.run = run_length(tasks.count, threads)
+
+
+@jit_too
+def _set_blocks(job: Matmul, host: Host, threads: int, rows: int, columns: int, least: int) -> None:
+    """Cut C of each group into so many blocks of rows and of columns, or a few more; of columns `least` go along rows, if that is not 0."""
+    plan, tasks = job.plan, job.tasks
+    if plan.by_strips != 0:
+        columns = min(columns, max(1, threads // max(job.groups, 1)), max(1, job.m * host.itemsize // STRIP_BYTES))
+    tasks.rows, tasks.columns = even_out(rows, job.groups * columns, threads), columns
+    tasks.along_rows = 1 if least > 0 and block_count(job.m, plan.width * host.lanes) >= LONG_ROWS * columns else 0
+    tasks.count = job.groups * tasks.rows * columns
 
 
 # The backward pass.
@@ -505,10 +510,11 @@ def plan_backward(job: Backward, host: Host) -> None:
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
+    job.to_dx.groups, job.to_dx.k, job.to_dx.m, job.to_dw.groups = 1, m, d, 1
+    job.to_dw.n, job.to_dw.m = (m, d) if plan.dw_by_columns != 0 else (d, m)
     _plan_dx(job, host)
     _plan_dw(job, host)
-    columns = d if plan.dw_by_columns != 0 else m
-    bytes_of_row = plan.lead + (round_up(columns, nr) * size if job.to_dw.plan.b == PACKED else 0)
+    bytes_of_row = plan.lead + (round_up(job.to_dw.m, nr) * size if job.to_dw.plan.b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
 
@@ -535,7 +541,7 @@ def _plan_dw(job: Backward, host: Host) -> None:
     plan.width, plan.depth = host.vectors, host.kc
     if job.dw.data == 0:
         return
-    rows, columns, row_of_b = (m, d, job.x.row) if by_columns else (d, m, job.plan.lead)
+    rows, columns, row_of_b = job.to_dw.n, job.to_dw.m, job.x.row if by_columns else job.plan.lead
     if n == 1 and job.x.column == size and columns * size >= OUTER_BYTES:
         plan.by_strips = 1
         return
@@ -604,36 +610,23 @@ def _schedule_dx(job: Backward, host: Host, stretch: int, threads: int) -> None:
     least, most, enough = blocks_along_rows(host, plan, m, d), panels, block_count(stretch, 4 * host.rows)
     if least > 0 and enough >= threads:
         rows, most = max(rows, min(enough, wanted)), least
-    tasks.rows = rows if job.dx.data != 0 else 0
-    columns = -(-wanted // max(tasks.rows, 1))
-    if tasks.rows > 1:
+    columns = -(-wanted // max(rows, 1))
+    if rows > 1:
         # As in the forward pass: no more of w at a time than the last cache holds with ease.
         columns = max(columns, block_count(d * m * size, w_at_once(host)))
-    tasks.columns = max(least, min(most, columns))
-    if plan.by_strips != 0:
-        tasks.columns = min(tasks.columns, threads, max(1, d * size // STRIP_BYTES))
-    tasks.rows = even_out(tasks.rows, tasks.columns, threads)
-    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * tasks.columns else 0
+    _set_blocks(job.to_dx, host, threads, rows if job.dx.data != 0 else 0, max(least, min(most, columns)), least)
     tasks.packs = 1 if plan.b == PACKED and tasks.rows == 1 else 0
     tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.rows > 1 else 0
-    tasks.count = tasks.rows * tasks.columns
 
 
 @jit_too
 def _schedule_dw(job: Backward, host: Host, stretch: int, threads: int) -> None:
-    plan, tasks, d, size = job.to_dw.plan, job.to_dw.tasks, job.d, host.itemsize
-    rows, columns = (job.m, d) if job.plan.dw_by_columns != 0 else (d, job.m)
+    plan, dw = job.to_dw.plan, job.to_dw
     wanted = host.choices.turns * threads if threads > 1 else 1
-    tasks.rows = _cut(rows, DW_ROWS, rows_at_once(host, stretch), wanted) if job.dw.data != 0 else 0
-    panels = block_count(columns, plan.width * host.lanes)
-    least = blocks_along_rows(host, plan, stretch, columns)
-    most = least if least > 0 and tasks.rows >= threads else panels
-    tasks.columns = max(least, min(most, -(-wanted // max(tasks.rows, 1))))
-    if plan.by_strips != 0:
-        tasks.columns = min(tasks.columns, threads, max(1, columns * size // STRIP_BYTES))
-    tasks.rows = even_out(tasks.rows, tasks.columns, threads)
-    tasks.along_rows = 1 if least > 0 and panels >= LONG_ROWS * tasks.columns else 0
-    tasks.count = tasks.rows * tasks.columns
+    rows = _cut(dw.n, DW_ROWS, rows_at_once(host, stretch), wanted) if job.dw.data != 0 else 0
+    least = blocks_along_rows(host, plan, stretch, dw.m)
+    most = least if least > 0 and rows >= threads else block_count(dw.m, plan.width * host.lanes)
+    _set_blocks(dw, host, threads, rows, max(least, min(most, -(-wanted // max(rows, 1)))), least)
 
 
 # The bias reduction.
