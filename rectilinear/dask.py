@@ -94,6 +94,8 @@ def fit(
 
     Raises
     ------
+    ImportError
+        dask or distributed is not installed.
     TypeError
         x is no dask array, or `loss`, `net` or `optimizer` is something else than asked for.
     ShapeError, ValueError
@@ -170,6 +172,9 @@ def fit(
 
 
 def _check(net: Any, x: Any, y: Any, loss: Any, optimizer: Any, epochs: Any, batch_size: Any) -> None:
+    for module in ("dask", "distributed"):
+        if absent := lacks(module, "dask"):
+            raise ImportError(f"fit: {absent}")
     import dask.array as da
 
     if not isinstance(net, Module):

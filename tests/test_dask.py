@@ -468,6 +468,16 @@ def test_what_fit_does_not_take(change: dict[str, Any], error: type[Exception], 
         fit(**given)
 
 
+@pytest.mark.parametrize("missing", ["dask", "distributed"])
+def test_fit_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rectilinear.dask import fit
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    net = net_of(0)
+    with pytest.raises(ImportError, match=rf"fit: {missing} is not installed; pip install 'rectilinear\[dask\]'"):
+        fit(net, None, None, loss=None, optimizer=nn.SGD(net, 0.1), epochs=1, batch_size=4)
+
+
 def test_unknown_rows_have_to_be_found_out_before_fit() -> None:
     import dask.array as da
 
