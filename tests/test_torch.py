@@ -398,6 +398,10 @@ def test_wrong_arguments_say_what_is_wanted() -> None:
         rt.accelerate(torch.ones(2))
     with pytest.raises(ValueError, match=r"relu_at_zero is 2; it takes 1 .* or 0"):
         rt.accelerate(net(), relu_at_zero=2)
+    model = net()
+    rt.accelerate(model)
+    with pytest.raises(TypeError, match=r"argument 'input' .* must be Tensor, not numpy.ndarray"):
+        model(np.ones((3, 6), "f4"))
 
 
 def test_layers_that_follow_one_another_are_one_call(kernels: None, count: dict[str, int]) -> None:
@@ -424,6 +428,32 @@ def test_layers_that_follow_one_another_are_one_call(kernels: None, count: dict[
     linears = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
     assert rt.accelerate(linears).rows[0].kind == "Sequential"
     assert linears(x.detach().float()).grad_fn.next_functions[0][0].name() == "_LayersBackward"
+
+
+def test_what_a_backward_pass_does_not_read_may_change_before_it(kernels: None) -> None:
+    """As with PyTorch's own operations."""
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    model[0].requires_grad_(False)
+    plain = copy.deepcopy(model)
+    rt.accelerate(model)
+    for with_gradient in (False, True):
+        results = []
+        for m in (plain, model):
+            x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6).requires_grad_(with_gradient)
+            out = m(x)
+            with torch.no_grad():
+                x.zero_()
+                m[3].bias.zero_()
+                if not with_gradient:
+                    m[0].weight.zero_()
+                    m[1].weight.mul_(2)
+            results.append(torch.autograd.grad(out.sum(), [t for t in (x, *m.parameters()) if t.requires_grad], retain_graph=True))
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert [t is None for t in out.grad_fn.saved_tensors] == [True, False, False, False, False, False]
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: .* differentiate the gradient"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("at_zero", [0, 1])
@@ -553,6 +583,28 @@ def test_gradient_checkpoints_and_accumulation(kernels: None) -> None:
         out.sum().backward()
 
 
+def test_nothing_is_measured_where_hooks_see_what_is_saved(monkeypatch: pytest.MonkeyPatch, count: dict[str, int]) -> None:
+    """A checkpoint computes again and wants to see the same saved, which it would not if the other way were found faster meanwhile."""
+    from torch.utils.checkpoint import checkpoint
+
+    monkeypatch.setattr(rt.timing, "kernels_are_faster", None)
+    model, plain, x = net(), net(), torch.randn(4, 6)
+    rt.accelerate(model)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            for m in (model, plain):
+                m.zero_grad()
+                checkpoint(m, x, use_reentrant=False).square().sum().backward()
+                with torch.autograd.graph.save_on_cpu():
+                    m(x).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+            close(got.grad, want.grad)
+        assert (count["forward"] > 0) == deterministic
+
+
 def test_replicas_in_threads(kernels: None) -> None:
     """As DataParallel has it: replicas whose parameters are no Parameters, one thread each."""
     model, x = net(), torch.randn(64, 6)
@@ -602,8 +654,15 @@ def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert handle.report.count("Linear+ReLU 6-16, Linear+ReLU 16-12, Linear 12-3, batches up to 4, ") == 2
     for p, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, grad)
+    model[2].requires_grad_(False)
+    with torch.autograd.set_detect_anomaly(True):
+        model(torch.full((4, 6), torch.nan))
+    assert len(rt.timing._answers) == 3
+    rt.accelerate(model, relu_at_zero=0)
+    model(x)
+    assert len(rt.timing._answers) == 4
     monkeypatch.setattr(rt.timing, "_measured", None)
-    gradients(model, x)
+    model(x)
 
 
 class Clock:
@@ -627,13 +686,19 @@ class Clock:
             waits = next(calls) < disturbed
             self.now += 8 * seconds if waits else seconds
             self.ran += 4 * seconds if waits else seconds
-            return F.linear(x, *layers[0][:2])
+            for weight, bias, _ in layers:
+                x = F.linear(x, weight, bias)
+            return x
 
         return layer
 
+    def ours(self, x: Any, layers: Any) -> Any:
+        return self.current(x, layers)
+
     def faster(self, x: Any, weight: Any, ours: Any, theirs: Any, together: Any) -> Any:
-        ours, theirs = (layer if callable(layer) else self.layer(layer) for layer in (ours, theirs))
-        return rt.timing.kernels_are_faster(x, [(weight, None, False)], ours, theirs, together)
+        self.current, theirs = (layer if callable(layer) else self.layer(layer) for layer in (ours, theirs))
+        weights = weight if isinstance(weight, list) else [weight]
+        return rt.timing.kernels_are_faster(x, [(w, None, False) for w in weights], self.ours, theirs, together)
 
 
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,6 +706,12 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for ours, theirs, better in ((1.0, 2.0, True), (2.0, 1.0, False), (1e-6, 5e-6, False)):
         clock.forget()
         assert clock.faster(x, weight, ours, theirs, rt.timing.Together()) is better
+    # What a call takes longer in a net: one of several layers 10 us, 30 in training, one of a single layer twice that.
+    square, learnt = torch.randn(6, 6), torch.randn(6, 6, requires_grad=True)
+    for weights, most in (([square] * 2, 90e-6), ([square], 80e-6), ([learnt] * 2, 70e-6), ([learnt], 40e-6)):
+        for ours, better in ((most - 1e-6, True), (most + 1e-6, False)):
+            clock.forget()
+            assert clock.faster(x, weights, ours, 100e-6, rt.timing.Together()) is better
     clock.forget()
     model, other = rt.timing.Together(), rt.timing.Together()
     assert clock.faster(x, weight, 1.0, 2.0, model) is True

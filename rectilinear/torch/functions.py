@@ -171,17 +171,24 @@ def _plain(x: Tensor) -> bool:
 
 
 def needs_gradient(x: Tensor, layers: Sequence[Layer]) -> bool:
-    return _grad_enabled() and (x.requires_grad or any(w.requires_grad or (b is not None and b.requires_grad) for w, b, _ in layers))
+    return _grad_enabled() and (x.requires_grad or any(_is_learnt(layer) for layer in layers))
+
+
+def _is_learnt(layer: Layer) -> bool:
+    weight, bias, _ = layer
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def computed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """The layers one after the other by the kernels, of what is `served`."""
     if x.ndim != 2:
         return computed(_flat(x), layers).view(*x.shape[:-1], layers[-1][0].shape[0])
-    if needs_gradient(x, layers):
-        return _Layers.apply(x, [relu for _, _, relu in layers], *[t for layer in layers for t in layer[:2]])
-    for weight, bias, relu in layers:
-        x, _ = primitives.forward(x, weight, bias, relu)
+    with_gradient = _grad_enabled()
+    for i, layer in enumerate(layers):
+        if with_gradient and (x.requires_grad or _is_learnt(layer)):
+            left = layers[i:]
+            return _Layers.apply(x, [relu for _, _, relu in left], *[t for layer in left for t in layer[:2]])
+        x, _ = primitives.forward(x, *layer)
     return x
 
 
@@ -235,41 +242,58 @@ def relu_of_torch(x: Tensor) -> Tensor:
 
 
 class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
-    """Layers one after the other: one function for all, since autograd and the Python around it take some 50 us for each."""
+    """Layers one after the other: one function for all, since autograd and the Python around it take some 50 us for each. x or the first
+    layer needs a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, relus: Sequence[bool], *parameters: Tensor | None) -> Tensor:
-        samples, ctx.keeps = [], []
-        for weight, bias, relu in zip(parameters[::2], parameters[1::2], relus, strict=True):
-            samples.append(x)
+        weights, needs = parameters[::2], ctx.needs_input_grad
+        # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass.
+        samples: list[Tensor | None] = []
+        ctx.keeps, ctx.given = [], [(t, _version(t)) for t in (None if needs[2] else x, *parameters)]
+        for i, (weight, bias, relu) in enumerate(zip(weights, parameters[1::2], relus, strict=True)):
+            samples.append(x if needs[2 * i + 2] else None)
             x, keep = primitives.forward(x, weight, bias, relu)
             ctx.keeps.append(keep)
-        ctx.save_for_backward(*samples, *parameters)
+        ctx.save_for_backward(*samples, *(w if i > 0 or needs[0] else None for i, w in enumerate(weights)))
         return x
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        keeps, needs, saved = ctx.keeps, ctx.needs_input_grad, ctx.saved_tensors
-        count = len(keeps)
-        samples, weights, biases = saved[:count], saved[count::2], saved[count + 1 :: 2]
+        keeps, needs, saved, count = ctx.keeps, ctx.needs_input_grad, ctx.saved_tensors, len(ctx.keeps)
+        samples, weights = saved[:count], saved[count:]
         by_kernels = _kernels_differentiate(dout)
-        if _grad_enabled():
-            # To be differentiated again: what has been saved of the layers after the first one does not say where it came from.
-            relus = [keep is not None for keep in keeps]
-            before_last = zip(weights[:-1], biases[:-1], relus[:-1], strict=True)
-            samples = list(accumulate(before_last, lambda x, layer: _layer(x, *layer), initial=samples[0]))
+        if _grad_enabled() and count > 1:
+            samples = _once_more(samples[0], ctx.given, [keep is not None for keep in keeps])
         of_parameters: list[Tensor | None] = [None] * (2 * count)
         for i in reversed(range(count)):
-            wanted = any(needs[: 2 * i + 2]), needs[2 * i + 2], needs[2 * i + 3]
+            wanted = i > 0 or needs[0], needs[2 * i + 2], needs[2 * i + 3]
+            # What is not saved is not read, but for its shape.
+            weight = ctx.given[2 * i + 1][0] if weights[i] is None else weights[i]
+            x = dout.new_zeros(()).expand(len(dout), weight.shape[1]) if samples[i] is None else samples[i]
             if by_kernels:
-                found = primitives.backward(dout, samples[i], weights[i], keeps[i], wanted)
+                found = primitives.backward(dout, x, weight, keeps[i], wanted)
             else:
                 kept = None if keeps[i] is None else primitives.kept(keeps[i])
-                found = operators.gradients(dout, samples[i], weights[i], kept, wanted)
+                found = operators.gradients(dout, x, weight, kept, wanted)
             dout, of_parameters[2 * i], of_parameters[2 * i + 1] = found
-            if not wanted[0]:
-                break
         return (dout, None, *of_parameters)
+
+
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
+
+
+def _once_more(saved: Tensor | None, given: Sequence[tuple[Tensor | None, int]], relus: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """What each layer was given, for a gradient that is to be differentiated again: what has been saved does not say where it came from."""
+    if any(_version(t) != version for t, version in given):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: to differentiate the gradient "
+            "of accelerated layers again, x, weights and biases have to be what they were in the forward pass"
+        )
+    x, *parameters = (t for t, _ in given)
+    before_last = zip(parameters[:-2:2], parameters[1:-2:2], relus[:-1], strict=True)
+    return tuple(accumulate(before_last, lambda x, layer: _layer(x, *layer), initial=x if saved is None else saved))
 
 
 class _ReLU(torch.autograd.Function):  # type: ignore[misc]

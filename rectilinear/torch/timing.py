@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import get_clock_info, perf_counter, thread_time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -25,7 +25,7 @@ is Python, which the processor has forgotten by the next pass. Three and four la
 and up to 40 in training (Zen 3, two threads)."""
 ALONE = 2
 """So many times that for a layer that is called by itself, among operations of PyTorch: 18 to 26 us in inference of 4 to 32 rows, 40 to 70
-in training (the same)."""
+in training (Zen 3, two threads)."""
 
 BLOCKS = 3
 """Each way is timed in so many blocks of calls, in turn; the shortest call counts."""
@@ -40,12 +40,15 @@ two turns of the scheduler, 8 ms (Zen 3, Linux 6)."""
 PATIENCE_S = 0.3
 """How long to go on for such calls. If there is none by then, threads may as well sleep where they wait: the shortest call counts."""
 
+Layers: TypeAlias = Sequence[Layer]
+Run: TypeAlias = Callable[[Tensor, Layers], Tensor]
+
 
 class Question(NamedTuple):
     """What is to be as fast as possible: layers that follow one another, at batches of which `batch` is the largest.
 
     `extents` are the features of x and the outputs of each layer, `relus` says after which of them ReLU follows, `gradients` which of x and
-    each layer's weight and bias will need one; none: inference.
+    each layer's weight and bias will need one; none: inference. `ours` is how the kernels would be called.
     """
 
     extents: tuple[int, ...]
@@ -54,6 +57,7 @@ class Question(NamedTuple):
     device: str
     gradients: tuple[bool, ...]
     batch: int
+    ours: Run
 
     def goes_with(self, other: Question) -> bool:
         """Whether both are asked in the same pass through a model."""
@@ -98,17 +102,14 @@ class Together:
 _answers: dict[Question, Answer] = {}
 _measuring = threading.Lock()
 
-Layers = Sequence[Layer]
-Run = Callable[[Tensor, Layers], Tensor]
 
-
-def question(x: Tensor, layers: Layers) -> Question:
+def question(x: Tensor, layers: Layers, ours: Run) -> Question:
     """What a call asks. The axes of x before the last one make a batch."""
     features = layers[0][0].shape[1]
     rows = x.numel() // max(features, 1)
     gradients = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in _operands(x, layers))
     extents, relus = (features, *(weight.shape[0] for weight, _, _ in layers)), tuple(relu for _, _, relu in layers)
-    return Question(extents, relus, x.dtype, x.device.type, gradients, 1 << (rows - 1).bit_length() if rows else 0)
+    return Question(extents, relus, x.dtype, x.device.type, gradients, 1 << (rows - 1).bit_length() if rows else 0, ours)
 
 
 def _operands(x: Tensor, layers: Layers) -> list[Tensor | None]:
@@ -117,7 +118,7 @@ def _operands(x: Tensor, layers: Layers) -> list[Tensor | None]:
 
 def kernels_are_faster(x: Tensor, layers: Layers, ours: Run, theirs: Run, together: Together) -> bool | None:
     """Whether to take `ours` for this call: measured if nobody has asked before; None while another thread is measuring."""
-    asked = question(x, layers)
+    asked = question(x, layers, ours)
     answer = _answers.get(asked)
     if answer is None:
         if not _measuring.acquire(blocking=False):
@@ -143,7 +144,7 @@ def _measured(asked: Question, x: Tensor, layers: Layers, ours: Run, theirs: Run
             torch.autograd.grad(out, leaves, out.detach())
 
     best = dict.fromkeys((ours, theirs), (True, float("inf")))
-    with torch.set_grad_enabled(bool(leaves)):
+    with torch.set_grad_enabled(bool(leaves)), torch.autograd.set_detect_anomaly(False):
         for way in best:
             run(way)  # compiles, and touches what has not been touched
         blocks, deadline = 0, perf_counter() + PATIENCE_S
