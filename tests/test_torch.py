@@ -654,6 +654,7 @@ def test_each_question_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert handle.report.count("Linear+ReLU 6-16, Linear+ReLU 16-12, Linear 12-3, batches up to 4, ") == 2
     for p, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, grad)
+    model(x)  # what has been chosen for training is known again
     model[2].requires_grad_(False)
     with torch.autograd.set_detect_anomaly(True):
         model(torch.full((4, 6), torch.nan))
