@@ -353,6 +353,15 @@ def test_strips_give_the_same_bits_for_any_threads(dtype: np.dtype[Any], shape: 
             np.testing.assert_array_equal(got, right)
 
 
+def test_strips_of_short_rows_need_no_scratch_memory(dtype: np.dtype[Any]) -> None:
+    """Neither does a longer row of which each thread has a short part."""
+    columns = 16384 // dtype.itemsize
+    x, w, out = (np.ones(shape, dtype) for shape in ((1, 1024), (1024, columns), (1, columns)))
+    forward = passes.affine_forward[dtype.itemsize]
+    assert forward(id(x), id(w), 0, id(out), 0, 0, 0, 0, 2) == 0
+    np.testing.assert_array_equal(out, np.full_like(out, 1024))
+
+
 @pytest.mark.parametrize("n", [511, 512, 513, 1300])
 def test_dz_packed_a_stretch_at_a_time(dtype: np.dtype[Any], n: int, rng: np.random.Generator) -> None:
     passes.prepare[dtype.itemsize]

@@ -29,6 +29,7 @@ from rectilinear.kernels.loops.plan import (
     Matmul,
     even_out,
     is_narrow,
+    l1_bytes,
     lines_kept,
     plan,
     plan_backward,
@@ -36,6 +37,7 @@ from rectilinear.kernels.loops.plan import (
     schedule_backward,
     schedule_forward,
 )
+from rectilinear.kernels.micro.dots import DOTS_COLUMNS
 from rectilinear.kernels.micro.simd import AVX2, AVX512, NEON, SSE2
 from rectilinear.kernels.micro.strip import STRIP_DEPTH, STRIP_ROWS
 from rectilinear.kernels.runtime.operands import Stack
@@ -396,9 +398,19 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
 @given(forwards())
 def test_x_is_copied_only_where_it_is_read_often(made: tuple[Matmul, Host]) -> None:
     job, host = made
-    if job.plan.a == COPIED and not job.plan.by_dots:
+    if job.plan.a == COPIED and job.plan.by_dots:
+        assert job.m > DOTS_COLUMNS
+        assert job.n * abs(job.a.row) > l1_bytes(host)
+    elif job.plan.a == COPIED:
         assert panels(job.m, host, job.plan.width) >= host.choices.x_uses
         assert job.n >= host.choices.x_uses
+
+
+def test_x_is_copied_for_inner_products_of_rows_that_push_one_another_out() -> None:
+    host = plans.host("Zen 3", "float32")
+    for shape, copied in (((16, 1024, 64), True), ((16, 1024, 3), False), ((16, 512, 64), False), ((32, 64, 1), False)):
+        job = plan("forward", shape, host, w_by_columns=True)
+        assert (job.plan.by_dots, job.plan.a) == (1, COPIED if copied else IN_PLACE), shape
 
 
 @quick

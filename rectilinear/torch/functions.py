@@ -249,6 +249,7 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
     def forward(ctx: Any, x: Tensor, relus: Sequence[bool], *parameters: Tensor | None) -> Tensor:
         weights, needs = parameters[::2], ctx.needs_input_grad
         # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass.
+        # `given` is for gradients of gradients, and for shapes: x, unless it is saved, and the parameters, with their versions.
         samples: list[Tensor | None] = []
         ctx.keeps, ctx.given = [], [(t, _version(t)) for t in (None if needs[2] else x, *parameters)]
         for i, (weight, bias, relu) in enumerate(zip(weights, parameters[1::2], relus, strict=True)):

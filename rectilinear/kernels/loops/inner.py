@@ -16,9 +16,9 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import round_up
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.pack import Packing, copy
+from rectilinear.kernels.loops.plan import l1_bytes
 from rectilinear.kernels.micro.dots import DOTS_TALL, DotsOperands
 from rectilinear.kernels.micro.library import dots, rows_of_dots
-from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
@@ -82,7 +82,7 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
     # Either operand can be the one whose rows are taken in fours or eights: the way that computes less beyond the ends. Of two that compute
     # as much, the one that writes rows of C, if L1 keeps the rows of B, which it reads anew for every three rows of A.
     one_way, other_way = round_up(m, together) * n, round_up(n, together) * m
-    b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= host(zero).l1_sets * host(zero).l1_ways * LINE_BYTES)
+    b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= l1_bytes(host(zero)))
     in_place = m % DOTS_TALL == 0 if b_first else _lies_across(zero, p) and n % DOTS_TALL == 0
     sums = dst if in_place else Rows(space, (DOTS_BLOCK if b_first else DOTS_ROWS) * size)
     ahead = round_up(DOTS_AHEAD, DOTS_TALL * p.a.row) if p.m == 1 and p.n * p.a.row > host(zero).l2 else 0

@@ -269,6 +269,11 @@ class Reduction:
 
 
 @jit_too
+def l1_bytes(host: Host) -> int:
+    return host.l1_sets * host.l1_ways * host.line
+
+
+@jit_too
 def lines_kept(host: Host, stride: int) -> int:
     """How many lines `stride` bytes apart L1 keeps: all ways of the sets that they fall into."""
     apart = stride & -stride  # the power of two in it
@@ -373,7 +378,7 @@ def suits_strips(host: Host, n: int, k: int, m: int, depth: int, stride: int) ->
     a tile prefetches of the next panel is lost, too. One tile of several rows hides that. (8, 1024, 1024), two tiles with AVX2, ran 1.1 to
     1.5 times as fast; one tile of 5 or 6 rows would have taken 1.2 to 1.5 times as long (Zen 4).
     """
-    kept_by_l2 = lines_kept(host, stride) * host.l2 // (host.l1_sets * host.l1_ways * host.line)
+    kept_by_l2 = lines_kept(host, stride) * host.l2 // l1_bytes(host)
     meets_in_l2 = kept_by_l2 < min(k, depth) and n > host.rows
     row = m * host.itemsize
     streams = meets_in_l2 or k * row >= host.past // 2
@@ -443,9 +448,9 @@ def plan_forward(job: Matmul, host: Host) -> None:
     if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
         plan.by_dots = 0
     if plan.by_dots != 0:
-        # Few rows of x stay in L1 while those of w stream by, and are used once for each column; the copy has them apart.
-        l1 = host.l1_sets * host.l1_ways * host.line
-        meets = job.a.row != 0 and lines_kept(host, job.a.row) < 8 * n and n * abs(job.a.row) > l1
+        # Few rows of x stay in L1 while those of w stream by, and are read anew for every DOTS_COLUMNS of them; the copy has
+        # them apart.
+        meets = n * abs(job.a.row) > l1_bytes(host) and lines_kept(host, job.a.row) < 8 * n
         reused = n <= MOST_DOTS_ROWS and m > DOTS_COLUMNS
         plan.a = COPIED if reused and meets and 2 * n * packed_row(d * size) <= host.l2 else IN_PLACE
         plan.b = IN_PLACE if job.b.row == size else PACKED
@@ -552,7 +557,7 @@ def _plan_dw(job: Backward, host: Host) -> None:
     bytes_of_k, cycles_of_k = nr * size + host.line, host.rows * host.vectors // 2
     waits = job.plan.by_slabs == 0 and bytes_of_k > L2_RATE * cycles_of_k
     if rows > host.rows_of_wide and block_count(columns, nr) >= host.choices.x_uses and n > host.choices.x_uses:
-        outgrows = waits and bytes_of_k * min(n, host.kc) >= host.l1_sets * host.l1_ways * host.line // 2
+        outgrows = waits and bytes_of_k * min(n, host.kc) >= l1_bytes(host) // 2
         plan.a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
     uses = rows // host.rows
     packs = waits and suits_packing(host, row_of_b, n, nr, uses) and uses >= host.w_uses
