@@ -55,9 +55,13 @@ float32 and float64: dw (1, 1024, 1024) 2.8, (8, 1024, 1024) 1.57 and 1.57, (16,
 (256, 512, 10) 1.2 and 1.4, forward (2048, 16, 1024) 1.12, (2048, 64, 512) 1.03. With four panels (8192, 64, 64) ran 0.97 times as fast;
 with a k of 256 dw (256, 784, 512) 0.89, of 128 dw (128, 784, 256) on two threads 0.98 (Zen 3)."""
 
-DOTS_VECTORS = 8
-"""The fewest vectors along a row for which adding up the lanes at its end does not cost more than the transposition it saves. A single
-column takes one: the forward of (10000, 8, 1) ran 1.7 times as fast as by tiles, but (10000, 8, 3) 0.5 and (100000, 30, 3) 0.8 (Zen 3)."""
+DOTS_VECTORS, DOTS_BYTES = 8, 20
+"""The shortest rows for which adding up the lanes at their ends does not cost more than the transposition it saves: so many vectors, or,
+since few rows have little to add up and as much to transpose, so many bytes for each row of A. As dx on one thread, AVX-512 and AVX2 on
+Zen 4, with 16 bytes: (4, 256, 16) ran 0.91 and 1.08 times as fast as by tiles, (8, 256, 32) 0.98 and 1.06, (16, 64, 64) 1.02, in float64
+(8, 256, 16) 1.08 and 1.24; with 24 (16, 64, 96) 1.14; with 8 (8, 256, 16) 0.74 and 0.89; (1, 256, 16), 64 bytes, 1.29 and 1.49.
+A single column takes a vector:
+the forward of (10000, 8, 1) ran 1.7 times as fast as by tiles, but (10000, 8, 3) 0.5 and (100000, 30, 3) 0.8 (Zen 3)."""
 
 NARROW, LONG_DOTS_VECTORS = 3, 32
 """Columns of a result up to which it is better made of inner products, and vectors along a row from which on that goes for two thirds of
@@ -343,8 +347,8 @@ def suits_dots(host: Host, n: int, k: int, m: int) -> int:
     """Whether n rows of m inner products of length k take less time than tiles: few rows, for which tiles would have B transposed first, or
     few columns, for which they would compute padding."""
     few = n <= max(FEW_DOTS_ROWS, min(MOST_DOTS_ROWS, k // DOTS_ROWS_FOR_K))
-    least = 1 if m == 1 else DOTS_VECTORS
-    return 1 if k >= least * host.lanes and (few or is_narrow(host, k, m)) else 0
+    long = k >= (1 if m == 1 else DOTS_VECTORS) * host.lanes or k * host.itemsize >= DOTS_BYTES * n
+    return 1 if long and (few or is_narrow(host, k, m)) else 0
 
 
 @jit_too
