@@ -155,7 +155,7 @@ def test_every_way_through(dtype: np.dtype[Any], shape: tuple[int, int, int], rn
 
 @pytest.mark.parametrize("l2", [None, 1 << 18], ids=["", "in several blocks"])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(90, 30, 1500), (90, 1500, 20), (30, 290, 1501), (3, 64, 1000, 64), (3000, 700, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(90, 30, 1500), (90, 1500, 20), (30, 290, 1501), (3, 64, 1000, 40), (3000, 700, 20)], ids=str)
 def test_tiles_along_rows(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, l2: int | None, rng: np.random.Generator) -> None:
     """Of out, of dx, of dw and of dw^T, by slabs too, and with columns left over for a last panel."""
     *lead, n, d, m = shape
@@ -173,6 +173,71 @@ def test_tiles_along_rows(dtype: np.dtype[Any], shape: tuple[int, ...], threads:
                 check_step(x, w, b, dout, frames=True, by_columns=by_columns)
     finally:
         host.publish_host(dtype.itemsize)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(400, 150, 10), (700, 131, 3), (2300, 70, 2), (2, 1300, 290, 5), (3, 400, 150, 10)], ids=str)
+def test_a_narrow_dw_is_computed_as_its_transpose(
+    dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator
+) -> None:
+    """By tasks, a stretch of samples at a time or all of them, and by slabs; dw may have gaps between its rows."""
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    fields = {"past": 8, "cores": 64} | ({} if n > 2000 else {"l2": 64})
+    x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+    for changed in ({}, fields):
+        seen = dataclasses.replace(host.this_host(dtype.itemsize), **changed)
+        made = plan("backward", shape, seen, threads=threads)
+        assert made.plan.dw_turned or len(lead) > 0
+        assert made.plan.by_slabs == (n > 2000) or len(lead) > 0
+        host.publish_host(dtype.itemsize, **changed)
+        try:
+            with num_threads(threads):
+                check_step(x, w, b, dout, frames=True)
+        finally:
+            host.publish_host(dtype.itemsize)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 7, 30, 50), (2, 200, 40, 33), (2, 90, 300, 10)], ids=str)
+def test_threads_that_pack_dz_for_themselves(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
+    """Group after group, blocks of rows after the first too, for gradients by rows and by columns, with db and alone."""
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    seen = dataclasses.replace(host.this_host(dtype.itemsize), cores=64)
+    made = plan("backward", shape, seen, threads=threads)
+    assert (made.plan.by_slabs, made.tasks.z_parts) == (0, 0)
+    x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+    host.publish_host(dtype.itemsize, cores=64)
+    try:
+        with num_threads(threads):
+            for by_columns in (False, True):
+                check_step(x, w, b, dout, frames=True, by_columns=by_columns)
+            backend, nowhere = NumbaBackend(), (None, None, None)
+            expected = backend.affine_backward(dout, x, w, None, (True, True, True), nowhere)
+            for wanted in ((True, False, False), (False, True, False), (False, True, True), (False, False, True)):
+                found = backend.affine_backward(dout, x, w, None, wanted, nowhere)
+                for gradient, alone, is_wanted in zip(expected, found, wanted, strict=True):
+                    assert alone is None if not is_wanted else np.array_equal(gradient, alone)
+    finally:
+        host.publish_host(dtype.itemsize)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(70, 300, 7), (300, 600, 10), (3, 80, 290, 3), (9, 70, 600, 2)], ids=str)
+def test_narrow_products_whose_w_every_thread_transposes(
+    dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator
+) -> None:
+    """Group after group, and call after call with another w in the same place."""
+    *lead, n, d, m = shape
+    passes.prepare[dtype.itemsize]
+    made = plan("forward", shape, host.this_host(dtype.itemsize), threads=threads)
+    assert (made.plan.by_dots and made.tasks.packs) or m > 5
+    x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
+    with num_threads(threads):
+        for _ in range(2):
+            check_step(x, w, b, dout, frames=True)
+            w[:] = whole(rng, w.shape, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

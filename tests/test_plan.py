@@ -334,7 +334,12 @@ def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: 
     rows, columns = (job.m, job.d) if chosen.dw_by_columns else (job.d, job.m)
     assert 1 <= dx.columns <= panels(job.d, host, job.to_dx.plan.width)
     assert 1 <= dw.columns <= panels(columns, host, job.to_dw.plan.width)
-    assert 1 <= tasks.z_parts <= panels(job.m, host, host.vectors)
+    if tasks.z_parts == 0:  # every thread packs all of dz, which is little and in rows alone
+        in_panels = job.to_dw.plan.b == PACKED and not chosen.dw_by_columns
+        assert (tasks.count > 0, job.n <= chosen.stretch, in_panels) == (True, True, False)
+        assert count * job.n * job.m * host.itemsize <= host.l2
+    else:
+        assert tasks.z_parts <= panels(job.m, host, host.vectors)
     for part, wanted, extent in ((dx.rows, job.dx.data, stretch), (dw.rows, job.dw.data, rows)):
         assert (1 <= part <= max(1, extent)) if wanted else part == 0
     assert dx.rows <= 1 or not job.to_dx.plan.by_dots or job.n > MOST_DOTS_ROWS

@@ -141,7 +141,8 @@ def block_phases(job: Backward, host: Host) -> Iterator[Phase]:
     count = -(-job.n // stretches)
     repeats = job.groups * stretches
     pieces = -(-count // BLOCK_ROWS)
-    parts_of_dz = [rows * columns for rows in blocks(count, pieces) for columns in blocks(m, tasks.z_parts)]
+    # Where every thread packs all of dz they do so at the same time.
+    parts_of_dz = [rows * part for rows in blocks(count, pieces) for part in blocks(m, tasks.z_parts)] if tasks.z_parts else [count * m]
     parts_of_x = [rows * columns for rows in blocks(count, pieces) for columns in blocks(d, tasks.x_parts)] if tasks.x_parts else []
     dz_twice = dw.plan.b != IN_PLACE and not chosen.dw_by_columns  # in rows, and in panels
     packing = [Task(copied=(4 if dz_twice else 2) * part * size, memory=part * size) for part in parts_of_dz]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.host import host
-from rectilinear.kernels.loops.matmul import compute, lay_out, prepare, slot_bytes
+from rectilinear.kernels.loops.matmul import compute, lay_out, nothing_packed, prepare, slot_bytes
 from rectilinear.kernels.loops.plan import Matmul, plan_forward, schedule_forward
 from rectilinear.kernels.micro.library import lanes
 from rectilinear.kernels.micro.tile import BITS
@@ -85,6 +85,7 @@ def entry(zero: Any) -> Any:
         if needed > scratch_bytes:
             return needed
         others = let_go_of_gil(work > TINY_WORK)
+        nothing_packed(job, threads)
         parallel_for(c_address(before), address_of(job), job.groups * (job.tasks.parts + job.tasks.copies), threads)
         parallel_for(c_address(task), address_of(job), -(-job.tasks.count // job.tasks.run), threads)
         take_gil_back(others)

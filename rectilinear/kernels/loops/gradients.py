@@ -92,7 +92,7 @@ def write_products(zero: Any, job: Backward) -> None:
     if plan.dw_by_columns != 0:
         dw.a.row, dw.a.column = size, plan.lead
         dw.b.row, dw.b.column = job.x.row, job.x.column
-        dw.c.row = job.dw.column
+        dw.c.row = job.turned.row if plan.dw_turned != 0 else job.dw.column
     else:
         dw.padded = 1
         dw.a.row, dw.a.column = job.x.column, job.x.row
@@ -107,4 +107,7 @@ def move_to(job: Backward, s: Samples, dx: Matmul, dw: Matmul) -> None:
     dx.n, dw.k, dw.flags = s.count, s.count, ADD if s.first > 0 else 0
     dx.a.data, dx.b.data = s.z, job.w.data + s.group * job.w.group
     dx.c.data, dw.c.data = job.dx.data + s.group * job.dx.group + s.first * job.dx.row, job.dw.data + s.group * job.dw.group
+    if job.plan.dw_turned != 0:
+        dw.turned = Rows(dw.c.data if s.first + s.count == job.n else 0, job.dw.row)
+        dw.c.data = job.turned.data
     dw.a.data, dw.b.data = (s.z, x) if job.plan.dw_by_columns != 0 else (x, s.z)

@@ -22,10 +22,11 @@ from rectilinear.kernels.loops.product import Panels, Prefetch, Product, pack_a,
 from rectilinear.kernels.loops.strips import by_strips, strips_bytes
 from rectilinear.kernels.micro.dots import DOTS_TALL
 from rectilinear.kernels.micro.library import lanes
+from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.linking import by_name
-from rectilinear.kernels.runtime.memory import size_of
+from rectilinear.kernels.runtime.memory import put, size_of, word
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
 
@@ -61,6 +62,12 @@ def compute(zero: Any, index: int, job: Matmul, slot: int) -> None:
     part.row, part.panel = rows_start(job.n, mr, tasks.rows, r), block_start(panels, tasks.columns, c)
     part.rows, part.panels = rows_start(job.n, mr, tasks.rows, r + 1) - part.row, block_start(panels, tasks.columns, c + 1) - part.panel
     multiply(zero, part)
+    if job.turned.data != 0:
+        size, first = size_of(zero), part.panel * plan.width * lanes(zero)
+        columns = min(job.m - first, part.panels * plan.width * lanes(zero))
+        src = Matrix(job.c.data + part.row * job.c.row + first * size, size, job.c.row)
+        dst = Rows(job.turned.data + first * job.turned.row + part.row * size, job.turned.row)
+        copy(zero, Packing(rows=columns, columns=part.rows, src=src, dst=dst))
 
 
 @jit_inner
@@ -81,9 +88,9 @@ def _multiply(zero: Any, part: Part) -> None:
         p.b = Panels(data=b, panel=nr * size, row=job.b.row)
         by_strips(zero, p)
     elif plan.by_dots != 0:
-        columns_of_b = Rows(b, job.b.column)
+        columns_of_b, packed_column = Rows(b, job.b.column), _packed_column(zero, job)
         if plan.b == PACKED:
-            columns_of_b = Rows(job.packed.data + group * job.packed.row + first * _packed_column(zero, job), _packed_column(zero, job))
+            columns_of_b = Rows(_own_columns(zero, job, group, p.space + job.bytes_of_a) + first * packed_column, packed_column)
         _by_dots(zero, job, p, columns_of_b)
     else:
         ahead = Prefetch()
@@ -160,6 +167,16 @@ def _by_dots(zero: Any, job: Matmul, p: Product, columns_of_b: Rows) -> None:
 
 
 @jit_inner
+def _own_columns(zero: Any, job: Matmul, group: int, space: int) -> int:
+    """Where the columns of the group's B lie as rows: in this thread's `space`, behind a line that says of which group they are."""
+    if word(space) != group + 1:
+        src = Matrix(job.b.data + group * job.b.group, job.b.column, job.b.row)
+        pack_panel(zero, Packing(rows=job.m, columns=job.k, src=src, dst=Rows(space + LINE_BYTES, _packed_column(zero, job))))
+        put(space, group + 1)
+    return space + LINE_BYTES
+
+
+@jit_inner
 def _copies_itself(job: Matmul) -> bool:
     return job.plan.a == COPIED and job.tasks.copies == 0
 
@@ -182,6 +199,14 @@ def _copy_a(zero: Any, p: Product) -> None:
 
 
 @jit_inner
+def nothing_packed(job: Matmul, threads: int) -> None:
+    """Let no thread find columns of B that another call packed."""
+    if job.plan.by_dots != 0 and job.tasks.packs != 0:
+        for slot in range(threads):
+            put(job.slots.data + slot * job.slots.row + job.bytes_of_a, 0)
+
+
+@jit_inner
 def prepare(zero: Any, index: int, job: Matmul) -> None:
     """Some panels of B, packed, or a copy of some rows of A, for all tasks: `index` is less than parts + copies, for each group."""
     tasks, panels = job.tasks, _panels(zero, job)
@@ -192,10 +217,6 @@ def prepare(zero: Any, index: int, job: Matmul) -> None:
         src = Matrix(job.a.data + group * job.a.group + first * job.a.row, job.a.row, job.a.column)
         copied = Rows(job.copied.data + (group * job.n + first) * job.copied.row, job.copied.row)
         copy(zero, Packing(rows=last - first, columns=job.k, src=src, dst=copied))
-    elif job.plan.by_dots != 0:
-        src = Matrix(job.b.data + group * job.b.group, job.b.column, job.b.row)
-        dst = Rows(job.packed.data + group * job.packed.row, _packed_column(zero, job))
-        pack_panel(zero, Packing(rows=job.m, columns=job.k, src=src, dst=dst))
     else:
         first, last = block_start(panels, tasks.parts, part), block_start(panels, tasks.parts, part + 1)
         pack_b(zero, job, Part(group=group, row=0, rows=job.k, panel=first, panels=last - first))
@@ -219,8 +240,7 @@ def pack_b(zero: Any, job: Matmul, part: Part) -> None:
 def lay_out(zero: Any, job: Matmul, scratch: int) -> int:
     """Say where what all tasks share lies, in the scratch memory from `scratch` on; returns where it ends."""
     size, tasks = size_of(zero), job.tasks
-    of_b = job.m * _packed_column(zero, job) if job.plan.by_dots != 0 else round_up(_panels(zero, job) * job.panel, 64)
-    job.packed = Rows(scratch, of_b if tasks.parts != 0 else 0)
+    job.packed = Rows(scratch, round_up(_panels(zero, job) * job.panel, 64) if tasks.parts != 0 else 0)
     job.copied = Rows(scratch + job.groups * job.packed.row, packed_row(job.k * size) if tasks.copies != 0 else 0)
     return job.copied.data + job.groups * job.n * job.copied.row
 
@@ -230,7 +250,9 @@ def slot_bytes(zero: Any, job: Matmul) -> int:
     """Scratch of one thread: for A, or what strips keep, and for panels of B."""
     plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
     job.bytes_of_a, of_b = _bytes_of_a(zero, job), 0
-    if job.tasks.packs != 0:
+    if job.tasks.packs != 0 and plan.by_dots != 0:
+        of_b = LINE_BYTES + job.m * _packed_column(zero, job)
+    elif job.tasks.packs != 0:
         of_b = _panels_of_task(zero, job, _panels(zero, job)) * min(job.k, plan.depth) * nr * size
     return round_up(job.bytes_of_a + of_b, 64)
 

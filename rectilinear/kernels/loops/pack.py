@@ -11,7 +11,7 @@ from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.transpose import TransposeOperands
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.linking import by_name
-from rectilinear.kernels.runtime.memory import get, put, size_of
+from rectilinear.kernels.runtime.memory import get, put, room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import at, record
 
@@ -23,6 +23,11 @@ copy = by_name("rectilinear_copy")
 SIDE_BY_SIDE = 4
 """Panels written to at a time. From L3 one took 5 to 30 GB/s, four took 30 to 40, 16 and more 20, where panels lie a power of two bytes
 apart and so in the same sets of L1 (Zen 4, AVX2 and AVX-512)."""
+
+TRANSPOSED_ROWS = 64
+"""Rows of a vector each that are transposed before they go to their place."""
+
+_TRANSPOSED_WORDS = TRANSPOSED_ROWS * 8  # of a vector of 64 bytes
 
 
 @record
@@ -76,8 +81,24 @@ def _copy(zero: Any, p: Packing) -> None:
     if p.src.column == size_of(zero):
         src = Rows(p.src.data, p.src.row)
         rows(zero, RowsOperands(rows=p.rows, columns=p.columns, src=src, dst=p.dst, flags=WRITE))
+    elif p.src.row == size_of(zero):
+        _copy_transposed(zero, p)
     else:
         _by_elements(zero, p)
+
+
+@jit_inner
+def _copy_transposed(zero: Any, p: Packing) -> None:
+    """The block, whose elements lie side by side along columns: a vector's width at a time, which is padded until it goes to its place."""
+    size, width = size_of(zero), lanes(zero)
+    space = Rows(room(_TRANSPOSED_WORDS), width * size)
+    for j in range(0, p.columns, width):
+        for i in range(0, p.rows, TRANSPOSED_ROWS):
+            count, columns = min(TRANSPOSED_ROWS, p.rows - i), min(width, p.columns - j)
+            src = Rows(p.src.data + i * size + j * p.src.column, p.src.column)
+            dst = Rows(p.dst.data + i * p.dst.row + j * size, p.dst.row)
+            transpose(zero, TransposeOperands(k=count, columns=columns, src=src, dst=space))
+            rows(zero, RowsOperands(rows=count, columns=columns, src=space, dst=dst, flags=WRITE))
 
 
 @jit_inner

@@ -69,8 +69,9 @@ what tiles would compute: to add up lanes costs as much as 8 to 16 vectors. Agai
 (256, 512, 10) 1.24, (1024, 256, 10) 1.02 to 1.06, but (256, 128, 10) 0.89, (256, 512, 14) 0.85 (Zen 3)."""
 
 NARROW_ROWS, NARROW_ELEMENTS = 64, 1 << 14
-"""Of x, for the transposition of a w in rows of up to NARROW columns to pay: (64, 64, 3) ran 0.8 times as fast with it, (16, 2048, 3) 0.9,
-(64, 256, 2) 1.1, (1024, 256, 3) 2.5. For more columns it takes too long: (256, 512, 10) ran 0.94 times as fast (Zen 3)."""
+"""Of x, for the transposition of a narrow w in rows to pay, which every thread does for itself: (64, 64, 3) ran 0.8 times as fast with it,
+(16, 2048, 3) 0.9, (64, 256, 2) 1.1, (1024, 256, 3) 2.5 (Zen 3). On one thread and two (256, 512, 10) ran 1.13 and 1.16 times as fast, held
+to AVX2 1.09 and 1.10, (128, 784, 10) 1.2 and 1.17, 1.2 and 1.12, (64, 512, 5) 1.8 and 1.5, 1.25 and 1.1 (Zen 4)."""
 
 FEW_DOTS_ROWS, DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 16, 32, 48
 """Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
@@ -106,6 +107,12 @@ FOLD_COLUMNS = 512
 FEW_TASKS = 32
 """For a thread: one more is no more than 3 % of its time. 1024^3, 19 tasks for two threads, ran 1.04 times as fast in 20, each pass of it,
 (100, 3072, 100) 1.04, (256, 512, 10) 1.1 (Zen 3)."""
+
+TURNED_ROWS = 384
+"""Rows of dz, times those of a tile, from which on it pays to compute a narrow dw as dw^T, if all of its lanes were for nothing: what
+padding costs grows with the rows, to copy the result to its place takes as long for few. That is 27 rows with AVX-512, 64 with AVX2. dw,
+one thread: (256, 512, 3) ran 3.4 and 2.0 times as fast, (256, 512, 10) 1.4 and 1.3, (128, 512, 10) 1.3 and 0.96, (32, 512, 10) 0.98 and
+0.87, in float64 (256, 512, 10) 1.43 with AVX-512, (256, 512, 9) 1.2 with AVX2, but (256, 512, 3) 0.94 (Zen 4)."""
 
 DW_ROWS = 28
 """The least rows of dw in a task: two tall tiles of AVX-512."""
@@ -175,6 +182,8 @@ class Matmul:
     """Bytes from one packed panel to the next."""
     copied: Rows = Rows()
     """The copy of A for all tasks, group after group."""
+    turned: Rows = Rows()
+    """Where C is copied to in the end, transposed, or no data."""
     slots: Rows = Rows()
     """Scratch of the threads, and the bytes of each."""
     bytes_of_a: int = 0
@@ -191,6 +200,8 @@ class BackwardPlan:
     """Bytes between rows of a partial dw."""
     dw_by_columns: int = 0
     """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
+    dw_turned: int = 0
+    """1 where dw lies in rows, but is narrow, and dw^T is computed all the same, to be copied there in the end."""
     by_slabs: int = 0
     slabs: int = 0
     stretch: int = 0
@@ -200,7 +211,7 @@ class BackwardPlan:
 @record
 class BackwardTasks:
     z_parts: int = 0
-    """Into how many ranges of columns a block of dz is cut to be packed."""
+    """Into how many ranges of columns a block of dz is cut to be packed; 0 where every thread packs all of it for itself."""
     x_parts: int = 0
     """And one of x, where it is the B of dw."""
     adders: int = 0
@@ -235,12 +246,15 @@ class Backward:
     slots: Rows = Rows()
     parts: int = 0
     """Partial dw of slabs."""
+    turned: Rows = Rows()
+    """dw^T, where it is copied to dw in the end."""
     sums: int = 0
-    z: int = 0
-    """Packed dz, of rows first to last of a group."""
+    own: Rows = Rows()
+    """What a thread has for itself (`blocks.Own`), and how far from the next one's it lies; 0 where all have the same."""
     group: int = 0
     first: int = 0
     last: int = 0
+    """The rows of a group whose dz is packed."""
 
 
 @record
@@ -449,7 +463,7 @@ def plan_forward(job: Matmul, host: Host) -> None:
     if plan.by_strips != 0:
         plan.b = IN_PLACE
     plan.by_dots = suits_dots(host, n, d, m) if job.a.column == size else 0
-    if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or m > NARROW):
+    if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS):
         plan.by_dots = 0
     if plan.by_dots != 0:
         # Few rows of x stay in L1 while those of w stream by, and are read anew for every DOTS_COLUMNS of them; the copy has
@@ -484,7 +498,7 @@ def schedule_forward(job: Matmul, host: Host, threads: int) -> None:
     # Every task uses a w of its own where there is one block of rows: no thread waits for what another packs, nor fetches it from there.
     # (128, 784, 256) ran 1.05 to 1.13 times as fast, (128, 512, 512) 1.06 to 1.09, (256, 784, 512) 1.0 to 1.03 (Zen 3, two threads).
     large = job.groups * panels * plan.width * host.lanes * size * d > PACK_AT_ONCE or tasks.rows == 1
-    tasks.packs = 1 if plan.b == PACKED and large and plan.by_dots == 0 else 0
+    tasks.packs = 1 if plan.b == PACKED and (large or plan.by_dots != 0) else 0
     tasks.parts = min(panels, 2 * threads) if plan.b == PACKED and tasks.packs == 0 else 0
     tasks.copies = min(n, 2 * threads) if plan.a == COPIED and plan.by_strips == 0 and tasks.rows == 1 and tasks.columns > 1 else 0
     # A narrow w stays in the caches while x streams by.
@@ -511,14 +525,17 @@ def plan_backward(job: Backward, host: Host) -> None:
     plan, n, d, m = job.plan, job.n, job.d, job.m
     size, nr = host.itemsize, host.vectors * host.lanes
     plan.lead = packed_row(round_up(m, nr) * size)
-    # A dw of one column is a row of dw^T, whose vectors are then of x.
-    plan.dw_by_columns = 1 if job.dw.data != 0 and (job.dw.column != size or (m == 1 and d > 1 and job.dw.row == size)) else 0
-    plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     narrow = d * m * size <= host.l2
     plan.slabs = max(1, min(max(MOST_SLABS, host.cores), n // SLAB_ROWS)) if narrow else 1
     if plan.slabs > 1:
         plan.slabs = max(plan.slabs, min(host.cores, n // SHORT_SLAB_ROWS))
     plan.by_slabs = 1 if narrow and (plan.slabs > 1 or job.groups >= host.cores) else 0
+    if job.dw.data != 0:
+        # A dw of one column is a row of dw^T, whose vectors are then of x.
+        by_columns = job.dw.column != size or (m == 1 and d > 1 and job.dw.row == size)
+        plan.dw_turned = 1 if not by_columns and _suits_turning(job, host) else 0
+        plan.dw_by_columns = 1 if by_columns or plan.dw_turned != 0 else 0
+    plan.part_row = packed_row((d if plan.dw_by_columns != 0 else m) * size)
     job.to_dx.groups, job.to_dx.k, job.to_dx.m, job.to_dw.groups = 1, m, d, 1
     job.to_dw.n, job.to_dw.m = (m, d) if plan.dw_by_columns != 0 else (d, m)
     _plan_dx(job, host)
@@ -526,6 +543,17 @@ def plan_backward(job: Backward, host: Host) -> None:
     bytes_of_row = plan.lead + (round_up(job.to_dw.m, nr) * size if job.to_dw.plan.b == PACKED else 0)
     most = max(4 * BLOCK_ROWS, host.past // bytes_of_row // BLOCK_ROWS * BLOCK_ROWS)
     plan.stretch = BLOCK_ROWS if plan.by_slabs != 0 else round_up(-(-max(n, 1) // block_count(n, most)), BLOCK_ROWS)
+
+
+@jit_too
+def _suits_turning(job: Backward, host: Host) -> bool:
+    """Whether dw takes less time as the rows of dw^T, which are not padded, copied to its own in the end."""
+    n, d, m, size = job.n, job.d, job.m, host.itemsize
+    padded = round_up(m, host.lanes)
+    in_rows = job.dw.column == size and job.x.column == size and job.x.row >= d * size
+    pays = 4 * m <= 3 * padded and n * (padded - m) * host.rows >= TURNED_ROWS * padded
+    alone = job.plan.by_slabs != 0 and job.plan.slabs == 1  # each group is one task, which has no room for dw^T
+    return pays and in_rows and not alone and m <= 2 * host.rows and d >= 2 * host.vectors * host.lanes
 
 
 @jit_too
@@ -565,11 +593,12 @@ def _plan_dw(job: Backward, host: Host) -> None:
         plan.a = PACKED if outgrows else COPIED if meets and not by_columns else IN_PLACE
     uses = rows // host.rows
     packs = waits and suits_packing(host, row_of_b, n, nr, uses) and uses >= host.w_uses
-    # An x as B is padded to whole panels, so that the chains of the last one have no cut more (`product._read_past`). For NARROW rows of
-    # dw^T that would cost more than the product, and the cut is taken. Where its tiles find it in no cache again x is packed for more than
-    # two of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
+    # An x as B is padded to whole panels, so that the chains of the last one have no cut more (`product._read_past`). For few rows of dw^T
+    # that would cost more than the product, and the cut is taken. Where its tiles find it in no cache again x is packed for more than two
+    # of them: (256, 512, 10) ran 1.2 times as fast without (Zen 3).
     lost = meets and n > host.l1_ways and rows > 2 * host.rows
-    must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (m > NARROW or job.x.row < d * size)))
+    few = m <= NARROW or job.plan.dw_turned != 0
+    must = by_columns and (lost or job.x.column != size or (d % nr != 0 and (not few or job.x.row < d * size)))
     plan.b = PACKED if packs or must else IN_PLACE
     if by_columns and plan.b == IN_PLACE:
         plan.by_strips = 1 if m == 1 and n >= STRIP_DEPTH and d * size >= STRIP_BYTES else 0
@@ -607,6 +636,12 @@ def schedule_backward(job: Backward, host: Host, threads: int) -> None:
     _schedule_dx(job, host, stretch, threads)
     _schedule_dw(job, host, stretch, threads)
     tasks.count = job.to_dx.tasks.count + job.to_dw.tasks.count
+    # Packed by every thread for itself, dz is waited for by none, nor fetched from where another one packed it: on two threads the backward
+    # of (64, 128, 128) ran 1.15 times as fast, (100, 256, 100) 1.09, (16, 128, 128) 1.08, (128, 784, 256) 1.01 (Zen 4). But all of them
+    # do the work of one, which has to be the shorter the more they are.
+    in_panels = plan.dw_by_columns == 0 and job.to_dw.plan.b == PACKED
+    if job.n <= plan.stretch and tasks.count > 0 and not in_panels and threads * job.n * plan.lead <= host.l2:
+        tasks.z_parts = 0
 
 
 @jit_too

@@ -10,6 +10,7 @@ from typing import Any
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, packed_row, round_up
 from rectilinear.kernels.loops.gradients import Samples, add_sums, clear, masked_block, move_to, write_db, write_products
 from rectilinear.kernels.loops.matmul import Part, multiply, pack_b
+from rectilinear.kernels.loops.pack import Packing, copy
 from rectilinear.kernels.loops.plan import BLOCK_ROWS, PACKED, Backward, Matmul
 from rectilinear.kernels.loops.product import Prefetch, prefetch_rows
 from rectilinear.kernels.micro.library import lanes, rows, vectors
@@ -18,7 +19,7 @@ from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
-from rectilinear.kernels.runtime.operands import Rows
+from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
 from rectilinear.kernels.runtime.threads import parallel_for
 
@@ -111,16 +112,23 @@ def _task(zero: Any, index: int, job: Backward, own: Slab) -> None:
 @jit_inner
 def _combine_task(zero: Any, index: int, job: Backward) -> None:
     """Add up the slabs of some rows of one group's dw, the first task those of its db as well, in the order of the slabs."""
-    plan, m, slabs, adders = job.plan, job.m, job.plan.slabs, job.tasks.adders
+    size, plan, m, slabs, adders = size_of(zero), job.plan, job.m, job.plan.slabs, job.tasks.adders
     group, own = index // adders, index % adders
     by_columns = plan.dw_by_columns != 0
     extent, columns, row = (m, job.d, job.dw.column) if by_columns else (job.d, m, job.dw.row)
     if job.dw.data != 0:
         part, stride = job.parts + group * slabs * extent * plan.part_row, extent * plan.part_row
-        for i in range(block_start(extent, adders, own), block_start(extent, adders, own + 1)):
-            dw, first = job.dw.data + group * job.dw.group + i * row, part + i * plan.part_row
-            rows(zero, RowsOperands(rows=1, columns=columns, src=Rows(first, 0), dst=Rows(dw, 0), flags=WRITE))
-            rows(zero, RowsOperands(rows=slabs - 1, columns=columns, src=Rows(first + stride, stride), sums=dw, flags=SUM))
+        i0, i1 = block_start(extent, adders, own), block_start(extent, adders, own + 1)
+        for i in range(i0, i1):
+            total = first = part + i * plan.part_row
+            if plan.dw_turned == 0:
+                total = job.dw.data + group * job.dw.group + i * row
+                rows(zero, RowsOperands(rows=1, columns=columns, src=Rows(first, 0), dst=Rows(total, 0), flags=WRITE))
+            rows(zero, RowsOperands(rows=slabs - 1, columns=columns, src=Rows(first + stride, stride), sums=total, flags=SUM))
+        if plan.dw_turned != 0:
+            src = Matrix(part + i0 * plan.part_row, size, plan.part_row)
+            dst = Rows(job.dw.data + group * job.dw.group + i0 * size, job.dw.row)
+            copy(zero, Packing(rows=job.d, columns=i1 - i0, src=src, dst=dst))
     if job.db.data != 0 and own == 0:
         bytes_of_sums = round_up(m * 8, 64)
         total = job.sums + group * slabs * bytes_of_sums
