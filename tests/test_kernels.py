@@ -180,16 +180,14 @@ def test_tiles_along_rows(dtype: np.dtype[Any], shape: tuple[int, ...], threads:
 def test_a_narrow_dw_is_computed_as_its_transpose(
     dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator
 ) -> None:
-    """By tasks, a stretch of samples at a time or all of them, and by slabs; dw may have gaps between its rows."""
+    """By tasks and by slabs; a stack's groups that are a task each leave it. dw may have gaps between its rows."""
     *lead, n, d, m = shape
     passes.prepare[dtype.itemsize]
-    fields = {"past": 8, "cores": 64} | ({} if n > 2000 else {"l2": 64})
     x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
-    for changed in ({}, fields):
-        seen = dataclasses.replace(host.this_host(dtype.itemsize), **changed)
-        made = plan("backward", shape, seen, threads=threads)
-        assert made.plan.dw_turned or len(lead) > 0
-        assert made.plan.by_slabs == (n > 2000) or len(lead) > 0
+    for changed in ({}, {"cores": 64} if n > 2000 else {"cores": 64, "l2": 64}):
+        chosen = plan("backward", shape, dataclasses.replace(host.this_host(dtype.itemsize), **changed), threads=threads).plan
+        assert chosen.by_slabs == (n > 2000) or not changed
+        assert chosen.dw_turned or (bool(lead), chosen.by_slabs, chosen.slabs) == (True, 1, 1)
         host.publish_host(dtype.itemsize, **changed)
         try:
             with num_threads(threads):
@@ -199,7 +197,7 @@ def test_a_narrow_dw_is_computed_as_its_transpose(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(3, 7, 30, 50), (2, 200, 40, 33), (2, 90, 300, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 20, 200, 300), (2, 200, 600, 33), (2, 90, 600, 10)], ids=str)
 def test_threads_that_pack_dz_for_themselves(dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
     """Group after group, blocks of rows after the first too, for gradients by rows and by columns, with db and alone."""
     *lead, n, d, m = shape
@@ -213,18 +211,34 @@ def test_threads_that_pack_dz_for_themselves(dtype: np.dtype[Any], shape: tuple[
         with num_threads(threads):
             for by_columns in (False, True):
                 check_step(x, w, b, dout, frames=True, by_columns=by_columns)
-            backend, nowhere = NumbaBackend(), (None, None, None)
-            expected = backend.affine_backward(dout, x, w, None, (True, True, True), nowhere)
+            expected = of_the_backend(dout, x, w)
             for wanted in ((True, False, False), (False, True, False), (False, True, True), (False, False, True)):
-                found = backend.affine_backward(dout, x, w, None, wanted, nowhere)
-                for gradient, alone, is_wanted in zip(expected, found, wanted, strict=True):
+                for gradient, alone, is_wanted in zip(expected, of_the_backend(dout, x, w, wanted), wanted, strict=True):
                     assert alone is None if not is_wanted else np.array_equal(gradient, alone)
     finally:
         host.publish_host(dtype.itemsize)
 
 
+def of_the_backend(dout: np.ndarray, x: np.ndarray, w: np.ndarray, wanted: Wanted = (True, True, True)) -> tuple[np.ndarray | None, ...]:
+    return NumbaBackend().affine_backward(dout, x, w, None, wanted, (None, None, None))
+
+
+def test_bits_are_those_of_threads_that_share_dz(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    n, d, m, many = 300, 200, 150, 40
+    passes.prepare[dtype.itemsize]
+    parts = [plan("backward", (n, d, m), host.this_host(dtype.itemsize), threads=threads).tasks.z_parts for threads in (1, many)]
+    assert parts[0] == 0 < parts[1]
+    dout, x, w = (rng.standard_normal(shape).astype(dtype) for shape in ((n, m), (n, d), (d, m)))
+    with num_threads(1):
+        alone = of_the_backend(dout, x, w)
+    with num_threads(many):
+        shared = of_the_backend(dout, x, w)
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("shape", [(70, 300, 7), (300, 600, 10), (3, 80, 290, 3), (9, 70, 600, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 600, 5), (300, 600, 5), (3, 80, 290, 3), (9, 70, 600, 2)], ids=str)
 def test_narrow_products_whose_w_every_thread_transposes(
     dtype: np.dtype[Any], shape: tuple[int, ...], threads: int, rng: np.random.Generator
 ) -> None:
@@ -232,7 +246,7 @@ def test_narrow_products_whose_w_every_thread_transposes(
     *lead, n, d, m = shape
     passes.prepare[dtype.itemsize]
     made = plan("forward", shape, host.this_host(dtype.itemsize), threads=threads)
-    assert (made.plan.by_dots and made.tasks.packs) or m > 5
+    assert (made.plan.by_dots, made.tasks.packs) == (1, 1)
     x, w, b, dout = (whole(rng, (*lead, *extents), dtype) for extents in ((n, d), (d, m), (m,), (n, m)))
     with num_threads(threads):
         for _ in range(2):

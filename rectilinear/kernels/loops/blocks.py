@@ -1,5 +1,5 @@
 """The backward pass by blocks, for all but long and narrow operands: dz is packed a stretch of rows at a time, then tasks compute blocks
-of dx and of dw, group after group.
+of dx and of dw, group after group. A small dz is packed by every thread for itself, with its first task.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Own:
     dw: Matmul = Matmul()
 
 
-_BYTES_OF_OWN = -(-bytes_of(Own) // LINE_BYTES) * LINE_BYTES
+_BYTES_OF_OWN = round_up(bytes_of(Own), LINE_BYTES)
 
 
 @jit_inner
@@ -49,7 +49,7 @@ def _mask(zero: Any, job: Backward, own: int, block: int, column: int, columns: 
 
 @jit_inner
 def _sums(zero: Any, job: Backward, own: int, block: int) -> int:
-    return own + _BYTES_OF_OWN + job.plan.stretch * job.plan.lead + block * round_up(job.m * size_of(zero), LINE_BYTES)
+    return own + _BYTES_OF_OWN + min(job.n, job.plan.stretch) * job.plan.lead + block * round_up(job.m * size_of(zero), LINE_BYTES)
 
 
 @jit_inner
@@ -106,11 +106,13 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     @jit_inner
     def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:
         n, m, stretch, dx, dw = job.n, job.m, job.plan.stretch, job.to_dx, job.to_dw
+        workers = min(threads, max(1, job.tasks.count))
         nr, w_parts, parts = vectors(zero) * lanes(zero), dx.tasks.parts, job.tasks.z_parts + job.tasks.x_parts
         job.turned.row = packed_row(job.d * size_of(zero)) if job.plan.dw_turned != 0 else 0
         write_products(zero, job)
         dx.n = dw.k = min(n, stretch)
-        bytes_of_own, owners = round_up(_sums(zero, job, 0, stretch // BLOCK_ROWS), PAIR_BYTES), threads if job.tasks.z_parts == 0 else 1
+        bytes_of_own = round_up(_sums(zero, job, 0, block_count(min(n, stretch), BLOCK_ROWS)), PAIR_BYTES)
+        owners = workers if job.tasks.z_parts == 0 else 1
         job.own = Rows(scratch, bytes_of_own if job.tasks.z_parts == 0 else 0)
         dw.packed.data = scratch + owners * bytes_of_own
         totals = dw.packed.data + (block_count(dw.m, nr) * dw.panel if dw.plan.b == PACKED else 0)
@@ -119,7 +121,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         slots = job.turned.data + m * job.turned.row
         dx.slots = Rows(slots, max(slot_bytes(zero, dx), slot_bytes(zero, dw)))
         dw.slots = dx.slots
-        needed = slots + threads * dx.slots.row - scratch
+        needed = slots + workers * dx.slots.row - scratch
         if needed > scratch_bytes:
             return needed
         for group in range(job.groups):
@@ -136,7 +138,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
                 if job.tasks.z_parts != 0:
                     _hand_out(job, scratch)
                 parallel_for(c_address(task), address_of(job), job.tasks.count, threads)
-                own = scratch
+                own = scratch  # one of them is ready: there are tasks, or it is the one that all share
                 while at(Own, own).ready == 0:
                     own += bytes_of_own
                 for block in range(blocks):

@@ -81,13 +81,15 @@ def entry(zero: Any) -> Any:
         schedule_forward(job, host(zero), threads)
         job.panel = job.k * job.plan.width * lanes(zero) * size_of(zero)
         job.slots = Rows(lay_out(zero, job, scratch), slot_bytes(zero, job))
-        needed = job.slots.data + threads * job.slots.row - scratch
+        runs = -(-job.tasks.count // job.tasks.run)
+        workers = min(threads, max(1, runs))
+        needed = job.slots.data + workers * job.slots.row - scratch
         if needed > scratch_bytes:
             return needed
         others = let_go_of_gil(work > TINY_WORK)
-        nothing_packed(job, threads)
+        nothing_packed(job, workers)
         parallel_for(c_address(before), address_of(job), job.groups * (job.tasks.parts + job.tasks.copies), threads)
-        parallel_for(c_address(task), address_of(job), -(-job.tasks.count // job.tasks.run), threads)
+        parallel_for(c_address(task), address_of(job), runs, threads)
         take_gil_back(others)
         return 0
 

@@ -5,6 +5,7 @@ db are one pass over dout, and both products read that buffer, dx as rows of A, 
 costs nothing, since its elements are broadcast from wherever they lie, w one transposition while it is packed. Few rows do without that:
 their dx is inner products, or strips of a w^T that lies in rows; a dx of few features is inner products too.
 A dw that is stored by columns, or has only one, is the rows of dw^T = dz^T x: dz is then A, the operand that is broadcast, and x is B.
+Of a narrow one dw^T is made too, in scratch memory, and copied to its place in the end.
 """
 
 from __future__ import annotations
@@ -108,6 +109,5 @@ def move_to(job: Backward, s: Samples, dx: Matmul, dw: Matmul) -> None:
     dx.a.data, dx.b.data = s.z, job.w.data + s.group * job.w.group
     dx.c.data, dw.c.data = job.dx.data + s.group * job.dx.group + s.first * job.dx.row, job.dw.data + s.group * job.dw.group
     if job.plan.dw_turned != 0:
-        dw.turned = Rows(dw.c.data if s.first + s.count == job.n else 0, job.dw.row)
-        dw.c.data = job.turned.data
+        dw.turned, dw.c.data = Rows(dw.c.data, job.dw.row), job.turned.data
     dw.a.data, dw.b.data = (s.z, x) if job.plan.dw_by_columns != 0 else (x, s.z)

@@ -6,7 +6,7 @@
                 micro/dots.py
 
 Tiles would have B transposed first, which for few rows of A takes as long as the product, and of few rows of B they would compute padding.
-It serves dx = dz w^T, the forward where w is stored by columns, and one to three outputs of any w.
+It serves dx = dz w^T, the forward where w is stored by columns, and a few outputs of any w.
 """
 
 from __future__ import annotations

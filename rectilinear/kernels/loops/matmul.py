@@ -26,7 +26,7 @@ from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.linking import by_name
-from rectilinear.kernels.runtime.memory import put, size_of, word
+from rectilinear.kernels.runtime.memory import set_word, size_of, word
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
 
@@ -172,7 +172,7 @@ def _own_columns(zero: Any, job: Matmul, group: int, space: int) -> int:
     if word(space) != group + 1:
         src = Matrix(job.b.data + group * job.b.group, job.b.column, job.b.row)
         pack_panel(zero, Packing(rows=job.m, columns=job.k, src=src, dst=Rows(space + LINE_BYTES, _packed_column(zero, job))))
-        put(space, group + 1)
+        set_word(space, group + 1)
     return space + LINE_BYTES
 
 
@@ -200,10 +200,10 @@ def _copy_a(zero: Any, p: Product) -> None:
 
 @jit_inner
 def nothing_packed(job: Matmul, threads: int) -> None:
-    """Let no thread find columns of B that another call packed."""
+    """Let no thread take for its columns of B what lies in its scratch memory from before."""
     if job.plan.by_dots != 0 and job.tasks.packs != 0:
         for slot in range(threads):
-            put(job.slots.data + slot * job.slots.row + job.bytes_of_a, 0)
+            set_word(job.slots.data + slot * job.slots.row + job.bytes_of_a, 0)
 
 
 @jit_inner
@@ -247,7 +247,7 @@ def lay_out(zero: Any, job: Matmul, scratch: int) -> int:
 
 @jit_inner
 def slot_bytes(zero: Any, job: Matmul) -> int:
-    """Scratch of one thread: for A, or what strips keep, and for panels of B."""
+    """Scratch of one thread: for A, or what strips keep, and for panels of B or all of its columns."""
     plan, size, nr = job.plan, size_of(zero), job.plan.width * lanes(zero)
     job.bytes_of_a, of_b = _bytes_of_a(zero, job), 0
     if job.tasks.packs != 0 and plan.by_dots != 0:

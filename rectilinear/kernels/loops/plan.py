@@ -70,8 +70,9 @@ what tiles would compute: to add up lanes costs as much as 8 to 16 vectors. Agai
 
 NARROW_ROWS, NARROW_ELEMENTS = 64, 1 << 14
 """Of x, for the transposition of a narrow w in rows to pay, which every thread does for itself: (64, 64, 3) ran 0.8 times as fast with it,
-(16, 2048, 3) 0.9, (64, 256, 2) 1.1, (1024, 256, 3) 2.5 (Zen 3). On one thread and two (256, 512, 10) ran 1.13 and 1.16 times as fast, held
-to AVX2 1.09 and 1.10, (128, 784, 10) 1.2 and 1.17, 1.2 and 1.12, (64, 512, 5) 1.8 and 1.5, 1.25 and 1.1 (Zen 4)."""
+(16, 2048, 3) 0.9, (64, 256, 2) 1.1, (1024, 256, 3) 2.5 (Zen 3). On one thread and on two (256, 512, 10) ran 1.13 and 1.16 times as fast,
+held to AVX2 1.09 and 1.10, (128, 784, 10) 1.2 and 1.17, AVX2 1.2 and 1.12, (64, 512, 5) 1.8 and 1.5, AVX2 1.25 and 1.1; but
+(64, 100000, 10), whose w outgrows L2, 0.75 and 0.65 (Zen 4)."""
 
 FEW_DOTS_ROWS, DOTS_ROWS_FOR_K, MOST_DOTS_ROWS = 16, 32, 48
 """Transposing w costs a share of a product that falls with n, adding up lanes one that falls with k: inner products take 16 rows, and
@@ -144,7 +145,8 @@ class ProductTasks:
     """Into how many blocks of rows C is cut, and of columns; 0 where it is not wanted."""
     columns: int = 0
     packs: int = 0
-    """1 where each task packs its own part of B; else all of it is packed before, in `parts` parts a group."""
+    """1 where each task packs its own part of B, or by inner products each thread all of it; else that is done before, in `parts` parts a
+    group."""
     parts: int = 0
     copies: int = 0
     """Into how many blocks of rows A is cut to be copied for all tasks; 0 where each task copies its own."""
@@ -197,9 +199,9 @@ class BackwardPlan:
     lead: int = 0
     """Bytes between rows of packed dz."""
     part_row: int = 0
-    """Bytes between rows of a partial dw."""
+    """Bytes between rows of a partial dw, or dw^T, of a slab."""
     dw_by_columns: int = 0
-    """1 where dw is stored by columns, or has only one, so that dw^T = dz^T x is computed."""
+    """1 where dw^T = dz^T x is computed: dw is stored by columns, or has only one, or is turned."""
     dw_turned: int = 0
     """1 where dw lies in rows, but is narrow, and dw^T is computed all the same, to be copied there in the end."""
     by_slabs: int = 0
@@ -247,7 +249,7 @@ class Backward:
     parts: int = 0
     """Partial dw of slabs."""
     turned: Rows = Rows()
-    """dw^T, where it is copied to dw in the end."""
+    """By blocks: dw^T, where it is copied to dw in the end."""
     sums: int = 0
     own: Rows = Rows()
     """What a thread has for itself (`blocks.Own`), and how far from the next one's it lies; 0 where all have the same."""
@@ -463,7 +465,8 @@ def plan_forward(job: Matmul, host: Host) -> None:
     if plan.by_strips != 0:
         plan.b = IN_PLACE
     plan.by_dots = suits_dots(host, n, d, m) if job.a.column == size else 0
-    if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS):
+    outgrows = m > NARROW and m * packed_row(d * size) > host.l2 // 2
+    if job.b.row != size and (n < NARROW_ROWS or n * d < NARROW_ELEMENTS or outgrows):
         plan.by_dots = 0
     if plan.by_dots != 0:
         # Few rows of x stay in L1 while those of w stream by, and are read anew for every DOTS_COLUMNS of them; the copy has
@@ -551,9 +554,11 @@ def _suits_turning(job: Backward, host: Host) -> bool:
     n, d, m, size = job.n, job.d, job.m, host.itemsize
     padded = round_up(m, host.lanes)
     in_rows = job.dw.column == size and job.x.column == size and job.x.row >= d * size
-    pays = 4 * m <= 3 * padded and n * (padded - m) * host.rows >= TURNED_ROWS * padded
-    alone = job.plan.by_slabs != 0 and job.plan.slabs == 1  # each group is one task, which has no room for dw^T
-    return pays and in_rows and not alone and m <= 2 * host.rows and d >= 2 * host.vectors * host.lanes
+    pays = padded > m and 4 * m <= 3 * padded and n * (padded - m) * host.rows >= TURNED_ROWS * padded
+    # Slabs have little of x at a time; else its panels, on a page for every k, must not come from memory: float64 (1000, 5000, 10) ran half
+    # as fast so, (10000, 300, 5) by slabs 1.5 times as fast. A stack's group by itself has no room for dw^T.
+    fits = job.plan.slabs > 1 if job.plan.by_slabs != 0 else n * (d * size + job.plan.lead) <= host.past
+    return pays and in_rows and fits and m <= 2 * host.rows and d >= 2 * host.vectors * host.lanes
 
 
 @jit_too
