@@ -83,6 +83,7 @@ def hosts(draw: st.DrawFn) -> Host:
 
 extents = st.one_of(st.integers(0, 40), st.integers(0, 5000), st.sampled_from([64, 1024, 4096, 65536]))
 threads = st.integers(1, 64)
+narrow = st.sampled_from([2, 3, 5, 9, 10, 17, 20])
 
 
 def stack(draw: st.DrawFn, rows: int, columns: int, size: int) -> Stack:
@@ -148,7 +149,7 @@ def test_threads_and_addresses_decide_nothing_of_a_forward(made: tuple[Matmul, H
 
 
 @quick
-@given(backwards(), threads, threads)
+@given(st.one_of(backwards(), backwards(narrow)), threads, threads)
 def test_threads_and_addresses_decide_nothing_of_a_backward(made: tuple[Backward, Host], few: int, many: int) -> None:
     job, host = made
     before = copy.deepcopy(plans_of(job))
@@ -320,7 +321,7 @@ def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_
 
 
 @quick
-@given(backwards(), threads)
+@given(st.one_of(backwards(), backwards(narrow)), threads)
 def test_the_tasks_of_a_backward_are_all_of_its_results_and_none_is_empty(made: tuple[Backward, Host], count: int) -> None:
     job, host = made
     schedule_backward(job, host, count)
@@ -419,7 +420,7 @@ def test_x_is_copied_for_inner_products_of_rows_that_push_one_another_out() -> N
 
 
 @quick
-@given(st.one_of(backwards(), backwards(st.just(1))))
+@given(st.one_of(backwards(), backwards(st.just(1)), backwards(narrow)))
 def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
     """x is read as vectors where dw is stored by columns, and w where dx is made of inner products."""
     job, host = made
@@ -448,9 +449,53 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
         assert job.n <= STRIP_ROWS
         assert not chosen.by_slabs
         assert not dx.by_dots
+    if chosen.dw_turned:
+        assert job.dw.column == host.itemsize
+        assert chosen.dw_by_columns
+        # By slabs partial sums are what is copied to dw, else all samples are one stretch, whose tasks copy what they computed.
+        assert chosen.slabs > 1 if chosen.by_slabs else job.n <= chosen.stretch
     # Rows of packed dz, and of a partial dw, hold what is written to them.
     assert chosen.lead >= round_up(job.m, host.vectors * host.lanes) * host.itemsize
     assert chosen.part_row >= (job.d if chosen.dw_by_columns else job.m) * host.itemsize
+
+
+@pytest.mark.parametrize(
+    ("shape", "turned"),
+    [((256, 512, 10), 1), ((16, 512, 10), 0), ((256, 512, 16), 0), ((1000, 20000, 10), 0), ((20000, 128, 10), 1), ((64, 256, 512, 10), 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("machine", ["Zen 3", "Zen 4"])
+def test_a_narrow_dw_is_turned_where_that_pays(machine: str, shape: tuple[int, ...], turned: int) -> None:
+    """Not for few samples, full vectors, an x larger than the last cache, or a stack with a task for each group."""
+    assert plan("backward", shape, plans.host(machine, "float32")).plan.dw_turned == turned
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_dots"),
+    [((256, 512, 10), 1), ((64, 600, 5), 1), ((32, 600, 5), 0), ((256, 100, 10), 0), ((64, 100000, 10), 0), ((64, 100000, 2), 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("machine", ["Zen 3", "Zen 4"])
+def test_a_narrow_out_is_of_inner_products_where_that_pays(machine: str, shape: tuple[int, ...], by_dots: int) -> None:
+    """Not of few samples or short ones, or of a w larger than L2; each thread transposes w for itself."""
+    made = plan("forward", shape, plans.host(machine, "float32"), threads=2)
+    assert (made.plan.by_dots, made.tasks.packs) == (by_dots, by_dots)
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_dots"),
+    [((1, 64, 64), 1), ((2, 64, 10), 1), ((8, 64, 48), 1), ((8, 64, 16), 0), ((16, 64, 64), 0), ((16, 64, 128), 1)],
+    ids=str,
+)
+def test_dx_of_few_rows_is_of_inner_products_of_short_rows_too(shape: tuple[int, ...], by_dots: int) -> None:
+    assert plan("backward", shape, plans.host("Zen 4", "float32")).to_dx.plan.by_dots == by_dots
+
+
+def test_every_thread_packs_dz_for_itself_while_that_is_little() -> None:
+    host = plans.host("Zen 4", "float32")
+    parts = [plan("backward", (300, 200, 150), host, threads=threads).tasks.z_parts > 0 for threads in (1, 2, 4, 8, 64)]
+    assert parts == sorted(parts)
+    assert (parts[0], parts[-1]) == (False, True)
 
 
 def job_itemsize(host: Host) -> int:
