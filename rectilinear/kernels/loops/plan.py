@@ -57,11 +57,10 @@ with a k of 256 dw (256, 784, 512) 0.89, of 128 dw (128, 784, 256) on two thread
 
 DOTS_VECTORS, DOTS_BYTES = 8, 20
 """The shortest rows for which adding up the lanes at their ends does not cost more than the transposition it saves: so many vectors, or,
-since few rows have little to add up and as much to transpose, so many bytes for each row of A. As dx on one thread, AVX-512 and AVX2 on
-Zen 4, with 16 bytes: (4, 256, 16) ran 0.91 and 1.08 times as fast as by tiles, (8, 256, 32) 0.98 and 1.06, (16, 64, 64) 1.02, in float64
-(8, 256, 16) 1.08 and 1.24; with 24 (16, 64, 96) 1.14; with 8 (8, 256, 16) 0.74 and 0.89; (1, 256, 16), 64 bytes, 1.29 and 1.49.
-A single column takes a vector:
-the forward of (10000, 8, 1) ran 1.7 times as fast as by tiles, but (10000, 8, 3) 0.5 and (100000, 30, 3) 0.8 (Zen 3)."""
+since few rows have little to add up and as much to transpose, so many bytes for each row of A. Against tiles, dx on one thread, AVX-512 /
+AVX2 on Zen 4: 64 bytes, (1, 256, 16) ran 1.29 / 1.49 times as fast; 16 bytes, (4, 256, 16) 0.91 / 1.08, (8, 256, 32) 0.98 / 1.06, float64
+(8, 256, 16) 1.08 / 1.24; 8 bytes, (8, 256, 16) 0.74 / 0.89. A single column takes a vector: the forward of (10000, 8, 1) ran 1.7 times as
+fast as by tiles, but (10000, 8, 3) 0.5 and (100000, 30, 3) 0.8 (Zen 3)."""
 
 NARROW, LONG_DOTS_VECTORS = 3, 32
 """Columns of a result up to which it is better made of inner products, and vectors along a row from which on that goes for two thirds of
