@@ -461,12 +461,20 @@ def test_a_backward_reads_past_no_end(made: tuple[Backward, Host]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "turned"),
-    [((256, 512, 10), 1), ((16, 512, 10), 0), ((256, 512, 16), 0), ((1000, 20000, 10), 0), ((20000, 128, 10), 1), ((64, 256, 512, 10), 0)],
+    [
+        ((256, 512, 10), 1),
+        ((16, 512, 10), 0),
+        ((256, 512, 16), 0),
+        ((1500, 512, 15), 0),
+        ((1000, 20000, 10), 0),
+        ((20000, 128, 10), 1),
+        ((64, 256, 512, 10), 0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("machine", ["Zen 3", "Zen 4"])
 def test_a_narrow_dw_is_turned_where_that_pays(machine: str, shape: tuple[int, ...], turned: int) -> None:
-    """Not for few samples, full vectors, an x larger than the last cache, or a stack with a task for each group."""
+    """Not for few samples, vectors that are full or nearly so, an x larger than the last cache, or a stack with a task for each group."""
     assert plan("backward", shape, plans.host(machine, "float32")).plan.dw_turned == turned
 
 

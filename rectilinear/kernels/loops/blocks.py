@@ -130,6 +130,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
             for first in range(0, max(n, 1), stretch):
                 job.first, job.last = first, min(n, first + stretch)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
+                # For what is packed before the tasks, of w and x; `_hand_out` says it again where each has a dz of its own.
                 move_to(job, Samples(group=group, first=first, count=job.last - first, z=scratch + _BYTES_OF_OWN), dx, dw)
                 parallel_for(c_address(pack), address_of(job), dx.tasks.parts + blocks * parts, threads)
                 dx.tasks.parts = 0  # w^T stays as it is packed
