@@ -121,7 +121,8 @@ def test_a_user_without_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (cache.VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    assert cache.directory() is None
+    with pytest.raises(FileNotFoundError, match="no home directory"):
+        cache.directory()
 
 
 def test_a_directory_without_permission(tmp_path: Path, forked: Callable[..., str]) -> None:

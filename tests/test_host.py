@@ -341,10 +341,10 @@ def probed() -> str:
     return str(probe.reason)
 
 
-@pytest.mark.parametrize(("place", "name"), [(place, name) for place, names in numba_private.NEEDED.items() for name in names])
+@pytest.mark.parametrize(("place", "name"), [(place, name) for place, names in numba_private.NEEDED.items() for name in names.split()])
 def test_a_name_that_numba_lacks_is_told(monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
     monkeypatch.setattr("numba.__version__", "0.99.0")
-    monkeypatch.setitem(numba_private.NEEDED, place, (name, f"{name}_renamed"))
+    monkeypatch.setitem(numba_private.NEEDED, place, f"{name} {name}_renamed")
     floor = ".".join(map(str, numba_private.FLOOR))
     lacking = f"{place}.{name}_renamed"
     assert probed() == f"numba 0.99.0 lacks {lacking}, which these kernels need; install numba>={floor},<0.99"
@@ -382,7 +382,7 @@ def test_what_only_instances_have_is_looked_at(monkeypatch: pytest.MonkeyPatch, 
     bare = type(type(whole).__qualname__, (), {"__module__": type(whole).__module__})()
     monkeypatch.setattr(numba_private, "_instance", lambda asked: bare if asked == kind else whole)
     monkeypatch.setattr(numba_private, "NEEDED_OF_INSTANCES", {kind: numba_private.NEEDED_OF_INSTANCES[kind]})
-    for name in numba_private.NEEDED_OF_INSTANCES[kind]:
+    for name in numba_private.NEEDED_OF_INSTANCES[kind].split():
         assert f"{type(whole).__module__}.{type(whole).__qualname__}.{name}" in probed()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -15,7 +15,7 @@ from rectilinear.kernels.loops.product import Product
 from rectilinear.kernels.micro.tile import TileOperands
 from rectilinear.kernels.runtime.cache import jit_too
 from rectilinear.kernels.runtime.native import fetch_add, load
-from rectilinear.kernels.runtime.records import WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record, words_of
+from rectilinear.kernels.runtime.records import WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, padded_record, record, words_of
 
 
 @record
@@ -31,11 +31,10 @@ class Line:
     color: int = 0
 
 
-@record
+@padded_record(128)
 class Shared:
     """Of a size of its own, so that what follows it lies apart."""
 
-    multiple_of: ClassVar = 128
     count: Atomic = Atomic()
 
 

@@ -77,7 +77,7 @@ def keep(found: dict[str, Any]) -> None:
         from rectilinear.kernels.runtime import cache
 
         place, key = _place(cache.directory())
-        if place is not None and found["threads"] == available_cpus():
+        if found["threads"] == available_cpus():
             cache.write(place, key, json.dumps(found).encode())
 
 
@@ -87,17 +87,16 @@ def kept() -> dict[str, Any] | None:
         from rectilinear.kernels.runtime import cache
 
         place, key = _place(cache.directory())
-        if place is not None:
-            return dict(json.loads(cache.read(place, key)))
+        return dict(json.loads(cache.read(place, key)))
     return None
 
 
-def _place(folder: Path | None) -> tuple[Path | None, bytes]:
+def _place(folder: Path) -> tuple[Path, bytes]:
     """Where they are kept, by what the machine is."""
     machine = describe()
     del machine["python"]
     key = hashlib.sha256(json.dumps(machine).encode())
-    return folder and folder / f"ceilings-{key.hexdigest()[:32]}", key.digest()
+    return folder / f"ceilings-{key.hexdigest()[:32]}", key.digest()
 
 
 def _levels(sizes: dict[str, int], threads: int) -> Iterator[tuple[str, int | None, int]]:

@@ -24,26 +24,26 @@ from numba import types
 from numba.core import cgutils
 
 from rectilinear.kernels.loops.elementwise import QUICK_BYTES, SHARED_BYTES
-from rectilinear.kernels.loops.parameters import Parameter, Parameters, fits, give_back, make_room, number_tasks, parameter, read, whose
+from rectilinear.kernels.loops.parameters import (
+    Parameter,
+    Parameters,
+    fits,
+    give_back,
+    make_room,
+    number_tasks,
+    owner_of_task,
+    parameter,
+    read,
+)
 from rectilinear.kernels.micro.emit import I32, I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.library import host_simd
 from rectilinear.kernels.runtime.cache import jit, jit_inner
 from rectilinear.kernels.runtime.fingerprint import digest
 from rectilinear.kernels.runtime.linking import Once, by_name, publish
-from rectilinear.kernels.runtime.memory import (
-    C_ORDER,
-    CHANGED,
-    WRITEABLE,
-    data_of,
-    get,
-    item_of,
-    length_of,
-    put,
-    size_of,
-)
-from rectilinear.kernels.runtime.native import c_address, external, intrinsic, let_go_of_gil, take_gil_back
+from rectilinear.kernels.runtime.memory import C_ORDER, CHANGED, WRITEABLE, data_of, get, item_of, length_of, put, size_of
+from rectilinear.kernels.runtime.native import c_address, external, intrinsic
 from rectilinear.kernels.runtime.records import address_of, at, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.threads import parallel_for_without_gil, task_of
 
 RATES = ("decay", "scale", "descent", "momentum", "rest", "second", "second_rest", "epsilon", "total")
 """The float64 numbers that a step is given and, the last one, gives. Adam: momentum is beta_1, second beta_2, the rests 1 - beta."""
@@ -87,7 +87,7 @@ class Step:
 
 
 class _RunEmitter(Emitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         self.rates = {name: self._rate(index) for index, name in enumerate(RATES[:-1])}
         self.sum = self.builder.alloca(self.vector)
         self.builder.store(self.zero, self.sum)
@@ -109,30 +109,22 @@ class _RunEmitter(Emitter):
             value = self.builder.extract_element(lanes, I32(lane))
             total = self.builder.fadd(total, value if self.itemsize == 8 else self.builder.fpext(value, ir.DoubleType()))
         self.builder.store(total, self.pointer(self.arg["total"]), align=8)
-        self.builder.ret_void()
-        return self.function
 
     def _rate(self, index: int) -> ir.Value:
         value = self.load_scalar(self.offset(self.arg["rates"], index, 8), ir.DoubleType())
         return self.splat(value if self.itemsize == 8 else self.builder.fptrunc(value, self.vector.element))
 
     def _loop(self, adam: bool, nesterov: bool, decays: bool) -> Values:
-        def body(indices: Values, tail: Tail | None) -> None:
-            for index in indices:
-                place = {name: self.offset(self.arg[name], index, self.itemsize) for name in ("w", "dw", "m", "v")}
-                value = self._moved(place, tail, adam, nesterov, decays)
-                if decays:  # lanes beyond the end are 0 in all operands, and stay so
-                    self._add_square(value)
-
-        self.vectors(I64(0), self.arg["count"], 1, body)
+        for (index,), tail in self.vectors(I64(0), self.arg["count"]):
+            place = {name: self.offset(self.arg[name], index, self.itemsize) for name in ("w", "dw", "m", "v")}
+            value = self._moved(place, tail, adam, nesterov, decays)
+            if decays:  # lanes beyond the end are 0 in all operands, and stay so
+                self._add_square(value)
         return []
 
     def _squares(self) -> Values:
-        def body(indices: Values, tail: Tail | None) -> None:
-            for index in indices:
-                self._add_square(self.load(self.offset(self.arg["w"], index, self.itemsize), tail))
-
-        self.vectors(I64(0), self.arg["count"], 1, body)
+        for (index,), tail in self.vectors(I64(0), self.arg["count"]):
+            self._add_square(self.load(self.offset(self.arg["w"], index, self.itemsize), tail))
         return []
 
     def _add_square(self, value: ir.Value) -> None:
@@ -176,7 +168,7 @@ def _load(itemsize: int) -> None:
     def emit(typingctx):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = float_vector(itemsize, simd.lanes(itemsize))
-            kernel = _RunEmitter(builder.module, simd, name, RunOperands, vector).run()
+            kernel = _RunEmitter(builder.module, simd, name, RunOperands, vector).emit()
             kernel.linkage = "internal"
             return cgutils.pack_array(builder, [builder.ptrtoint(kernel, I64)])
 
@@ -193,8 +185,8 @@ def _load(itemsize: int) -> None:
 
 
 @jit_inner
-def _task(zero: Any, index: int, job: Step) -> None:
-    own = at(Parameter, whose(job.parameters, index))
+def _task(zero: Any, index: int, job: Step, slot: int) -> None:
+    own = at(Parameter, owner_of_task(job.parameters, index))
     done = (index - own.first) * job.parameters.run
     start = done * size_of(zero)
     _run(
@@ -249,10 +241,7 @@ def step(itemsize: int) -> Any:
     """
     zero = np.dtype(f"f{itemsize}").type(0)
     _load(itemsize)
-
-    @jit_inner
-    def task(index: int, address: int, slot: int) -> None:
-        _task(zero, index, at(Step, address))
+    task = task_of(Step, zero, _task)
 
     @jit(nogil=False)
     def take(w: int, dw: int, m: int, v: int, rates: int, decayed: int, flags: int, threads: int) -> int:
@@ -267,9 +256,8 @@ def step(itemsize: int) -> Any:
             tasks = number_tasks(job.parameters)
             job.totals = _malloc(8 * max(tasks, 1))
             if job.totals != 0:
-                others = let_go_of_gil(job.size > QUICK_BYTES)
-                parallel_for(c_address(task), address_of(job), tasks, threads if job.size > SHARED_BYTES else 1)
-                take_gil_back(others)
+                helpers = threads if job.size > SHARED_BYTES else 1
+                parallel_for_without_gil(job.size > QUICK_BYTES, c_address(task), address_of(job), tasks, helpers)
                 _add_up(job, tasks)
                 _free(job.totals)
         give_back(job.parameters)

@@ -18,12 +18,13 @@ from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import PAIR_BYTES, address_of, at, bytes_of, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.threads import parallel_for, task_of
 
 
 @record
 class Own:
-    """What a task finds of dz. Behind it lies dz, of the rows that the job is at, and behind that the sums of each of its blocks.
+    """A dz that is ready for tasks: both products of it. Behind it lies dz, of the rows that the job is at, and behind that the sums of
+    each of its blocks.
 
     All threads share one, which is ready when tasks begin, or each has its own, and makes it ready with its first task.
     """
@@ -53,7 +54,7 @@ def _sums(zero: Any, job: Backward, own: int, block: int) -> int:
 
 
 @jit_inner
-def _hand_out(job: Backward, address: int) -> None:
+def _make_ready(job: Backward, address: int) -> None:
     """Both products of this dz, to be ready for tasks."""
     own = at(Own, address)
     own.dx, own.dw = job.to_dx, job.to_dw
@@ -63,11 +64,11 @@ def _hand_out(job: Backward, address: int) -> None:
 
 
 @jit_inner
-def _pack_task(zero: Any, index: int, job: Backward) -> None:
+def _pack_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     """Some columns of one block of rows of dz with their sums, or of x, or some panels of w^T."""
     tasks = job.tasks
     if index < job.to_dx.tasks.parts:
-        prepare(zero, index, job.to_dx)
+        prepare(zero, index, job.to_dx, slot)
         return
     # What is there of dz and of x for one block of rows comes together.
     nr, parts = vectors(zero) * lanes(zero), tasks.z_parts + tasks.x_parts
@@ -86,9 +87,7 @@ def _pack_task(zero: Any, index: int, job: Backward) -> None:
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     """A jitted function of the job, scratch, its bytes, and threads: 0, or how many bytes of scratch it needs and has not got."""
 
-    @jit_inner
-    def pack(index: int, address: int, slot: int) -> None:
-        _pack_task(zero, index, at(Backward, address))
+    pack = task_of(Backward, zero, _pack_task)
 
     @jit_inner
     def task(index: int, address: int, slot: int) -> None:
@@ -97,7 +96,7 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         if at(Own, own).ready == 0:
             for block in range(block_count(job.last - job.first, BLOCK_ROWS)):
                 _mask(zero, job, own, block, 0, job.m)
-            _hand_out(job, own)
+            _make_ready(job, own)
         if index < of_dx:
             compute(zero, index, at(Own, own).dx, slot)
         else:
@@ -130,14 +129,14 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
             for first in range(0, max(n, 1), stretch):
                 job.first, job.last = first, min(n, first + stretch)
                 blocks = -(-(job.last - first) // BLOCK_ROWS)
-                # For what is packed before the tasks, of w and x; `_hand_out` says it again where each has a dz of its own.
+                # For what is packed before the tasks, of w and x; `_make_ready` says it again where each has a dz of its own.
                 move_to(job, Samples(group=group, first=first, count=job.last - first, z=scratch + _BYTES_OF_OWN), dx, dw)
                 parallel_for(c_address(pack), address_of(job), dx.tasks.parts + blocks * parts, threads)
                 dx.tasks.parts = 0  # w^T stays as it is packed
                 for i in range(owners):
                     at(Own, scratch + i * bytes_of_own).ready = 0
                 if job.tasks.z_parts != 0:
-                    _hand_out(job, scratch)
+                    _make_ready(job, scratch)
                 parallel_for(c_address(task), address_of(job), job.tasks.count, threads)
                 own = scratch  # one of them is ready: there are tasks, or it is the one that all share
                 while at(Own, own).ready == 0:

@@ -9,11 +9,11 @@ from rectilinear.kernels.micro.library import relu, rows
 from rectilinear.kernels.micro.relu import PAST_CACHES, ReluOperands
 from rectilinear.kernels.micro.rows import KEEP_BITS, WRITE, RowsOperands
 from rectilinear.kernels.runtime.cache import jit, jit_inner
-from rectilinear.kernels.runtime.memory import CHANGED, count_of, data_of, extent_of, get, has_extents, put, read_stack, size_of
-from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
+from rectilinear.kernels.runtime.memory import CHANGED, count_of, data_of, extent_of, get, put, read_stack, size_of
+from rectilinear.kernels.runtime.native import c_address
 from rectilinear.kernels.runtime.operands import Rows, Stack
-from rectilinear.kernels.runtime.records import address_of, at, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.records import address_of, record
+from rectilinear.kernels.runtime.threads import parallel_for_without_gil, task_of
 
 RUN_BYTES = 256 << 10
 """What a task handles of each operand: a few dozen microseconds."""
@@ -39,7 +39,7 @@ class Elementwise:
 
 
 @jit_inner
-def _run_task(zero: Any, index: int, job: Elementwise) -> None:
+def _run_task(zero: Any, index: int, job: Elementwise, slot: int) -> None:
     """One run of elements that lie side by side."""
     start = index * job.run * size_of(zero)
     count = min(job.run, job.count - index * job.run)
@@ -48,7 +48,7 @@ def _run_task(zero: Any, index: int, job: Elementwise) -> None:
 
 
 @jit_inner
-def _bits_task(zero: Any, index: int, job: Elementwise) -> None:
+def _bits_task(zero: Any, index: int, job: Elementwise, slot: int) -> None:
     """Some rows, the keep-set in bits."""
     first, last = index * job.run, min((index + 1) * job.run, job.count)
     src = Rows(job.src.data + first * job.src.row, job.src.row)
@@ -58,7 +58,7 @@ def _bits_task(zero: Any, index: int, job: Elementwise) -> None:
 
 
 @jit_inner
-def _strided_task(zero: Any, index: int, job: Elementwise) -> None:
+def _strided_task(zero: Any, index: int, job: Elementwise, slot: int) -> None:
     """Some rows, an element at a time."""
     for i in range(index * job.run, min((index + 1) * job.run, job.count)):
         src, keep, dst = job.src.data + i * job.src.row, job.keep.data + i * job.keep.row, job.dst.data + i * job.dst.row
@@ -69,20 +69,24 @@ def _strided_task(zero: Any, index: int, job: Elementwise) -> None:
 
 
 @jit_inner
-def _read_rows(zero: Any, job: Elementwise, src: int, keep: int, dst: int, keep_size: int) -> int:
-    """Write matrices into the job; returns the number of tasks, or CHANGED."""
+def _over_rows(zero: Any, job: Elementwise, arrays: tuple[int, int, int], keep_size: int, task: int, threads: int) -> int:
+    """ReLU over matrices; 0, or CHANGED."""
     size = size_of(zero)
+    src, keep, dst = arrays
     n, m = extent_of(src, -2), extent_of(src, -1)
-    keep_columns = (m + 7) >> 3 if keep_size == 1 else m
-    if not has_extents(dst, 1, n, m) or extent_of(keep, -2) != n or extent_of(keep, -1) < keep_columns:
+    keep_columns = max(extent_of(keep, -1), (m + 7) >> 3) if keep_size == 1 else m
+    if not (
+        read_stack(job.src, src, size, 1, n, m)
+        and read_stack(job.keep, keep, keep_size, 1, n, keep_columns)
+        and read_stack(job.dst, dst, size, 1, n, m)
+    ):
         return CHANGED
-    read_stack(job.src, src, size)
-    read_stack(job.keep, keep, keep_size)
-    read_stack(job.dst, dst, size)
     job.count, job.columns = n, m
     bytes_of_row = max(1, m * size)
     job.run = max(1, RUN_BYTES // bytes_of_row) if n * bytes_of_row > SHARED_BYTES else max(n, 1)
-    return -(-n // job.run)
+    slow = keep_size != 1
+    parallel_for_without_gil(slow or n * m * size > QUICK_BYTES, task, address_of(job), -(-n // job.run), threads)
+    return 0
 
 
 def entry(zero: Any) -> Any:
@@ -91,18 +95,7 @@ def entry(zero: Any) -> Any:
     The first takes arrays whose elements lie side by side in one order, the second matrices with unit stride along
     their rows and rows of keep-mask bits, the third matrices of any strides. dst may be src.
     """
-
-    @jit_inner
-    def run_task(index: int, address: int, slot: int) -> None:
-        _run_task(zero, index, at(Elementwise, address))
-
-    @jit_inner
-    def bits_task(index: int, address: int, slot: int) -> None:
-        _bits_task(zero, index, at(Elementwise, address))
-
-    @jit_inner
-    def strided_task(index: int, address: int, slot: int) -> None:
-        _strided_task(zero, index, at(Elementwise, address))
+    run_task, bits_task, strided_task = (task_of(Elementwise, zero, task) for task in (_run_task, _bits_task, _strided_task))
 
     @jit(nogil=False)
     def over_run(src: int, keep: int, dst: int, threads: int) -> int:
@@ -111,33 +104,18 @@ def entry(zero: Any) -> Any:
             return CHANGED
         job = Elementwise(count=count, src=Stack(data_of(src)), keep=Stack(data_of(keep)), dst=Stack(data_of(dst)))
         # Past the caches only into memory that is not read as well, and only what could not stay in them.
-        job.flags = PAST_CACHES if dst != src and count * size > host(zero).past else 0
+        fresh = job.dst.data != job.src.data and job.dst.data != job.keep.data
+        job.flags = PAST_CACHES if fresh and count * size > host(zero).past else 0
         job.run = RUN_BYTES // size if count * size > SHARED_BYTES else max(count, 1)
-        others = let_go_of_gil(count * size > QUICK_BYTES)
-        parallel_for(c_address(run_task), address_of(job), -(-count // job.run), threads)
-        take_gil_back(others)
+        parallel_for_without_gil(count * size > QUICK_BYTES, c_address(run_task), address_of(job), -(-count // job.run), threads)
         return 0
 
     @jit(nogil=False)
     def over_bits(src: int, keep: int, dst: int, threads: int) -> int:
-        job = Elementwise()
-        runs = _read_rows(zero, job, src, keep, dst, 1)
-        if runs < 0:
-            return runs
-        others = let_go_of_gil(job.count * job.columns * size_of(zero) > QUICK_BYTES)
-        parallel_for(c_address(bits_task), address_of(job), runs, threads)
-        take_gil_back(others)
-        return 0
+        return _over_rows(zero, Elementwise(), (src, keep, dst), 1, c_address(bits_task), threads)
 
     @jit(nogil=False)
     def over_rows(src: int, keep: int, dst: int, threads: int) -> int:
-        job = Elementwise()
-        runs = _read_rows(zero, job, src, keep, dst, size_of(zero))
-        if runs < 0:
-            return runs
-        others = let_go_of_gil(True)
-        parallel_for(c_address(strided_task), address_of(job), runs, threads)
-        take_gil_back(others)
-        return 0
+        return _over_rows(zero, Elementwise(), (src, keep, dst), size_of(zero), c_address(strided_task), threads)
 
     return over_run, over_bits, over_rows

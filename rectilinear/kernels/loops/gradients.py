@@ -76,7 +76,7 @@ def add_sums(zero: Any, sums: int, total: int, count: int) -> None:
 @jit_inner
 def write_db(zero: Any, job: Backward, group: int, total: int) -> None:
     """Round the sums into db."""
-    db = job.db.data + group * job.db.group
+    db = job.db.data + group * job.db.row
     for j in range(job.m):
         put(db + j * job.db.column, rounded(zero, get(0.0, total + 8 * j)))
 

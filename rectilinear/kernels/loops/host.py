@@ -184,7 +184,8 @@ host = record_of("rectilinear_host", Host)
 
 
 def publish_host(itemsize: int, **overrides: int | Choices) -> None:
-    """Publish the host; tests override fields to meet block boundaries at small extents."""
+    """Publish the host, or change what is published: `tune` tries out choices so, and tests meet block boundaries at small extents. Not
+    while kernels run."""
     described = this_host(itemsize)
     if isinstance(kc := overrides.get("kc"), int):
         described.mc = row_block(kc, itemsize, host_caches())

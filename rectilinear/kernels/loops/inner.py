@@ -17,12 +17,12 @@ from rectilinear.kernels.loops.arithmetic import round_up
 from rectilinear.kernels.loops.host import host
 from rectilinear.kernels.loops.pack import Packing, copy
 from rectilinear.kernels.loops.plan import l1_bytes
+from rectilinear.kernels.loops.product import Product
 from rectilinear.kernels.micro.dots import DOTS_TALL, DotsOperands
 from rectilinear.kernels.micro.library import dots, rows_of_dots
 from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.memory import room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
-from rectilinear.kernels.runtime.records import record
 
 DOTS_ROWS = 16
 """Rows of A taken through a block of B before the next."""
@@ -41,23 +41,11 @@ DOTS_WORDS = DOTS_ROWS * DOTS_BLOCK
 """Results, of whole tiles whichever operand is taken as which."""
 
 
-@record
-class Inner:
-    """Elements of a row of A and of B lie side by side, those of C and of the bias too, which has one for each column of C or is 0."""
-
-    n: int = 0
-    k: int = 0
-    m: int = 0
-    a: Rows = Rows()
-    b: Rows = Rows()
-    c: Rows = Rows()
-    bias: int = 0
-
-
 @jit_inner
-def inner_products(zero: Any, p: Inner) -> None:
+def inner_products(zero: Any, p: Product) -> None:
+    """The product `p`, but for its flags. Elements of a row of A lie side by side, and those of a column of B, `p.b.row` bytes apart."""
     whole = p.n // DOTS_TALL * DOTS_TALL
-    if _lies_across(zero, p) and whole > 0:
+    if _is_a_row_of_its_transpose(zero, p) and whole > 0:
         _block(zero, p, 0, whole, 0, 1)
         if whole < p.n:
             _block(zero, p, whole, p.n - whole, 0, 1)
@@ -68,13 +56,13 @@ def inner_products(zero: Any, p: Inner) -> None:
 
 
 @jit_inner
-def _lies_across(zero: Any, p: Inner) -> bool:
+def _is_a_row_of_its_transpose(zero: Any, p: Product) -> bool:
     """Whether C is a single column that is as well a row of C^T."""
     return p.m == 1 and p.c.row == size_of(zero)
 
 
 @jit_inner
-def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
+def _block(zero: Any, p: Product, i: int, n: int, j: int, m: int) -> None:
     """n rows of C from row i on, m columns from column j on."""
     size, together = size_of(zero), rows_of_dots(zero)
     space = room(DOTS_WORDS)
@@ -83,7 +71,7 @@ def _block(zero: Any, p: Inner, i: int, n: int, j: int, m: int) -> None:
     # as much, the one that writes rows of C, if L1 keeps the rows of B, which it reads anew for every three rows of A.
     one_way, other_way = round_up(m, together) * n, round_up(n, together) * m
     b_first = one_way < other_way or (one_way == other_way and m * p.k * size <= l1_bytes(host(zero)))
-    in_place = m % DOTS_TALL == 0 if b_first else _lies_across(zero, p) and n % DOTS_TALL == 0
+    in_place = m % DOTS_TALL == 0 if b_first else _is_a_row_of_its_transpose(zero, p) and n % DOTS_TALL == 0
     sums = dst if in_place else Rows(space, (DOTS_BLOCK if b_first else DOTS_ROWS) * size)
     ahead = round_up(DOTS_AHEAD, DOTS_TALL * p.a.row) if p.m == 1 and p.n * p.a.row > host(zero).l2 else 0
     for k in range(0, p.k, DOTS_DEPTH):

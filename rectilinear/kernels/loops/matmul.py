@@ -15,7 +15,7 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, longest_block, packed_row, round_up, rows_start
 from rectilinear.kernels.loops.host import host
-from rectilinear.kernels.loops.inner import Inner, inner_products
+from rectilinear.kernels.loops.inner import inner_products
 from rectilinear.kernels.loops.pack import Packing, copy, pack_panel, pack_panels
 from rectilinear.kernels.loops.plan import COPIED, PACKED, Matmul, panels_at_once
 from rectilinear.kernels.loops.product import Panels, Prefetch, Product, pack_a, packed_step, prefetch_rows, product, tiles_of
@@ -25,20 +25,17 @@ from rectilinear.kernels.micro.library import lanes
 from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
-from rectilinear.kernels.runtime.linking import by_name
-from rectilinear.kernels.runtime.memory import set_word, size_of, word
-from rectilinear.kernels.runtime.operands import Matrix, Rows
+from rectilinear.kernels.runtime.linking import called_by_name
+from rectilinear.kernels.runtime.memory import size_of
+from rectilinear.kernels.runtime.operands import Matrix, Rows, Word
 from rectilinear.kernels.runtime.records import address_of, at, record
-
-multiply = by_name("rectilinear_multiply")
-"""`_multiply`, compiled once for a dtype and called by name."""
 
 
 @record
 class Part:
     """A block of a group's C, of the `Matmul` at `job`: `rows` rows from `row` on, `panels` panels from `panel` on; `space` is scratch.
 
-    Or of its B, to be packed."""
+    For `pack_b`, rows and panels of B."""
 
     job: int = 0
     group: int = 0
@@ -70,8 +67,8 @@ def compute(zero: Any, index: int, job: Matmul, slot: int) -> None:
         copy(zero, Packing(rows=columns, columns=part.rows, src=src, dst=dst))
 
 
-@jit_inner
-def _multiply(zero: Any, part: Part) -> None:
+@called_by_name(Part)
+def multiply(zero: Any, part: Part) -> None:
     job = at(Matmul, part.job)
     plan, size, nr, group = job.plan, size_of(zero), job.plan.width * lanes(zero), part.group
     first = part.panel * nr
@@ -155,11 +152,10 @@ def _packing_b(zero: Any, job: Matmul, p: Product, b: Matrix, space: int) -> Non
 
 @jit_inner
 def _by_dots(zero: Any, job: Matmul, p: Product, columns_of_b: Rows) -> None:
-    a = Rows(p.a.data, p.a.row)
+    p.b.data, p.b.row = columns_of_b.data, columns_of_b.row
     if _copies_itself(job):
         _copy_a(zero, p)
-        a = Rows(p.a.data, p.a.row)
-    inner_products(zero, Inner(n=p.n, k=job.k, m=p.m, a=a, b=columns_of_b, c=p.c, bias=p.bias))
+    inner_products(zero, p)
     if p.flags != 0:
         # A product of no k: ReLU and bits.
         p.k, p.b.padded, p.flags, p.bias = 0, 1, ADD | p.flags, 0
@@ -169,10 +165,11 @@ def _by_dots(zero: Any, job: Matmul, p: Product, columns_of_b: Rows) -> None:
 @jit_inner
 def _own_columns(zero: Any, job: Matmul, group: int, space: int) -> int:
     """Where the columns of the group's B lie as rows: in this thread's `space`, behind a line that says of which group they are."""
-    if word(space) != group + 1:
+    filled_for = at(Word, space)
+    if filled_for.value != group + 1:
         src = Matrix(job.b.data + group * job.b.group, job.b.column, job.b.row)
         pack_panel(zero, Packing(rows=job.m, columns=job.k, src=src, dst=Rows(space + LINE_BYTES, _packed_column(zero, job))))
-        set_word(space, group + 1)
+        filled_for.value = group + 1
     return space + LINE_BYTES
 
 
@@ -199,15 +196,15 @@ def _copy_a(zero: Any, p: Product) -> None:
 
 
 @jit_inner
-def nothing_packed(job: Matmul, threads: int) -> None:
+def forget_packed_columns(job: Matmul, threads: int) -> None:
     """Let no thread take for its columns of B what lies in its scratch memory from before."""
     if job.plan.by_dots != 0 and job.tasks.packs != 0:
         for slot in range(threads):
-            set_word(job.slots.data + slot * job.slots.row + job.bytes_of_a, 0)
+            at(Word, job.slots.data + slot * job.slots.row + job.bytes_of_a).value = 0
 
 
 @jit_inner
-def prepare(zero: Any, index: int, job: Matmul) -> None:
+def prepare(zero: Any, index: int, job: Matmul, slot: int) -> None:
     """Some panels of B, packed, or a copy of some rows of A, for all tasks: `index` is less than parts + copies, for each group."""
     tasks, panels = job.tasks, _panels(zero, job)
     group, part = index // (tasks.parts + tasks.copies), index % (tasks.parts + tasks.copies)
@@ -286,13 +283,3 @@ def _panels_of_task(zero: Any, job: Matmul, panels: int) -> int:
 def _packed_column(zero: Any, job: Matmul) -> int:
     """Bytes from a column of B to the next, where inner products have them packed as rows."""
     return packed_row(round_up(job.k, lanes(zero)) * size_of(zero))
-
-
-def kernels(zero: Any) -> dict[str, Any]:
-    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
-
-    @jit_inner
-    def multiply_of_type(operands: int) -> None:
-        _multiply(zero, at(Part, operands))
-
-    return {"multiply": multiply_of_type}

@@ -10,15 +10,10 @@ from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.transpose import TransposeOperands
 from rectilinear.kernels.runtime.cache import jit_inner
-from rectilinear.kernels.runtime.linking import by_name
+from rectilinear.kernels.runtime.linking import called_by_name
 from rectilinear.kernels.runtime.memory import get, put, room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
-from rectilinear.kernels.runtime.records import at, record
-
-pack_panel = by_name("rectilinear_pack_panel")
-copy = by_name("rectilinear_copy")
-"""`_pack_panel` and `_copy`, compiled once for a dtype and called by name."""
-
+from rectilinear.kernels.runtime.records import record
 
 SIDE_BY_SIDE = 4
 """Panels written to at a time. From L3 one took 5 to 30 GB/s, four took 30 to 40, 16 and more 20, where panels lie a power of two bytes
@@ -40,8 +35,8 @@ class Packing:
     dst: Rows = Rows()
 
 
-@jit_inner
-def _pack_panel(zero: Any, p: Packing) -> None:
+@called_by_name(Packing)
+def pack_panel(zero: Any, p: Packing) -> None:
     """A panel of B, padded to whole vectors, from a matrix with any strides."""
     size = size_of(zero)
     src = Rows(p.src.data, p.src.row)
@@ -75,8 +70,8 @@ def pack_panels(zero: Any, p: Packing, nr: int, panel: int) -> None:
         pack_panel(zero, Packing(rows=p.rows, columns=min(nr, p.columns - j), src=rest, dst=to))
 
 
-@jit_inner
-def _copy(zero: Any, p: Packing) -> None:
+@called_by_name(Packing)
+def copy(zero: Any, p: Packing) -> None:
     """The block as it is, with its elements side by side along rows; what lies beyond its columns stays as it was."""
     if p.src.column == size_of(zero):
         src = Rows(p.src.data, p.src.row)
@@ -108,17 +103,3 @@ def _by_elements(zero: Any, p: Packing) -> None:
     for i in range(p.rows):
         for j in range(p.columns):
             put(dst.data + i * dst.row + j * size, get(zero, src.data + i * src.row + j * src.column))
-
-
-def kernels(zero: Any) -> dict[str, Any]:
-    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
-
-    @jit_inner
-    def pack_panel_of_type(operands: int) -> None:
-        _pack_panel(zero, at(Packing, operands))
-
-    @jit_inner
-    def copy_of_type(operands: int) -> None:
-        _copy(zero, at(Packing, operands))
-
-    return {"pack_panel": pack_panel_of_type, "copy": copy_of_type}

@@ -1,4 +1,4 @@
-"""The parameters of a model as a job: so many arrays, one after the other, of which each task takes a run of elements.
+"""The parameters of a model as one job: their arrays in a row, cut into runs of elements, one run a task.
 
 For kernels that take all parameters in one call. The arrays are looked at here and not in Python: that one call costs less than a look at
 the flags of one array does there.
@@ -61,7 +61,7 @@ def parameter(parameters: Parameters, index: int) -> int:
 
 
 @jit_inner
-def whose(parameters: Parameters, task: int) -> int:
+def owner_of_task(parameters: Parameters, task: int) -> int:
     """Where the record of the one is that a task belongs to."""
     last = parameters.count - 1
     while at(Parameter, parameter(parameters, last)).first > task:
@@ -88,11 +88,11 @@ def read(own: Parameter, array: int) -> None:
 
 
 @jit_inner
-def fits(array: int, like: int, shape: int, needs: int) -> bool:
-    """Whether a Python object is a base array of the dtype of `like`, of the shape of `shape`, with these flags."""
+def fits(array: int, dtype_like: int, shape_like: int, flags: int) -> bool:
+    """Whether a Python object is a base array of the dtype and the shape of others, with these flags."""
     return (
-        type_of(array) == type_of(like)
-        and dtype_of(array) == dtype_of(like)
-        and have_same_shape(array, shape)
-        and flags_of(array) & needs == needs
+        type_of(array) == type_of(dtype_like)
+        and dtype_of(array) == dtype_of(dtype_like)
+        and have_same_shape(array, shape_like)
+        and flags_of(array) & flags == flags
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numba import types
 
-from rectilinear.kernels.loops import backward, elementwise, forward, matmul, pack, product, reduction, softmax, strips, update
+from rectilinear.kernels.loops import backward, elementwise, forward, reduction, softmax, update
 from rectilinear.kernels.loops.host import publish_host
 from rectilinear.kernels.micro import library
-from rectilinear.kernels.runtime.cache import Job, jit, warms
-from rectilinear.kernels.runtime.linking import Once, publish
+from rectilinear.kernels.runtime.cache import Job, jit, jit_inner, warms
+from rectilinear.kernels.runtime.linking import Once, called, publish
 from rectilinear.kernels.runtime.native import c_address
+from rectilinear.kernels.runtime.records import at
 
 
 @Once
@@ -24,13 +25,16 @@ def prepare(itemsize: int) -> Any:
     zero = np.dtype(f"f{itemsize}").type(0)
     library.load[itemsize]
     publish_host(itemsize)
-    for module in (pack, product, strips, matmul):  # those called before those that call
-        for name, kernel in module.kernels(zero).items():
-            _publish(f"rectilinear_{name}_f{8 * itemsize}", kernel)
+    for name, body, operands in called:
+        _publish(f"{name}_f{8 * itemsize}", body, operands, zero)
     return zero
 
 
-def _publish(name: str, kernel: Any) -> None:
+def _publish(name: str, body: Any, operands: type, zero: Any) -> None:
+    @jit_inner
+    def kernel(address: int) -> None:
+        body(zero, at(operands, address))
+
     @jit()
     def address() -> int:
         return c_address(kernel)
@@ -38,34 +42,19 @@ def _publish(name: str, kernel: Any) -> None:
     publish(name, address(), address)
 
 
-@Once
-def affine_forward(itemsize: int) -> Any:
-    return forward.entry(prepare[itemsize])
+def _made_by(entry: Callable[[Any], Any]) -> Once:
+    return Once(lambda itemsize: entry(prepare[itemsize]))
 
 
-@Once
-def affine_backward(itemsize: int) -> Any:
-    return backward.entry(prepare[itemsize])
-
-
-@Once
-def bias_reduction(itemsize: int) -> Any:
-    return reduction.entry(prepare[itemsize])
-
-
-@Once
-def relu(itemsize: int) -> Any:
-    return elementwise.entry(prepare[itemsize])
-
-
-@Once
-def softmax_loss(itemsize: int) -> Any:
-    return softmax.entry(prepare[itemsize])
-
-
-@Once
-def sgd(itemsize: int) -> Any:
-    return update.entry(prepare[itemsize])
+_PASSES = {
+    "affine forward": _made_by(forward.entry),
+    "affine backward": _made_by(backward.entry),
+    "bias reduction": _made_by(reduction.entry),
+    "ReLU": _made_by(elementwise.entry),
+    "softmax loss": _made_by(softmax.entry),
+    "SGD": _made_by(update.entry),
+}
+affine_forward, affine_backward, bias_reduction, relu, softmax_loss, sgd = _PASSES.values()
 
 
 @warms
@@ -73,14 +62,7 @@ def _jobs(dtype: str) -> Iterator[Job]:
     """What `rectilinear.warmup` compiles for a dtype."""
     itemsize = np.dtype(dtype).itemsize
     yield f"tiles and packing, {dtype}", lambda: prepare[itemsize]
-    for name, kernels in (
-        ("affine forward", affine_forward),
-        ("affine backward", affine_backward),
-        ("bias reduction", bias_reduction),
-        ("ReLU", relu),
-        ("softmax loss", softmax_loss),
-        ("SGD", sgd),
-    ):
+    for name, kernels in _PASSES.items():
         yield f"{name}, {dtype}", partial(_compile, kernels, itemsize)
 
 

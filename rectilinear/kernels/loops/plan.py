@@ -1,5 +1,5 @@
-"""What an affine pass or a bias reduction decides before it computes: packing, tiles, blocks, slabs, tasks. Nothing of that is decided
-elsewhere, nothing is computed here.
+"""What an affine pass or a bias reduction decides before it computes: packing, tiles, blocks, slabs, tasks. All that a bit depends on is
+decided here, and nothing is computed.
 
 A job is a record: operands, extents, and the plan. ``plan_*`` writes what shapes, strides and the host decide: how operands are packed
 and where sums are cut, and with it every bit of the result. ``schedule_*`` cuts the work into tasks for so many threads, which no bit
@@ -35,7 +35,7 @@ PACK_AT_ONCE = 1 << 30
 LARGE_W_USES = 16
 """As `Host.w_uses`, of a w beyond twice L2, which is on more pages than a core knows at a time. With AVX-512, one thread and two, packed
 ran (256, 1000, 1000), 18 uses, 1.34 and 1.13 times as fast, (256, 2048, 1000) 1.49 and 1.24, but (256, 512, 512) 0.99 and 0.94, and
-(128, 768, 3072), 9 uses, between 0.86 and 1.17, as busy as memory was with others (Zen 4, 1 MiB of L2)."""
+(128, 768, 3072), 9 uses, between 0.86 and 1.17, depending on how busy others kept memory (Zen 4, 1 MiB of L2)."""
 
 L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
@@ -93,20 +93,9 @@ SHORT_SLAB_ROWS = 256
 MOST_SLABS = 32
 """Enough for the cores of a desktop to share, or as many as there are cores; more slabs mean more partial dw to add up."""
 
-STRIPE_COLUMNS = 2048
-"""Columns of a task of the bias reduction: their sums stay in L1 beside the rows that stream by."""
-
-SLAB_ELEMENTS = 1 << 16
-"""The least work of its slabs; below it the sums to be added up would cost as much as the rows."""
-
-MOST_SLABS_OF_SUMS = 64
-
-FOLD_COLUMNS = 512
-"""Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
-
 FEW_TASKS = 32
-"""For a thread: one more is no more than 3 % of its time. 1024^3, 19 tasks for two threads, ran 1.04 times as fast in 20, each pass of it,
-(100, 3072, 100) 1.04, (256, 512, 10) 1.1 (Zen 3)."""
+"""Tasks of a thread from which on one more is at most 3 % of its time. 1024^3, 19 tasks for two threads, ran 1.04 times as fast in 20,
+each pass of it, (100, 3072, 100) 1.04, (256, 512, 10) 1.1 (Zen 3)."""
 
 TURNED_ROWS = 384
 """Rows of dz, times those of a tile, from which on it pays to compute a narrow dw as dw^T, if all of its lanes were for nothing: what
@@ -141,8 +130,9 @@ class ProductPlan:
 @record
 class ProductTasks:
     rows: int = 0
-    """Into how many blocks of rows C is cut, and of columns; 0 where it is not wanted."""
+    """Into how many blocks of rows C is cut; 0 where it is not wanted."""
     columns: int = 0
+    """And into how many of columns."""
     packs: int = 0
     """1 where each task packs its own part of B, or by inner products each thread all of it; else that is done before, in `parts` parts a
     group."""
@@ -310,7 +300,7 @@ def l2_holds(host: Host, n: int, k: int) -> bool:
 def depth_for(host: Host, n: int, k: int, b_bytes: int, packed: bool) -> int:
     """kc for an A of n rows: half of it where L2 then holds all of them, so that a panel of B is used once, by the thread that packed it.
 
-    A B that stays in L2 itself can be used often.
+    Not where B is so small that it stays in L2 itself: then it can be used often.
     """
     one_block = n <= 2 * host.mc or (packed and l2_holds(host, n, k))
     return max(1, host.kc // 2) if one_block and b_bytes > host.l2 // 4 else host.kc
@@ -678,6 +668,17 @@ def _schedule_dw(job: Backward, host: Host, stretch: int, threads: int) -> None:
 
 
 # The bias reduction.
+
+STRIPE_COLUMNS = 2048
+"""Columns of a task of the bias reduction: their sums stay in L1 beside the rows that stream by."""
+
+SLAB_ELEMENTS = 1 << 16
+"""The least work of its slabs; below it the sums to be added up would cost as much as the rows."""
+
+MOST_SLABS_OF_SUMS = 64
+
+FOLD_COLUMNS = 512
+"""Rows that end within a vector are taken several at a time, as one row of at least about so many columns."""
 
 
 @jit_too

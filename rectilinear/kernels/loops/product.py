@@ -14,22 +14,29 @@ from typing import Any
 
 from rectilinear.kernels.loops.arithmetic import block_count, block_start, round_up
 from rectilinear.kernels.loops.pack import SIDE_BY_SIDE, Packing, pack_panel
-from rectilinear.kernels.micro.library import MAX_ROWS, lanes, lanes_of_rows, least_vectors, most_rows, panels_of_a, rows, tile, vectors
+from rectilinear.kernels.micro.library import (
+    index_of_tile,
+    lanes,
+    lanes_of_rows,
+    least_vectors,
+    most_rows,
+    panels_of_a,
+    rows,
+    tile,
+    vectors,
+)
 from rectilinear.kernels.micro.panels import PanelsOperands
 from rectilinear.kernels.micro.rows import PAD, WRITE, RowsOperands
 from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.tile import ADD, Steps, TileOperands
 from rectilinear.kernels.runtime.cache import jit_inner
-from rectilinear.kernels.runtime.linking import by_name
+from rectilinear.kernels.runtime.linking import called_by_name
 from rectilinear.kernels.runtime.memory import room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows, Stack
 from rectilinear.kernels.runtime.records import at, record
 
-product = by_name("rectilinear_product")
-"""`_product`, compiled once for a dtype and called by name: each pass would otherwise compile its own."""
-
 TAIL_WORDS = 4096
-"""Room for the last rows of a narrow B that is read in place: at most nr + 1 rows of nr elements (see `_read_past`)."""
+"""Room for the last rows of a narrow B that is read in place: at most nr - 1 rows of nr elements (see `_read_past`)."""
 
 
 @record
@@ -149,15 +156,6 @@ def _vectors_for(zero: Any, left: int, nv: int) -> int:
 
 
 @jit_inner
-def _tile_index(nv: int) -> int:
-    index = 0
-    while nv > 1:
-        nv //= 2
-        index += MAX_ROWS
-    return index
-
-
-@jit_inner
 def _prefetches_next(p: Product, t: TileOperands) -> bool:
     """Whether the tiles prefetch what p.prefetch says; then they do, but no more of them than that lasts for."""
     if p.prefetch == 0:
@@ -192,7 +190,7 @@ def _along_rows(zero: Any, p: Product, panels: int) -> None:
             if not _prefetches_next(p, t):
                 t.prefetch, t.prefetch_step, t.steps.prefetch = t.b.data + p.b.panel, p.b.row if i == 0 else 0, p.b.panel
             left -= t.tiles
-            tile(zero, _tile_index(nv) + height, t)
+            tile(zero, index_of_tile(nv, height), t)
         first += height
 
 
@@ -201,7 +199,8 @@ def _down_panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int)
     """One panel of B, nv vectors wide, against all rows of A, in tiles of nearly equal height.
 
     The tiles prefetch what p.prefetch says, else the panel that follows (at `following`, not 0): each an equal share of a packed one, or
-    one line of each row of k of one in place. A packed one by the first tile alone would be more than L3 delivers meanwhile.
+    one line of each row of k of one in place. If the first tile prefetched all of a packed panel, it would ask more of L3 than that
+    delivers meanwhile.
     """
     n, width = p.n, nv * lanes(zero) * size_of(zero)
     count, done = tiles_of(zero, n, p.width if p.a_panel != 0 or p.low_tiles != 0 else nv), 0
@@ -219,7 +218,7 @@ def _down_panel(zero: Any, p: Product, nv: int, t: TileOperands, following: int)
                 t.steps.prefetch, t.prefetch_step = (t.k * share, share) if packed else (share, t.b.row)
                 t.prefetch, t.tiles = following + done * t.steps.prefetch, min(t.tiles, sharers - done)
         done += t.tiles
-        tile(zero, _tile_index(nv) + height, t)
+        tile(zero, index_of_tile(nv, height), t)
 
 
 @jit_inner
@@ -245,8 +244,8 @@ def _read_past(zero: Any, p: Product, nv: int, t: TileOperands) -> None:
     _down_panel(zero, p, nv, t, 0)
 
 
-@jit_inner
-def _product(zero: Any, p: Product) -> None:
+@called_by_name(Product)
+def product(zero: Any, p: Product) -> None:
     size = size_of(zero)
     nr = p.width * lanes(zero)
     along = p.m // nr if p.along_rows != 0 else 0
@@ -264,13 +263,3 @@ def _product(zero: Any, p: Product) -> None:
             _down_panel(zero, p, nv, t, b.data + p.b.panel if j + nr < p.m else 0)
         else:
             _read_past(zero, p, nv, t)
-
-
-def kernels(zero: Any) -> dict[str, Any]:
-    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
-
-    @jit_inner
-    def product_of_type(operands: int) -> None:
-        _product(zero, at(Product, operands))
-
-    return {"product": product_of_type}

@@ -16,13 +16,13 @@ from rectilinear.kernels.loops.plan import Reduction, plan_reduction
 from rectilinear.kernels.micro.library import rows
 from rectilinear.kernels.micro.rows import PREFETCH, SUM, RowsOperands
 from rectilinear.kernels.runtime.cache import jit, jit_inner
-from rectilinear.kernels.runtime.memory import CHANGED, extent_of, get, has_extents, put, read_stack, rounded, size_of, stride_of
+from rectilinear.kernels.runtime.memory import CHANGED, extent_of, get, put, read_stack, rounded, size_of
 from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
 from rectilinear.kernels.runtime.operands import Matrix, Rows
-from rectilinear.kernels.runtime.records import address_of, at
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.records import address_of
+from rectilinear.kernels.runtime.threads import parallel_for, task_of
 
-BLOCK_ROWS = 256
+ROWS_IN_T = 256
 """Rows summed in T: 64 additions of four rows each, so that even float32 ones of one sign lose less than 64 half-ulps."""
 
 QUICK_ELEMENTS = 1 << 14
@@ -43,7 +43,7 @@ def _task(zero: Any, index: int, job: Reduction, slot: int) -> None:
     total = job.totals + ((group * plan.slabs + slab) * m + c0) * 8
     clear(0.0, total, width)
     prefetch = PREFETCH if job.groups * n * abs(plan.row) > host(zero).past else 0
-    steps = block_count(last - first, BLOCK_ROWS)
+    steps = block_count(last - first, ROWS_IN_T)
     for step in range(steps):
         r0, r1 = first + block_start(last - first, steps, step), first + block_start(last - first, steps, step + 1)
         src = job.src.data + group * job.src.group + r0 * plan.row + c0 * job.src.column
@@ -72,7 +72,7 @@ def _finish(zero: Any, job: Reduction) -> None:
                 total += get(0.0, totals + (f * job.m + j) * 8)
             for i in range(plan.left):
                 total += get(zero, left + (i * job.m + j) * size)
-            put(job.out.data + group * job.out.group + j * job.out.column, rounded(zero, total))
+            put(job.out.data + group * job.out.row + j * job.out.column, rounded(zero, total))
 
 
 def entry(zero: Any) -> Any:
@@ -80,23 +80,17 @@ def entry(zero: Any) -> Any:
 
     It returns 0, or how many bytes of scratch it needs and has not got, or CHANGED.
     """
-
-    @jit_inner
-    def task(index: int, address: int, slot: int) -> None:
-        _task(zero, index, at(Reduction, address), slot)
+    task = task_of(Reduction, zero, _task)
 
     @jit(nogil=False)
     def reduce(src: int, out: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         size, groups, n, m = size_of(zero), extent_of(src, -3), extent_of(src, -2), extent_of(src, -1)
-        if not has_extents(out, 1, groups, m):
+        job = Reduction(groups=groups, n=n, m=m)
+        if not (read_stack(job.src, src, size, groups, n, m) and read_stack(job.out, out, size, 1, groups, m)):
             return CHANGED
         if m == 0:
             return 0
-        job = Reduction(groups=groups, n=n, m=m)
-        read_stack(job.src, src, size)
-        read_stack(job.out, out, size)
-        job.out.group = stride_of(out, -2, size)
-        plan_reduction(job, host(zero), BLOCK_ROWS)
+        plan_reduction(job, host(zero), ROWS_IN_T)
         tasks = groups * job.plan.slabs * job.plan.stripes
         threads = min(threads, tasks)
         job.totals = scratch

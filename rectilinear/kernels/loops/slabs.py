@@ -21,7 +21,7 @@ from rectilinear.kernels.runtime.memory import size_of
 from rectilinear.kernels.runtime.native import c_address
 from rectilinear.kernels.runtime.operands import Matrix, Rows
 from rectilinear.kernels.runtime.records import address_of, at, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.threads import parallel_for, task_of
 
 
 @record
@@ -110,7 +110,7 @@ def _task(zero: Any, index: int, job: Backward, own: Slab) -> None:
 
 
 @jit_inner
-def _combine_task(zero: Any, index: int, job: Backward) -> None:
+def _combine_task(zero: Any, index: int, job: Backward, slot: int) -> None:
     """Add up the slabs of some rows of one group's dw, the first task those of its db as well, in the order of the slabs."""
     size, plan, m, slabs, adders = size_of(zero), job.plan, job.m, job.plan.slabs, job.tasks.adders
     group, own = index // adders, index % adders
@@ -139,6 +139,7 @@ def _combine_task(zero: Any, index: int, job: Backward) -> None:
 
 def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
     """A jitted function of the job, scratch, its bytes, and threads: 0, or how many bytes of scratch it needs and has not got."""
+    combine = task_of(Backward, zero, _combine_task)
 
     @jit_inner
     def task(index: int, address: int, slot: int) -> None:
@@ -147,10 +148,6 @@ def runner(zero: Any) -> Callable[[Backward, int, int, int], int]:
         _prepare(zero, job, slot, own)
         for i in range(index * job.tasks.run, min((index + 1) * job.tasks.run, job.tasks.count)):
             _task(zero, i, job, own)
-
-    @jit_inner
-    def combine(index: int, address: int, slot: int) -> None:
-        _combine_task(zero, index, at(Backward, address))
 
     @jit_inner
     def run(job: Backward, scratch: int, scratch_bytes: int, threads: int) -> int:

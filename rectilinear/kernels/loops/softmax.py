@@ -10,28 +10,16 @@ from rectilinear.kernels.loops.pack import Packing, copy
 from rectilinear.kernels.micro.library import softmax
 from rectilinear.kernels.micro.softmax import SoftmaxOperands
 from rectilinear.kernels.runtime.cache import jit, jit_inner
-from rectilinear.kernels.runtime.memory import (
-    CHANGED,
-    count_of,
-    data_of,
-    extent_of,
-    get,
-    has_extents,
-    put,
-    read_stack,
-    rounded,
-    size_of,
-    word,
-)
-from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
+from rectilinear.kernels.runtime.memory import CHANGED, count_of, data_of, extent_of, get, put, read_stack, rounded, size_of, word
+from rectilinear.kernels.runtime.native import c_address
 from rectilinear.kernels.runtime.operands import Matrix, Rows, Stack
-from rectilinear.kernels.runtime.records import address_of, at, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.records import address_of, record
+from rectilinear.kernels.runtime.threads import parallel_for_without_gil, task_of
 
 SMALL_ELEMENTS = 1 << 14
 """Scores that one thread is done with before a second one would have started."""
 
-BLOCK_ROWS = 128
+LOSS_ROWS = 128
 """Rows of a task; the loss is summed within each, then over them in their order."""
 
 
@@ -55,7 +43,7 @@ def _task(zero: Any, index: int, job: Loss, slot: int) -> None:
     first, last = block_start(job.n, job.blocks, index), block_start(job.n, job.blocks, index + 1)
     count, labels = last - first, job.labels + first * 8
     stats = job.slots.data + slot * job.slots.row
-    picked = stats + 2 * BLOCK_ROWS * size
+    picked = stats + 2 * LOSS_ROWS * size
     src = Matrix(job.src.data + first * job.src.row, job.src.row, job.src.column)
     dst = Rows(job.dst.data + first * job.dst.row, job.dst.row)
     for i in range(count):
@@ -89,33 +77,26 @@ def entry(zero: Any) -> Any:
 
     It returns 0, or how many bytes of scratch it needs and has not got, or CHANGED.
     """
-
-    @jit_inner
-    def task(index: int, address: int, slot: int) -> None:
-        _task(zero, index, at(Loss, address), slot)
+    task = task_of(Loss, zero, _task)
 
     @jit(nogil=False)
     def loss_and_gradient(x: int, labels: int, dx: int, loss: int, scratch: int, scratch_bytes: int, threads: int) -> int:
         size, n, c = size_of(zero), extent_of(x, -2), extent_of(x, -1)
-        if not has_extents(dx, 1, n, c) or count_of(labels) != n:
-            return CHANGED
         threads = threads if n * c >= SMALL_ELEMENTS else 1
-        job = Loss(labels=data_of(labels), n=n, c=c, blocks=block_count(n, BLOCK_ROWS))
-        read_stack(job.src, x, size)
-        read_stack(job.dst, dx, size)
-        job.slots = Rows(scratch, round_up(3 * BLOCK_ROWS * size, 64))
+        job = Loss(labels=data_of(labels), n=n, c=c, blocks=block_count(n, LOSS_ROWS))
+        if not (read_stack(job.src, x, size, 1, n, c) and read_stack(job.dst, dx, size, 1, n, c) and count_of(labels) == n):
+            return CHANGED
+        job.slots = Rows(scratch, round_up(3 * LOSS_ROWS * size, 64))
         job.losses = scratch + threads * job.slots.row
         needed = threads * job.slots.row + job.blocks * 8
         if needed > scratch_bytes:
             return needed
         into = data_of(loss)
-        others = let_go_of_gil(True)
-        parallel_for(c_address(task), address_of(job), job.blocks, threads)
+        parallel_for_without_gil(True, c_address(task), address_of(job), job.blocks, threads)
         total = 0.0
         for block in range(job.blocks):
             total += get(0.0, job.losses + block * 8)
         put(into, total)
-        take_gil_back(others)
         return 0
 
     return loss_and_gradient

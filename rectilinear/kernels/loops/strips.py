@@ -15,13 +15,9 @@ from rectilinear.kernels.micro.simd import LINE_BYTES
 from rectilinear.kernels.micro.strip import STRIP_ROWS, StripOperands
 from rectilinear.kernels.micro.tile import ADD
 from rectilinear.kernels.runtime.cache import jit_inner
-from rectilinear.kernels.runtime.linking import by_name
+from rectilinear.kernels.runtime.linking import called_by_name
 from rectilinear.kernels.runtime.memory import get, put, room, size_of
 from rectilinear.kernels.runtime.operands import Matrix, Rows
-from rectilinear.kernels.runtime.records import at
-
-by_strips = by_name("rectilinear_by_strips")
-"""`_by_strips`, compiled once for a dtype and called by name."""
 
 SUM_WORDS = 1024
 """Room on the stack for the sums of a short row: a small call needs no other memory then."""
@@ -46,16 +42,16 @@ def _bytes_of_a(zero: Any, rows: int, k: int) -> int:
     return round_up(min(k, LONGEST_CHAIN) * (1 if rows == 1 else step_of_strips(zero)) * size_of(zero), LINE_BYTES)
 
 
-@jit_inner
-def _by_strips(zero: Any, p: Product) -> None:
+@called_by_name(Product)
+def by_strips(zero: Any, p: Product) -> None:
     """The product `p`, whose B lies in rows."""
-    # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
-    sums = Rows(room(SUM_WORDS), 0)
     if _is_outer(zero, p.k, p.a):
         # Every row of C is the same row of B times an element of A: a strip of one row after the other, none with a sum to keep.
         s = StripOperands(k=1, rows=p.n, columns=p.m, a=p.a.data, b=Rows(p.b.data, p.b.row), c=p.c, bias=p.bias, flags=p.flags, bits=p.bits)
         strip(zero, 1, s)
         return
+    # Sums are not in C: where another task's columns begin, both would write to the same cache lines all along.
+    sums = Rows(room(SUM_WORDS), 0)
     if strips_bytes(zero, p.n, p.k, p.m, p.a) != 0:
         sums = Rows(p.space + _bytes_of_a(zero, p.n, p.k), packed_row(p.m * size_of(zero)))
     for k in range(0, p.k, LONGEST_CHAIN):
@@ -82,13 +78,3 @@ def _elements_of_a(zero: Any, a: Matrix, rows: int, depth: int, space: int) -> i
         for i in range(rows, STRIP_ROWS):
             put(space + (k * step + i) * size, last)
     return space
-
-
-def kernels(zero: Any) -> dict[str, Any]:
-    """What is published for zero's dtype, by name, as jitted functions of the address of their operands."""
-
-    @jit_inner
-    def strips_of_type(operands: int) -> None:
-        _by_strips(zero, at(Product, operands))
-
-    return {"by_strips": strips_of_type}

@@ -37,21 +37,19 @@ class Choices:
     """Sixteenths of the last cache that w takes at a time, where tasks of several blocks of rows read it."""
 
 
-def path(key: str) -> Path | None:
-    folder = cache.directory()
-    return None if folder is None else folder / f"tuned-{key[:32]}"
+def path(key: str) -> Path:
+    """FileNotFoundError where there is no place."""
+    return cache.directory() / f"tuned-{key[:32]}"
 
 
 def load(key: str) -> dict[int, Choices] | None:
     """What was measured, by itemsize; None where nothing was, or it is not to be trusted. Never raises."""
-    place = None
     try:
-        place = path(key)
-        return None if place is None else _parsed(cache.read(place, bytes.fromhex(key)))
+        return _parsed(cache.read(path(key), bytes.fromhex(key)))
     except FileNotFoundError:
         return None
     except Exception as error:
-        _log.debug("what was tuned is not used (%s): %s", place, error)
+        _log.debug("what was tuned is not used (%s): %s", path(key), error)
         return None
 
 
@@ -65,7 +63,7 @@ def _parsed(content: bytes) -> dict[int, Choices]:
 
 def check(key: str) -> None:
     """OSError where nothing can be kept, or what is kept would not be trusted."""
-    place = _path_to_write(key)
+    place = path(key)
     place = place.with_name(f"new-{place.name}")
     cache.write(place, bytes.fromhex(key), b"")
     cache.read(place, bytes.fromhex(key))
@@ -74,24 +72,15 @@ def check(key: str) -> None:
 
 def store(key: str, choices: dict[int, Choices]) -> Path:
     """Keep what was measured. OSError where that cannot be."""
-    place = _path_to_write(key)
+    place = path(key)
     content = json.dumps({itemsize: dataclasses.asdict(fields) for itemsize, fields in choices.items()})
     cache.write(place, bytes.fromhex(key), content.encode())
     return place
 
 
-def _path_to_write(key: str) -> Path:
-    place = path(key)
-    if place is None:
-        raise OSError("this user has no home directory")
-    return place
-
-
 def forget(key: str) -> bool:
     """Remove what was measured; whether there was anything. OSError where it cannot be removed."""
-    place = path(key)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if place is not None:
-            place.unlink()
-            return True
+        path(key).unlink()
+        return True
     return False

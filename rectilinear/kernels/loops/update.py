@@ -8,33 +8,28 @@ from __future__ import annotations
 from typing import Any
 
 from rectilinear.kernels.loops.elementwise import QUICK_BYTES, RUN_BYTES, SHARED_BYTES
-from rectilinear.kernels.loops.parameters import Parameter, Parameters, fits, give_back, make_room, number_tasks, parameter, read, whose
+from rectilinear.kernels.loops.parameters import (
+    Parameter,
+    Parameters,
+    fits,
+    give_back,
+    make_room,
+    number_tasks,
+    owner_of_task,
+    parameter,
+    read,
+)
 from rectilinear.kernels.micro.library import sgd
 from rectilinear.kernels.micro.sgd import DECAY, MOMENTUM, SgdOperands
 from rectilinear.kernels.runtime.cache import jit, jit_inner
-from rectilinear.kernels.runtime.memory import (
-    C_ORDER,
-    CHANGED,
-    F_ORDER,
-    WRITEABLE,
-    bits_of,
-    data_of,
-    flags_of,
-    item_of,
-    length_of,
-    size_of,
-)
-from rectilinear.kernels.runtime.native import c_address, let_go_of_gil, take_gil_back
+from rectilinear.kernels.runtime.memory import C_ORDER, CHANGED, F_ORDER, WRITEABLE, bits_of, data_of, flags_of, item_of, length_of, size_of
+from rectilinear.kernels.runtime.native import c_address
+from rectilinear.kernels.runtime.operands import Word
 from rectilinear.kernels.runtime.records import address_of, at, record
-from rectilinear.kernels.runtime.threads import parallel_for
+from rectilinear.kernels.runtime.threads import parallel_for_without_gil, task_of
 
 OVERFLOWED = 1
 """What the entry answers where finite values came to be others; all has been moved nevertheless."""
-
-
-@record
-class Word:
-    value: int = 0
 
 
 @record
@@ -49,24 +44,13 @@ class Update:
 
 
 @jit_inner
-def _task(zero: Any, index: int, job: Update) -> None:
-    own = at(Parameter, whose(job.parameters, index))
+def _task(zero: Any, index: int, job: Update, slot: int) -> None:
+    own = at(Parameter, owner_of_task(job.parameters, index))
     done = (index - own.first) * job.parameters.run
     start = done * size_of(zero)
-    sgd(
-        zero,
-        SgdOperands(
-            count=min(job.parameters.run, own.count - done),
-            w=own.w + start,
-            dw=own.dw + start,
-            v=own.v + start,
-            flags=own.flags,
-            lr=job.lr,
-            momentum=job.momentum,
-            decay=job.decay,
-            overflow=address_of(job.overflow),
-        ),
-    )
+    s = SgdOperands(count=min(job.parameters.run, own.count - done), w=own.w + start, dw=own.dw + start, v=own.v + start, flags=own.flags)
+    s.lr, s.momentum, s.decay, s.overflow = job.lr, job.momentum, job.decay, address_of(job.overflow)
+    sgd(zero, s)
 
 
 @jit_inner
@@ -118,26 +102,21 @@ def entry(zero: Any) -> Any:
     The first array must be a base array of zero's dtype. Without momentum v is not looked at. The first `decayed` parameters decay.
     Returns 0, OVERFLOWED, or CHANGED where something is not as `_read` and `_are_apart` want it: nothing has been written then.
     """
-
-    @jit_inner
-    def task(index: int, address: int, slot: int) -> None:
-        _task(zero, index, at(Update, address))
+    task = task_of(Update, zero, _task)
 
     @jit(nogil=False)
     def step(w: int, dw: int, v: int, decayed: int, lr: float, momentum: float, decay: float, threads: int) -> int:
         size = size_of(zero)
         job = Update(lr=bits_of(-lr), momentum=bits_of(momentum), decay=bits_of(decay))
         job.parameters.count = length_of(w)
-        if not make_room(job.parameters):
+        if length_of(dw) != length_of(w) or (job.momentum != 0 and length_of(v) != length_of(w)) or not make_room(job.parameters):
             return CHANGED
         total = _prepare(job, w, dw, v, decayed, size)
         if total >= 0:
             shared = total > SHARED_BYTES
             job.parameters.run = RUN_BYTES // size if shared else max(total // size, 1)
             tasks = number_tasks(job.parameters)
-            others = let_go_of_gil(total > QUICK_BYTES)
-            parallel_for(c_address(task), address_of(job), tasks, threads if shared else 1)
-            take_gil_back(others)
+            parallel_for_without_gil(total > QUICK_BYTES, c_address(task), address_of(job), tasks, threads if shared else 1)
         give_back(job.parameters)
         return total if total < 0 else OVERFLOWED * job.overflow.value
 

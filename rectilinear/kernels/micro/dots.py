@@ -18,8 +18,8 @@ from rectilinear.kernels.runtime.records import record
 @record
 class DotsOperands:
     """`rows` of A and `columns`, rows of B. C^T is written in tiles of whole height: it must have room for `rows` rounded up to
-    `DOTS_TALL`. Where `adds` is not 0, to what it holds is added. `bias` has an element for each of C, most of them the same, or no data.
-    Beside a single row of B, rows of A so many bytes `ahead` are prefetched; none where it is 0."""
+    `DOTS_TALL`. With `adds` not 0 the sums are added to what it holds. `bias` has an element for each of C, most of them the same, or no
+    data. Beside a single row of B, rows of A so many bytes `ahead` are prefetched; none where it is 0."""
 
     k: int = 0
     rows: int = 0
@@ -49,7 +49,7 @@ def dots_rows(simd: Simd) -> int:
 
 def emit_dots(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(DotsOperands *)`` to `module`."""
-    return _DotsEmitter(module, simd, itemsize, name).run()
+    return _DotsEmitter(module, simd, itemsize, name).emit()
 
 
 class _DotsEmitter(Emitter):
@@ -57,7 +57,7 @@ class _DotsEmitter(Emitter):
         super().__init__(module, simd, name, DotsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.together = {columns: dots_rows(simd) if columns > 1 else DOTS_TALL for columns in range(1, DOTS_COLUMNS + 1)}
 
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         builder, columns = self.builder, self.arg["columns"]
         whole = builder.mul(builder.udiv(columns, I64(DOTS_COLUMNS)), I64(DOTS_COLUMNS))
         with self.steps(I64(0), whole, DOTS_COLUMNS) as j:
@@ -65,8 +65,6 @@ class _DotsEmitter(Emitter):
         for left in range(1, DOTS_COLUMNS):
             with builder.if_then(builder.icmp_signed("==", builder.sub(columns, whole), I64(left))):
                 self._tiles(whole, left)
-        builder.ret_void()
-        return self.function
 
     def _tiles(self, j: ir.Value, columns: int) -> None:
         """All rows of A against so many rows of B, several at a time; the first of these stands for each that A does not have."""

@@ -48,6 +48,15 @@ class Emitter:
         self.places = {field: self.pointer(self.offset(record, offset, 1)) for field, offset in offsets_of(operands).items()}
         self.arg = self.operands()
 
+    def emit(self) -> ir.Function:
+        """Write it; each kind of kernel says in `run` what it does."""
+        self.run()
+        self.builder.ret_void()
+        return self.function
+
+    def run(self) -> None:
+        raise NotImplementedError
+
     def operands(self) -> dict[str, ir.Value]:
         """The fields of the record as they are here."""
         return {field: self.builder.load(place, name=field, align=8, typ=I64) for field, place in self.places.items()}
@@ -117,7 +126,7 @@ class Emitter:
         return self.builder.load(self.pointer(address), align=1, typ=kind or self.vector.element)
 
     def prefetch(self, address: ir.Value) -> None:
-        """Ask for a line to be in L2 soon. Any address will do, and none is touched by it."""
+        """Prefetch a line into L2. Any address will do: none is touched."""
         kind = ir.FunctionType(ir.VoidType(), [PTR, I32, I32, I32])
         found = self.module.globals.get("llvm.prefetch.p0") or ir.Function(self.module, kind, "llvm.prefetch.p0")
         self.builder.call(found, [self.pointer(address), I32(0), I32(2), I32(1)])
@@ -199,16 +208,16 @@ class Emitter:
         builder.branch(head)
         builder.position_at_end(after)
 
-    def vectors(self, start: ir.Value, stop: ir.Value, unroll: int, body: Callable[[Values, Tail | None], None]) -> None:
-        """Emit ``body(indices, tail)`` over all elements from start to stop: `unroll` vectors at a time, then one, then the tail."""
+    def vectors(self, start: ir.Value, stop: ir.Value, unroll: int = 1) -> Iterator[tuple[Values, Tail | None]]:
+        """Loops over all elements from start to stop: yields, once for each loop, the indices of `unroll` vectors (a power of two), of a
+        single one, and of the one that has a tail."""
         builder, lanes = self.builder, self.vector.count
-        for group in (unroll, 1):
+        for group in dict.fromkeys((unroll, 1)):
             with self.steps(start, stop, group * lanes) as i:
-                body([builder.add(i, I64(v * lanes)) for v in range(group)], None)
-            whole = builder.sdiv(builder.sub(stop, start), I64(group * lanes))
-            start = builder.add(start, builder.mul(whole, I64(group * lanes)))
+                yield [builder.add(i, I64(v * lanes)) for v in range(group)], None
+            start = builder.add(start, builder.and_(builder.sub(stop, start), I64(-group * lanes)))
         with builder.if_then(builder.icmp_signed("<", start, stop)):
-            body([start], self.first_lanes(builder.sub(stop, start)))
+            yield [start], self.first_lanes(builder.sub(stop, start))
 
     def declare(self, name: str, suffix: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
         """LLVM's intrinsic `name` for this emitter's vector type."""

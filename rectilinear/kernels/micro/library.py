@@ -22,14 +22,13 @@ from rectilinear.kernels.micro.softmax import emit_softmax
 from rectilinear.kernels.micro.strip import STRIP_ROWS, emit_strip, strip_step, strip_tiles
 from rectilinear.kernels.micro.tile import Tile, emit_tile
 from rectilinear.kernels.micro.transpose import emit_transpose
-from rectilinear.kernels.runtime.cache import jit
+from rectilinear.kernels.runtime.cache import jit, jit_inner, jit_too
 from rectilinear.kernels.runtime.linking import Once, by_name, constant_of, from_table, publish
 from rectilinear.kernels.runtime.native import intrinsic
 
-MAX_ROWS = 16
-"""Tiles are found in the table by log2(nv) * MAX_ROWS + mr."""
-
 tile = from_table("rectilinear_tiles")
+"""By `index_of_tile`."""
+
 strip = from_table("rectilinear_strips")
 """By the number of rows."""
 
@@ -69,20 +68,22 @@ step_of_strips = constant_of(lambda itemsize: strip_step(host_simd(), itemsize))
 lanes_of_rows = constant_of(lambda itemsize: row_lanes(host_simd(), itemsize))
 
 
-@intrinsic
-def most_rows(typingctx, zero, nv):  # type: ignore[no-untyped-def]
+_rows_of_narrow = constant_of(lambda itemsize: host_simd().rows(host_simd().tile(itemsize)[1] // 2))
+_rows_of_full = constant_of(lambda itemsize: host_simd().tile(itemsize)[0])
+_rows_of_wide = constant_of(lambda itemsize: host_simd().rows(host_simd().tile(itemsize)[1] * 2))
+
+
+@jit_inner
+def most_rows(zero: Any, nv: int) -> int:
     """mr of the tallest tile that is nv vectors wide."""
-    unit = host_simd()
-    heights = {tile.nv: unit.rows(tile.nv) for tile in tiles(unit, zero.bitwidth // 8)}
+    if nv == vectors(zero):
+        return _rows_of_full(zero)
+    return _rows_of_narrow(zero) if nv < vectors(zero) else _rows_of_wide(zero)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        result = ir.IntType(64)(1)
-        for width, height in heights.items():
-            is_width = builder.icmp_signed("==", args[1], ir.IntType(64)(width))
-            result = builder.select(is_width, ir.IntType(64)(height), result)
-        return result
 
-    return types.intp(zero, types.intp), codegen
+@jit_too
+def index_of_tile(nv: int, mr: int) -> int:
+    return nv * (simd.MAX_ROWS + 1) + mr
 
 
 def _addresses(itemsize: int) -> Any:
@@ -115,9 +116,9 @@ def load(itemsize: int) -> None:
     """Compile the micro-kernels of a dtype and publish them. Before the first use of a kernel that calls them: ``load[itemsize]``."""
     addresses = _addresses(itemsize)
     found = iter(addresses())
-    by_shape = np.zeros(5 * MAX_ROWS, np.int64)
+    by_shape = np.zeros(index_of_tile(2 * host_simd().tile(itemsize)[1] + 1, 0), np.int64)
     for shape in tiles(host_simd(), itemsize):
-        by_shape[(shape.nv.bit_length() - 1) * MAX_ROWS + shape.mr] = next(found)
+        by_shape[index_of_tile(shape.nv, shape.mr)] = next(found)
     by_rows = np.zeros(STRIP_ROWS + 1, np.int64)
     done = 0
     for shape in strip_tiles(host_simd(), itemsize):

@@ -27,12 +27,12 @@ class PanelsOperands:
 
 def emit_panels(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(PanelsOperands *)`` to `module`, for panels of B, as wide as full tiles."""
-    return _PanelsEmitter(module, simd, name, itemsize, simd.tile(itemsize)[1]).run()
+    return _PanelsEmitter(module, simd, name, itemsize, simd.tile(itemsize)[1]).emit()
 
 
 def emit_panels_of_a(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """The same for panels of A, as wide as full tiles are high, padded to whole vectors with what follows in `src`."""
-    return _PanelsEmitter(module, simd, name, itemsize, -(-simd.tile(itemsize)[0] // simd.lanes(itemsize))).run()
+    return _PanelsEmitter(module, simd, name, itemsize, -(-simd.tile(itemsize)[0] // simd.lanes(itemsize))).emit()
 
 
 class _PanelsEmitter(Emitter):
@@ -40,8 +40,8 @@ class _PanelsEmitter(Emitter):
         super().__init__(module, simd, name, PanelsOperands, float_vector(itemsize, simd.lanes(itemsize)))
         self.width = width
 
-    def run(self) -> ir.Function:
-        builder, arg = self.builder, self.arg
+    def run(self) -> None:
+        arg = self.arg
         with self.steps(I64(0), arg["k"], 1) as k:
             src, dst = self.row("src", k), self.row("dst", k)
             with self.steps(I64(0), arg["panels"], 1) as p:
@@ -50,5 +50,3 @@ class _PanelsEmitter(Emitter):
                 values = [self.load(self.offset(start, v, step)) for v in range(self.width)]
                 for v, value in enumerate(values):
                     self.store(value, self.offset(place, v, step))
-        builder.ret_void()
-        return self.function

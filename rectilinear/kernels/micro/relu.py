@@ -1,4 +1,5 @@
-"""The generator of ReLU over a run of elements: dst[i] = src[i] where keep[i] is kept, else 0; `keep` is x, or src itself in the forward.
+"""The generator of ReLU over a run of elements: dst[i] = src[i] where keep[i] is kept, else 0. `keep` is x,
+which in the forward is `src` as well.
 
     for i in range(count):
         dst[i] = 0 if keep[i] < 0 else src[i]
@@ -31,15 +32,12 @@ class ReluOperands:
 
 def emit_relu(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(ReluOperands *)`` to `module`. dst may be src."""
-    return _ReluEmitter(module, simd, name, ReluOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _ReluEmitter(module, simd, name, ReluOperands, float_vector(itemsize, simd.lanes(itemsize))).emit()
 
 
 class _ReluEmitter(Emitter):
-    def run(self) -> ir.Function:
-        builder = self.builder
+    def run(self) -> None:
         self.choose(self.flag(PAST_CACHES), self._past_caches, lambda: self._run(I64(0), nontemporal=False))
-        builder.ret_void()
-        return self.function
 
     def _past_caches(self) -> Values:
         """Up to the first aligned vector of dst by itself, then streams."""
@@ -54,14 +52,12 @@ class _ReluEmitter(Emitter):
         return self.choose(aligned, lambda: self._run(head, nontemporal=True), lambda: self._run(head, nontemporal=False))
 
     def _run(self, start: ir.Value, *, nontemporal: bool) -> Values:
-        def body(indices: Values, tail: Tail | None) -> None:
+        for indices, tail in self.vectors(start, self.arg["count"], UNROLL):
             if tail is not None:
-                return self._vector(indices[0], tail)
-            for value, index in [(self._value(index, None), index) for index in indices]:
-                self._store(value, index, nontemporal)
-            return None
-
-        self.vectors(start, self.arg["count"], UNROLL, body)
+                self._vector(indices[0], tail)
+            else:
+                for value, index in [(self._value(index, None), index) for index in indices]:
+                    self._store(value, index, nontemporal)
         return []
 
     def _value(self, index: ir.Value, tail: Tail | None) -> ir.Value:

@@ -49,29 +49,23 @@ def row_lanes(simd: Simd, itemsize: int) -> int:
 
 def emit_rows(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(RowsOperands *)`` to `module`; src, z, dst and sums lie with unit stride along the columns."""
-    return _RowsEmitter(module, simd, name, RowsOperands, float_vector(itemsize, row_lanes(simd, itemsize))).run()
+    return _RowsEmitter(module, simd, name, RowsOperands, float_vector(itemsize, row_lanes(simd, itemsize))).emit()
 
 
 class _RowsEmitter(Emitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         builder, rows = self.builder, self.arg["rows"]
         grouped = builder.and_(rows, I64(-ROW_GROUP))
         with self.steps(I64(0), grouped, ROW_GROUP) as i:
             self._group(i, ROW_GROUP)
         with self.steps(grouped, rows, 1) as i:
             self._group(i, 1)
-        builder.ret_void()
-        return self.function
 
     def _group(self, first: ir.Value, count: int) -> None:
         """All columns of `count` rows."""
-        builder, cols, lanes = self.builder, self.arg["columns"], self.vector.count
-        rows = [builder.add(first, I64(r)) for r in range(count)]
-        whole = builder.and_(cols, I64(-lanes))
-        with self.steps(I64(0), whole, lanes) as j:
-            self._vectors(rows, j, None)
-        with builder.if_then(builder.icmp_signed("<", whole, cols)):
-            self._vectors(rows, whole, self.first_lanes(builder.sub(cols, whole)))
+        rows = [self.builder.add(first, I64(r)) for r in range(count)]
+        for (j,), tail in self.vectors(I64(0), self.arg["columns"]):
+            self._vectors(rows, j, tail)
 
     def _vectors(self, rows: Values, j: ir.Value, tail: Tail | None) -> None:
         at = self.builder.mul(j, I64(self.itemsize))

@@ -16,7 +16,7 @@ import functools
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I64, Emitter, Tail, Values, float_vector
+from rectilinear.kernels.micro.emit import I64, Emitter, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.records import record
 
@@ -44,19 +44,17 @@ class SgdOperands:
 
 def emit_sgd(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(SgdOperands *)`` to `module`."""
-    return _SgdEmitter(module, simd, name, SgdOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _SgdEmitter(module, simd, name, SgdOperands, float_vector(itemsize, simd.lanes(itemsize))).emit()
 
 
 class _SgdEmitter(Emitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         self.lr, self.momentum, self.decay = map(self._rate, ("lr", "momentum", "decay"))
 
         def with_decay(decay: bool) -> Values:
             return self.choose(self.flag(MOMENTUM), lambda: self._run(decay, True), lambda: self._run(decay, False))
 
         self.choose(self.flag(DECAY), lambda: with_decay(True), lambda: with_decay(False))
-        self.builder.ret_void()
-        return self.function
 
     def _rate(self, name: str) -> ir.Value:
         value = self.builder.bitcast(self.arg[name], ir.DoubleType())
@@ -66,7 +64,7 @@ class _SgdEmitter(Emitter):
         builder = self.builder
         names = ("w", "dw", "v") if momentum else ("w", "dw")
 
-        def body(indices: Values, tail: Tail | None) -> None:
+        for indices, tail in self.vectors(I64(0), self.arg["count"], UNROLL):
             results, strange = [], []
             for index in indices:
                 place = {name: self.offset(self.arg[name], index, self.itemsize) for name in names}
@@ -81,8 +79,6 @@ class _SgdEmitter(Emitter):
             self._look(strange)
             values, addresses = zip(*results, strict=True)
             self.store_all(list(values), list(addresses), tail)
-
-        self.vectors(I64(0), self.arg["count"], UNROLL, body)
         return []
 
     def _infinite(self, x: ir.Value) -> ir.Value:

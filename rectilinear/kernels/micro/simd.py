@@ -14,6 +14,9 @@ BITS_PER_BYTE = 8
 LINE_BYTES = 64
 """Of a cache line, on every machine meant."""
 
+MAX_ROWS = 15
+"""Of a register tile."""
+
 
 @dataclass(frozen=True)
 class Simd:
@@ -42,8 +45,8 @@ class Simd:
         return self.rows(nv), nv
 
     def rows(self, nv: int) -> int:
-        """mr for nv vectors per row: what the registers leave beside nv vectors of B; 15 at most (see `library.MAX_ROWS`)."""
-        return max(1, min(15, (self.registers - nv - self.spare) // nv))
+        """mr for nv vectors per row: what the registers leave beside nv vectors of B."""
+        return max(1, min(MAX_ROWS, (self.registers - nv - self.spare) // nv))
 
 
 AVX512 = Simd("AVX-512", 64, 32, 2, stores_by_mask=True)

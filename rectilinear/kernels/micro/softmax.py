@@ -1,4 +1,4 @@
-"""The generator of softmax by rows, with each row's maximum and sum of exponentials, from which the loss is had.
+"""The generator of softmax by rows, with each row's maximum and sum of exponentials, from which the loss is computed.
 
 for i in range(rows):
     top = max(src[i, :])
@@ -34,11 +34,11 @@ class SoftmaxOperands:
 
 def emit_softmax(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(SoftmaxOperands *)`` to `module`. dst may be src."""
-    return _SoftmaxEmitter(module, simd, name, SoftmaxOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _SoftmaxEmitter(module, simd, name, SoftmaxOperands, float_vector(itemsize, simd.lanes(itemsize))).emit()
 
 
 class _SoftmaxEmitter(Emitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         builder, arg = self.builder, self.arg
         self.bits = ir.VectorType(ir.IntType(8 * self.itemsize), self.vector.count)
         self.accumulator = builder.alloca(self.vector)
@@ -46,8 +46,6 @@ class _SoftmaxEmitter(Emitter):
             src, dst = self.row("src", i), self.row("dst", i)
             stats = self.offset(arg["stats"], i, 2 * self.itemsize)
             self._row(src, dst, stats)
-        builder.ret_void()
-        return self.function
 
     def _row(self, src: ir.Value, dst: ir.Value, stats: ir.Value) -> None:
         builder = self.builder
@@ -78,13 +76,9 @@ class _SoftmaxEmitter(Emitter):
             self.store(builder.fdiv(self.load(place, tail), divisor), place, tail)
 
     def _vectors(self) -> Iterator[tuple[ir.Value, Tail | None]]:
-        """Emits one row's loop over whole vectors, then its tail: yields offset in bytes and tail."""
-        builder, columns, lanes = self.builder, self.arg["columns"], self.vector.count
-        whole = builder.and_(columns, I64(-lanes))
-        with self.steps(I64(0), whole, lanes) as j:
-            yield builder.mul(j, I64(self.itemsize)), None
-        with builder.if_then(builder.icmp_signed("<", whole, columns)):
-            yield builder.mul(whole, I64(self.itemsize)), self.first_lanes(builder.sub(columns, whole))
+        """`vectors` of a row, by their offsets in bytes."""
+        for (j,), tail in self.vectors(I64(0), self.arg["columns"]):
+            yield self.builder.mul(j, I64(self.itemsize)), tail
 
     def _reduce(self, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """The accumulator's lanes combined, in a tree."""

@@ -62,12 +62,12 @@ def strip_step(simd: Simd, itemsize: int) -> int:
 
 
 def emit_strip(module: ir.Module, tile: Tile, name: str) -> ir.Function:
-    """Add ``void name(StripOperands *)`` to `module`, by tiles of mr rows; that of one row is for a single one, or a single k."""
-    return _StripEmitter(module, tile, name, StripOperands).run()
+    """Add ``void name(StripOperands *)`` to `module`, by tiles of mr rows; the one of one row serves a single row, or a single k."""
+    return _StripEmitter(module, tile, name, StripOperands).emit()
 
 
 class _StripEmitter(TileEmitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         builder, k = self.builder, self.arg["k"]
         self.step = 1 if self.tile.mr == 1 else strip_step(self.simd, self.itemsize)
         whole = builder.and_(k, I64(-STRIP_DEPTH))
@@ -75,8 +75,6 @@ class _StripEmitter(TileEmitter):
             self._strip(first, STRIP_DEPTH)
         with self.steps(whole, k, 1) as first:
             self._strip(first, 1)
-        builder.ret_void()
-        return self.function
 
     def _strip(self, first: ir.Value, depth: int) -> None:
         """All of C, so many k further. The last one goes to C, the others to the sums."""

@@ -93,7 +93,7 @@ class Tile:
 
 def emit_tile(module: ir.Module, tile: Tile, name: str) -> ir.Function:
     """Add the micro-kernel ``void name(TileOperands *)`` to `module`."""
-    return TileEmitter(module, tile, name).run()
+    return TileEmitter(module, tile, name).emit()
 
 
 class TileEmitter(Emitter):
@@ -103,18 +103,17 @@ class TileEmitter(Emitter):
         self.whole: Tails = [None] * tile.nv
         self.rows_per_base = 1 if tile.mr <= OWN_BASES else ROWS_PER_BASE
 
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         with self._tile_after_tile():
             self.full = self.builder.icmp_signed("==", self.arg["columns"], I64(self.tile.nr))
             self._store(self._relu(self._added(self._sum_over_k(self._start()))))
-        self.builder.ret_void()
-        return self.function
 
     @contextmanager
     def _tile_after_tile(self) -> Iterator[None]:
         """The loop over tiles: a call for each would cost as much as four steps of k of a tall one.
 
-        The operands are read anew for each tile: kept over the loop, they would be spilled, and all that LLVM computes of them beforehand.
+        The operands are read anew for each tile: kept in registers over the loop they would be spilled, and with them what LLVM computes
+        from them.
         """
         builder = self.builder
         body, after = builder.append_basic_block("tile"), builder.append_basic_block("tile.end")

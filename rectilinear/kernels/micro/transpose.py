@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rectilinear.kernels.micro.emit import I64, Emitter, Values, float_vector
+from rectilinear.kernels.micro.emit import I64, Emitter, Tail, Values, float_vector
 from rectilinear.kernels.micro.simd import Simd
 from rectilinear.kernels.runtime.operands import Rows
 from rectilinear.kernels.runtime.records import record
@@ -24,26 +24,20 @@ class TransposeOperands:
 
 def emit_transpose(module: ir.Module, simd: Simd, itemsize: int, name: str) -> ir.Function:
     """Add ``void name(TransposeOperands *)`` to `module`."""
-    return _TransposeEmitter(module, simd, name, TransposeOperands, float_vector(itemsize, simd.lanes(itemsize))).run()
+    return _TransposeEmitter(module, simd, name, TransposeOperands, float_vector(itemsize, simd.lanes(itemsize))).emit()
 
 
 class _TransposeEmitter(Emitter):
-    def run(self) -> ir.Function:
+    def run(self) -> None:
         builder, arg, lanes = self.builder, self.arg, self.vector.count
         groups = builder.and_(builder.add(arg["columns"], I64(lanes - 1)), I64(-lanes))
-        whole = builder.and_(arg["k"], I64(-lanes))
         with self.steps(I64(0), groups, lanes) as j:
-            with self.steps(I64(0), whole, lanes) as k:
-                self._block(j, k, None)
-            with builder.if_then(builder.icmp_signed("<", whole, arg["k"])):
-                self._block(j, whole, builder.sub(arg["k"], whole))
-        builder.ret_void()
-        return self.function
+            for (k,), tail in self.vectors(I64(0), arg["k"]):
+                self._block(j, k, tail)
 
-    def _block(self, j: ir.Value, k: ir.Value, k_left: ir.Value | None) -> None:
+    def _block(self, j: ir.Value, k: ir.Value, tail: Tail | None) -> None:
         """One lanes-by-lanes block: rows j of src, columns k on."""
         builder, arg = self.builder, self.arg
-        tail = None if k_left is None else self.first_lanes(k_left)
         at = builder.mul(k, I64(self.itemsize))
         rows = []
         for r in range(self.vector.count):
@@ -56,10 +50,10 @@ class _TransposeEmitter(Emitter):
         first = builder.add(self.row("dst", k), builder.mul(j, I64(self.itemsize)))
         for t, column in enumerate(columns):
             place = self.offset(first, t, arg["dst.row"])
-            if k_left is None:
+            if tail is None:
                 self.store(column, place)
             else:
-                with builder.if_then(builder.icmp_signed("<", I64(t), k_left)):
+                with builder.if_then(builder.icmp_signed("<", I64(t), tail.count)):
                     self.store(column, place)
 
     def _transposed(self, rows: Values) -> Values:

@@ -16,9 +16,8 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextvars import Context
-from typing import Any, ClassVar
+from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from numba import types
 from numba.core.registry import cpu_target
@@ -27,16 +26,16 @@ from numpy import _core  # the hook has no name in Python
 from rectilinear.buffers import LARGE_BYTES
 from rectilinear.kernels.runtime.cache import Job, jit, jit_inner, warms
 from rectilinear.kernels.runtime.native import c_address, compare_exchange, exchange, external, fetch_add, load, store
-from rectilinear.kernels.runtime.records import PAIR_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record
+from rectilinear.kernels.runtime.records import WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, padded_record, record
+from rectilinear.kernels.runtime.symbols import missing
 
 ALIGNMENT = 64
 
 
-@record
+@padded_record(ALIGNMENT)
 class Header:
     """What lies before the bytes that are handed out, which are at a multiple of ALIGNMENT."""
 
-    multiple_of: ClassVar = ALIGNMENT
     base: int = 0
     total: int = 0
     usable: int = 0
@@ -61,35 +60,18 @@ SLOTS = 128
 _SLOT_BYTES = bytes_of(Slot)
 
 
-@record
-class Limit:
-    """The most that is kept, in bytes."""
-
-    multiple_of: ClassVar = PAIR_BYTES
-    bytes: Atomic = Atomic()
-
-
-@record
-class Counters:
-    """Bytes kept, and the time, counted in blocks put away."""
-
-    multiple_of: ClassVar = PAIR_BYTES
-    held: Atomic = Atomic()
-    clock: Atomic = Atomic()
-
-
-@record
+@padded_record(SLOTS * _SLOT_BYTES)
 class Slots:
-    multiple_of: ClassVar = SLOTS * _SLOT_BYTES
     first: Slot = Slot()
 
 
 @record
 class State:
-    """The allocator's memory."""
+    """The allocator's memory: the most that is kept, what is kept now, both in bytes, and the time, counted in blocks put away."""
 
-    limit: Limit = Limit()
-    counters: Counters = Counters()
+    limit: Atomic = Atomic()
+    held: Atomic = Atomic()
+    clock: Atomic = Atomic()
     slots: Slots = Slots()
 
 
@@ -106,16 +88,9 @@ _mmap = external("mmap", 6, types.intp)
 _munmap = external("munmap", 2)
 _madvise = external("madvise", 3)
 
-cpu_target.target_context.refresh()  # symbols of the process can be looked up only once there is an engine
+_ALLOCATES = ctypes.sizeof(ctypes.c_void_p) == 8 and not missing(["malloc", "free", "memcpy", "memset"])
 
-
-def _has(*names: str) -> bool:
-    return all(llvm.address_of_symbol(name) for name in names)
-
-
-_ALLOCATES = ctypes.sizeof(ctypes.c_void_p) == 8 and _has("malloc", "free", "memcpy", "memset")
-
-_MAPS = _has("mmap", "munmap", "madvise") and hasattr(mmap, "MAP_ANONYMOUS")
+_MAPS = not missing(["mmap", "munmap", "madvise"]) and hasattr(mmap, "MAP_ANONYMOUS")
 """Whether large blocks are mappings of their own: unlike what goes back to `free`, an unmapped block is the system's at once."""
 
 _PAGE = mmap.PAGESIZE
@@ -126,7 +101,7 @@ _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", -1)  # Linux
 
 
 @jit_inner
-def _mapped(length: int) -> int:
+def _map(length: int) -> int:
     """The address of a new mapping, or 0."""
     if _MADV_HUGEPAGE < 0 or length < _HUGE:
         base = _mmap(0, length, _PROTECTION, _FLAGS, -1, 0)
@@ -145,11 +120,11 @@ def _mapped(length: int) -> int:
 
 
 @jit_inner
-def _fresh(size: int) -> int:
+def _allocate_new(size: int) -> int:
     """A block from the system, or 0."""
     if _MAPS and size >= LARGE_BYTES:
         total, mapped = (HEADER + size + _PAGE - 1) & -_PAGE, 1
-        base = _mapped(total)
+        base = _map(total)
     else:
         total, mapped = HEADER + size + ALIGNMENT, 0
         base = _malloc(total)
@@ -177,16 +152,16 @@ def _fits(usable: int, size: int) -> bool:
 
 
 @jit_inner
-def _emptied(state: State, slot: Slot) -> int:
+def _empty(state: State, slot: Slot) -> int:
     """The block of a slot, which is the caller's now, or 0."""
     block = exchange(slot.block, 0)
     if block != 0:
-        fetch_add(state.counters.held, -at(Header, block - HEADER).total)
+        fetch_add(state.held, -at(Header, block - HEADER).total)
     return block
 
 
 @jit_inner
-def _took(state: State, size: int) -> int:
+def _take(state: State, size: int) -> int:
     """The latest block kept that may serve `size` bytes, which the caches may still hold; or 0."""
     while True:
         found, newest = 0, -1
@@ -196,7 +171,7 @@ def _took(state: State, size: int) -> int:
                 found, newest = address_of(slot), load(slot.stamp)
         if found == 0:
             return 0
-        block = _emptied(state, at(Slot, found))
+        block = _empty(state, at(Slot, found))
         if block != 0:
             if _fits(at(Header, block - HEADER).usable, size):
                 return block
@@ -204,7 +179,7 @@ def _took(state: State, size: int) -> int:
 
 
 @jit_inner
-def _dropped_oldest(state: State) -> bool:
+def _drop_oldest(state: State) -> bool:
     """Give the oldest block back to the system; False if there is none."""
     found, oldest = 0, 0
     for index in range(SLOTS):
@@ -213,33 +188,33 @@ def _dropped_oldest(state: State) -> bool:
             found, oldest = address_of(slot), load(slot.stamp)
     if found == 0:
         return False
-    block = _emptied(state, at(Slot, found))
+    block = _empty(state, at(Slot, found))
     if block != 0:
         _give_back(block)
     return True
 
 
 @jit_inner
-def _reserved(state: State, total: int) -> bool:
+def _reserve(state: State, total: int) -> bool:
     """Make room for `total` bytes below the limit, and count them."""
-    while total <= load(state.limit.bytes):
-        held = load(state.counters.held)
-        if held + total > load(state.limit.bytes):
-            if not _dropped_oldest(state):
+    while total <= load(state.limit):
+        held = load(state.held)
+        if held + total > load(state.limit):
+            if not _drop_oldest(state):
                 return False
-        elif compare_exchange(state.counters.held, held, held + total):
+        elif compare_exchange(state.held, held, held + total):
             return True
     return False
 
 
 @jit_inner
-def _placed(state: State, block: int) -> bool:
+def _place(state: State, block: int) -> bool:
     usable = at(Header, block - HEADER).usable  # before: from the exchange on the block is whoever's who takes it, who may unmap it
     for index in range(SLOTS):
         slot = at(Slot, address_of(state.slots) + index * _SLOT_BYTES)
         if load(slot.block) == 0 and compare_exchange(slot.block, 0, block):
             store(slot.bytes, usable)
-            store(slot.stamp, fetch_add(state.counters.clock, 1))
+            store(slot.stamp, fetch_add(state.clock, 1))
             return True
     return False
 
@@ -248,10 +223,10 @@ def _placed(state: State, block: int) -> bool:
 def _keep(state: State, block: int) -> None:
     """Keep a block for later, or give it back where it is small or beyond the limit."""
     total = at(Header, block - HEADER).total
-    if at(Header, block - HEADER).usable >= LARGE_BYTES and _reserved(state, total):
-        if _placed(state, block) or (_dropped_oldest(state) and _placed(state, block)):
+    if at(Header, block - HEADER).usable >= LARGE_BYTES and _reserve(state, total):
+        if _place(state, block) or (_drop_oldest(state) and _place(state, block)):
             return
-        fetch_add(state.counters.held, -total)
+        fetch_add(state.held, -total)
     _give_back(block)
 
 
@@ -262,11 +237,11 @@ def _keep(state: State, block: int) -> None:
 def _allocate(state: int, size: int) -> int:
     if size < 0 or size > _LARGEST:
         return 0
-    block = _took(at(State, state), size) if size >= LARGE_BYTES else 0
+    block = _take(at(State, state), size) if size >= LARGE_BYTES else 0
     if block == 0:
-        block = _fresh(size)
+        block = _allocate_new(size)
     if block == 0 and _release(state) > 0:  # the system has no more: what is idle here may be what is missing
-        block = _fresh(size)
+        block = _allocate_new(size)
     return block
 
 
@@ -275,7 +250,7 @@ def _allocate_zeroed(state: int, count: int, item: int) -> int:
     if count < 0 or item < 0 or (item > 0 and count > _LARGEST // item):
         return 0
     size = count * item
-    block = _fresh(size)  # a new mapping is all zeros, and takes memory only where it is written to
+    block = _allocate_new(size)  # a new mapping is all zeros, and takes memory only where it is written to
     if block != 0 and at(Header, block - HEADER).mapped == 0:
         _memset(block, 0, size)
     return block
@@ -310,7 +285,7 @@ def _release(address: int) -> int:
     state, released = at(State, address), 0
     for index in range(SLOTS):
         slot = at(Slot, address_of(state.slots) + index * _SLOT_BYTES)
-        block = _emptied(state, slot)
+        block = _empty(state, slot)
         if block != 0:
             released += at(Header, block - HEADER).total
             _give_back(block)
@@ -326,7 +301,7 @@ def _recount(address: int) -> None:
         block = load(slot.block)
         if block != 0:
             held += at(Header, block - HEADER).total
-    store(state.counters.held, held)
+    store(state.held, held)
 
 
 @jit()
@@ -363,11 +338,11 @@ class Allocator:
         if not _ALLOCATES:
             raise RuntimeError("this system's C library is not found by its names, or has not 64 bits")
         allocate, allocate_zeroed, reallocate, deallocate, release, recount = _entry_points()
-        memory = ctypes.create_string_buffer(bytes_of(State) + PAIR_BYTES)
-        self._state = -(-ctypes.addressof(memory) // PAIR_BYTES) * PAIR_BYTES
+        memory = (ctypes.c_int64 * (bytes_of(State) // WORD_BYTES))()
+        self._state = ctypes.addressof(memory)
         offsets = offsets_of(State)
-        ctypes.c_int64.from_address(self._state + offsets["limit.bytes.value"]).value = limit
-        self._held = ctypes.c_int64.from_address(self._state + offsets["counters.held.value"])
+        ctypes.c_int64.from_address(self._state + offsets["limit.value"]).value = limit
+        self._held = ctypes.c_int64.from_address(self._state + offsets["held.value"])
         self._release = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_ssize_t)(release)
         recount_held = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(recount)
         handler = _Handler(b"rectilinear", 1, self._state, allocate, allocate_zeroed, reallocate, deallocate)

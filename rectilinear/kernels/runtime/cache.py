@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import numba
 from numba.core import serialize
-from numba.core.caching import _Cache
+from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.extending import register_jitable
 
@@ -88,32 +88,17 @@ def jit_too(function: _Function) -> _Function:
     return callable_by_both
 
 
-class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
-    """The cache of one jitted function, called by its dispatcher."""
+class DiskCache(NullCache):  # type: ignore[misc]  # numba is untyped here
+    """The cache of one jitted function, called by its dispatcher. It is never flushed: a changed function does not find its old entries."""
 
     def __init__(self, dispatcher: Any) -> None:
         self._dispatcher = dispatcher
-        self._enabled = True
-
-    @property
-    def cache_path(self) -> str:
-        return str(directory() or "")
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def flush(self) -> None:
-        """Entries of one function cannot be told apart from outside; a changed function does not find its old ones."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
         try:
-            if self._enabled:
-                content = read(*self._place(sig, target_context.codegen()))
-                return CompileResult._rebuild(target_context, *pickle.loads(content))
+            content = read(*self._place(sig, target_context.codegen()))
+            return CompileResult._rebuild(target_context, *pickle.loads(content))
         except FileNotFoundError:
             pass
         except _UnsafeError as refusal:
@@ -125,8 +110,6 @@ class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        if not self._enabled:
-            return
         try:
             if data.lifted or data.library.has_dynamic_globals:
                 raise ValueError("the code holds addresses of this process")
@@ -136,22 +119,21 @@ class DiskCache(_Cache):  # type: ignore[misc]  # numba is untyped here
 
     def _place(self, sig: Any, codegen: Any) -> tuple[Path, bytes]:
         """The file of an overload, and the key that it must carry."""
-        folder = directory()
-        if folder is None:
-            raise OSError("there is no directory to cache in")
         key = digest((environment(codegen), fingerprint(self._dispatcher), repr(sig)))
         name = re.sub(r"\W+", "_", self._dispatcher.__qualname__)[-60:]
-        return folder / f"{name}-{key[:32]}.kernel", bytes.fromhex(key)
+        return directory() / f"{name}-{key[:32]}.kernel", bytes.fromhex(key)
 
 
-def directory() -> Path | None:
-    """Where entries are kept; None where the system names no home for this user."""
+def directory() -> Path:
+    """Where entries are kept. FileNotFoundError where the system names no home for this user, or no absolute path."""
     chosen = os.environ.get(VARIABLE, "").strip()
     try:
         base = _resolved(chosen) if chosen else _user_cache() / "rectilinear"
-    except RuntimeError:  # no home directory
-        return None
-    return base / "kernels" if base.is_absolute() else None
+    except RuntimeError:
+        base = Path()
+    if not base.is_absolute():
+        raise FileNotFoundError("this user has no home directory")
+    return base / "kernels"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from rectilinear.kernels.runtime import forks
+from rectilinear.kernels.runtime.cache import jit_inner
 from rectilinear.kernels.runtime.native import intrinsic
 from rectilinear.kernels.runtime.records import WORD
 
@@ -66,6 +67,20 @@ def by_name(symbol: str) -> Any:
         return types.void(zero, operands), codegen
 
     return intrinsic(typed)
+
+
+called: list[tuple[str, Any, type]] = []
+"""What `called_by_name` made: name, body and operands, in the order of definition: those called before those that call."""
+
+
+def called_by_name(operands: type) -> Callable[[Callable[[Any, Any], None]], Any]:
+    """Have a kernel ``(zero, operands)`` compiled once for a dtype and called by its name, where else each caller would compile its own."""
+
+    def decorate(function: Callable[[Any, Any], None]) -> Any:
+        called.append((f"rectilinear_{function.__name__}", jit_inner(function), operands))
+        return by_name(f"rectilinear_{function.__name__}")
+
+    return decorate
 
 
 def from_table(symbol: str) -> Any:

@@ -12,8 +12,9 @@ from llvmlite import ir
 from numba import types
 
 from rectilinear.kernels.runtime.cache import jit_inner
+from rectilinear.kernels.runtime.linking import constant_of
 from rectilinear.kernels.runtime.native import intrinsic
-from rectilinear.kernels.runtime.operands import Stack
+from rectilinear.kernels.runtime.operands import Stack, Word
 from rectilinear.kernels.runtime.records import WORD_BYTES, at, record
 
 _WORD = ir.IntType(64)
@@ -84,15 +85,8 @@ def bits_of(typingctx, value):  # type: ignore[no-untyped-def]
     return types.intp(types.float64), lambda context, builder, signature, args: builder.bitcast(args[0], _WORD)
 
 
-@intrinsic
-def size_of(typingctx, zero):  # type: ignore[no-untyped-def]
-    """Bytes per element of zero's type."""
-    size = zero.bitwidth // 8
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _WORD(size)
-
-    return types.intp(zero), codegen
+size_of = constant_of(lambda itemsize: itemsize)
+"""Bytes per element of zero's type."""
 
 
 @intrinsic
@@ -109,25 +103,10 @@ def room(typingctx, count):  # type: ignore[no-untyped-def]
     return types.intp(count), codegen
 
 
-@intrinsic
-def word(typingctx, address):  # type: ignore[no-untyped-def]
+@jit_inner
+def word(address: int) -> int:
     """The 64-bit integer at `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_at(builder, args[0], _WORD), align=8)
-
-    return types.intp(types.intp), codegen
-
-
-@intrinsic
-def set_word(typingctx, address, value):  # type: ignore[no-untyped-def]
-    """Write the 64-bit integer `value` to `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0], _WORD), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
+    return at(Word, address).value
 
 
 # The fields of an ndarray, given its id(). Axes are counted from the end: -1 the columns, -2 the rows, -3 the groups.
@@ -155,7 +134,7 @@ def extent_of(array: int, axis: int) -> int:
 
 @jit_inner
 def stride_of(array: int, axis: int, itemsize: int) -> int:
-    """Bytes from one index to the next along an axis, as far as that means anything.
+    """Bytes from one index to the next along an axis; as in C order, where there is no next one.
 
     The stride of an axis of length 0 or 1 may be negative, 0 or huge (NumPy itself gives a lone row a stride of 0), and no kernel is to
     conclude from it where memory ends. It is read as what it is in C order: a lone column has unit stride, a lone row the length of its
@@ -222,12 +201,15 @@ def has_extents(array: int, groups: int, rows: int, columns: int) -> bool:
 
 
 @jit_inner
-def read_stack(stack: Stack, array: int, itemsize: int) -> None:
-    """Write where the matrices of an array lie into `stack`."""
+def read_stack(stack: Stack, array: int, itemsize: int, groups: int, rows: int, columns: int) -> bool:
+    """Write where the matrices of an array lie into `stack`; whether it has these extents. 0 is no array, and fits any."""
+    if array == 0:
+        return True
     stack.data = data_of(array)
     stack.group = stride_of(array, -3, itemsize)
     stack.row = stride_of(array, -2, itemsize)
     stack.column = stride_of(array, -1, itemsize)
+    return has_extents(array, groups, rows, columns)
 
 
 CHANGED = -2

@@ -114,19 +114,6 @@ def monotonic_ns(typingctx: Any) -> Any:
     return types.intp(), codegen
 
 
-@intrinsic
-def stack_bytes(typingctx: Any, size: Any) -> Any:
-    """The address of `size` (a literal) bytes that live as long as the calling function runs."""
-    if not isinstance(size, types.IntegerLiteral):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = cgutils.alloca_once(builder, ir.ArrayType(_WORD, -(-size.literal_value // 8)))
-        return builder.ptrtoint(words, _WORD)
-
-    return types.intp(size), codegen
-
-
 def _call_at_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Call what lies at the first argument with the others."""
     ctype = ir.FunctionType(ir.VoidType(), [_WORD] * (len(args) - 1))

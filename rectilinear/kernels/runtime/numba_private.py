@@ -17,84 +17,41 @@ FLOOR = (0, 62)
 """The oldest numba whose LLVM reads the kernels that are emitted here; the extra ``numba`` in pyproject.toml says so too."""
 
 NEEDED = {
-    "numba": ("config", "extending", "njit"),
-    "numba.core.bytecode.FunctionIdentity": ("_unique_ids", "from_function"),
-    "numba.core.caching": ("_Cache",),
-    "numba.core.cgutils": ("alloca_once", "gep_inbounds", "get_or_insert_function", "pack_array"),
-    "numba.core.codegen.CPUCodeLibrary": ("add_linking_library", "has_dynamic_globals"),
-    "numba.core.codegen.JITCodeLibrary": (
-        "_finalize_final_module",
-        "_finalized",
-        "_optimize_final_module",
-        "_optimize_functions",
-        "enable_object_caching",
-    ),
-    "numba.core.compiler.Compiler": ("compile_extra",),
-    "numba.core.compiler.CompileResult": (
-        "_rebuild",
-        "_reduce",
-        "_replace",
-        "codegen",
-        "entry_point",
-        "fndesc",
-        "library",
-        "lifted",
-        "signature",
-    ),
-    "numba.core.compiler.Flags": ("enable_ssa", "no_compile"),
-    "numba.core.compiler_lock.global_compiler_lock": ("_lock",),
-    "numba.core.descriptors": ("TargetDescriptor",),
-    "numba.core.funcdesc.FunctionDescriptor": ("mangled_name",),
-    "numba.core.serialize": ("dumps",),
-    "numba.core.registry.cpu_target": ("target_context",),
-    "numba.core.cpu.CPUContext": (
-        "active_code_library",
-        "call_conv",
-        "cast",
-        "codegen",
-        "declare_function",
-        "get_dummy_value",
-        "insert_user_function",
-        "refresh",
-    ),
-    "numba.core.typing.templates": ("AbstractTemplate", "AttributeTemplate", "infer_getattr", "infer_global", "signature"),
-    "numba.extending": (
-        "intrinsic",
-        "lower_builtin",
-        "lower_getattr_generic",
-        "lower_setattr_generic",
-        "register_jitable",
-        "register_model",
-    ),
-    "numba.extending.models": ("PrimitiveModel",),
-    "numba.types": (
-        "Any",
-        "Dispatcher",
-        "ExternalFunction",
-        "Function",
-        "IntegerLiteral",
-        "Omitted",
-        "StringLiteral",
-        "Type",
-        "UniTuple",
-        "VarArg",
-        "unliteral",
-    ),
-    "numba.types.Dispatcher": ("dispatcher", "get_call_type"),
-    "llvmlite.binding": ("add_symbol", "address_of_symbol", "get_process_triple"),
-    "llvmlite.binding.ffi": ("ObjectRef",),
-    "llvmlite.binding.ffi.lib": ("_lock",),
-    "llvmlite.binding.ffi.lib._lock": ("_lock",),
+    "numba": "config extending njit",
+    "numba.core.bytecode.FunctionIdentity": "_unique_ids from_function",
+    "numba.core.caching": "NullCache",
+    "numba.core.cgutils": "alloca_once gep_inbounds get_or_insert_function pack_array",
+    "numba.core.codegen.CPUCodeLibrary": "add_linking_library has_dynamic_globals",
+    "numba.core.codegen.JITCodeLibrary": "_finalize_final_module _finalized _optimize_final_module "
+    "_optimize_functions enable_object_caching",
+    "numba.core.compiler.Compiler": "compile_extra",
+    "numba.core.compiler.CompileResult": "_rebuild _reduce _replace codegen entry_point fndesc library lifted signature",
+    "numba.core.compiler.Flags": "enable_ssa no_compile",
+    "numba.core.compiler_lock.global_compiler_lock": "_lock",
+    "numba.core.descriptors": "TargetDescriptor",
+    "numba.core.funcdesc.FunctionDescriptor": "mangled_name",
+    "numba.core.serialize": "dumps",
+    "numba.core.registry.cpu_target": "target_context",
+    "numba.core.cpu.CPUContext": "active_code_library call_conv cast codegen declare_function get_dummy_value insert_user_function refresh",
+    "numba.core.typing.templates": "AbstractTemplate AttributeTemplate infer_getattr infer_global signature",
+    "numba.extending": "intrinsic lower_builtin lower_getattr_generic lower_setattr_generic register_jitable register_model",
+    "numba.extending.models": "PrimitiveModel",
+    "numba.types": "Any Dispatcher ExternalFunction Function IntegerLiteral Omitted StringLiteral Type UniTuple VarArg unliteral",
+    "numba.types.Dispatcher": "dispatcher get_call_type",
+    "llvmlite.binding": "add_symbol address_of_symbol get_process_triple",
+    "llvmlite.binding.ffi": "ObjectRef",
+    "llvmlite.binding.ffi.lib": "_lock",
+    "llvmlite.binding.ffi.lib._lock": "_lock",
 }
 """Where it is, and its names there."""
 
 NEEDED_OF_INSTANCES = {
-    "codegen": ("_data_layout", "_get_host_cpu_name", "_module_pass_manager", "_tm_features", "magic_tuple"),
-    "dispatcher": ("_cache", "_compiler", "get_call_template", "overloads", "py_func", "stats", "targetoptions"),
-    "function": ("typing_key",),
-    "library": ("_codegen", "_final_module"),
-    "literal": ("literal_value",),
-    "signature": ("args", "replace", "return_type"),
+    "codegen": "_data_layout _get_host_cpu_name _module_pass_manager _tm_features magic_tuple",
+    "dispatcher": "_cache _compiler get_call_template overloads py_func stats targetoptions",
+    "function": "typing_key",
+    "library": "_codegen _final_module",
+    "literal": "literal_value",
+    "signature": "args replace return_type",
 }
 """The same for what only an instance has."""
 
@@ -117,14 +74,14 @@ def unfit() -> str | None:
 
 def missing() -> list[str]:
     """Full names of what is not there."""
-    looked_for = [_first_missing(f"{place}.{name}") for place, names in NEEDED.items() for name in names]
+    looked_for = [_first_missing(f"{place}.{name}") for place, names in NEEDED.items() for name in names.split()]
     lacking = list(dict.fromkeys(filter(None, looked_for)))
     if lacking:  # what makes the instances may be among it
         return lacking
     for kind, names in NEEDED_OF_INSTANCES.items():
         instance = _instance(kind)
         where = f"{type(instance).__module__}.{type(instance).__qualname__}"
-        lacking += [f"{where}.{name}" for name in names if not hasattr(instance, name)]
+        lacking += [f"{where}.{name}" for name in names.split() if not hasattr(instance, name)]
     if not number_functions_apart():
         lacking.append("numba.core.bytecode.FunctionIdentity._unique_ids that counts")
     return lacking

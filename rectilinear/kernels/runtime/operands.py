@@ -6,6 +6,13 @@ from rectilinear.kernels.runtime.records import record
 
 
 @record
+class Word:
+    """What is written or read by itself."""
+
+    value: int = 0
+
+
+@record
 class Rows:
     """A matrix whose elements lie side by side along its rows."""
 

@@ -7,16 +7,16 @@
 
 In Python `Rows` is a dataclass. In jitted code ``Rows(data=place)`` is the same fields on the stack of the function that makes it, passed
 by address: reading and assigning fields costs a load and a store. In both, nested records are parts of the record they stand in, and
-assigning to one copies it. Returning one from jitted code is an error at compile time, since it ends with the function that made it.
-Where jitted code wants an address, a record passes for its own. Emitted code finds the fields by `offsets_of`. This is the one place that
-lays them out.
+assigning to one copies it. Returning one from jitted code is an error at compile time, since its memory ends with the function that made
+it. Where jitted code wants an address, a record passes for its own. Emitted code finds the fields by `offsets_of`. This is the one place
+that lays them out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, get_type_hints
 
 from llvmlite import ir
@@ -50,20 +50,26 @@ class Layout(types.Type):  # type: ignore[misc]  # numba is untyped
 
 @dataclass_transform()
 def record(cls: type[_Record]) -> type[_Record]:
-    """Make a record of a class whose fields are all ``int`` or records, with a default each, which is 0 or an empty record.
+    """Make a record of a class whose fields are all ``int`` or records, with a default each, which is 0 or an empty record."""
+    return _record(cls, WORD_BYTES)
 
-    A class variable ``multiple_of`` makes its size one: of the bytes that two cores must not share, for words that several threads write.
-    """
-    hints, fields, size = get_type_hints(cls), {}, 0
-    size_multiple = cls.__dict__.get("multiple_of", WORD_BYTES)
-    hints.pop("multiple_of", None)
-    for name, hint in hints.items():
+
+@dataclass_transform()
+def padded_record(multiple: int) -> Callable[[type[_Record]], type[_Record]]:
+    """A `record` whose size is a multiple of so many bytes: those that two cores must not share, for words that several threads write."""
+    return lambda cls: _record(cls, multiple)
+
+
+def _record(cls: type[_Record], multiple: int) -> type[_Record]:
+    fields: dict[str, tuple[int, Any]] = {}
+    size = 0
+    for name, hint in get_type_hints(cls).items():
         kind = types.intp if hint is int else hint.layout
         fields[name] = (size, kind)
         size += WORD_BYTES if hint is int else kind.size
         setattr(cls, name, 0 if hint is int else dataclasses.field(default_factory=hint))
     made: Any = dataclasses.dataclass(cls)
-    made.layout = Layout(cls, fields, -(-size // size_multiple) * size_multiple)
+    made.layout = Layout(cls, fields, -(-size // multiple) * multiple)
     made.__setattr__ = _assign
     _make_constructor(made)
     return made  # type: ignore[no-any-return]

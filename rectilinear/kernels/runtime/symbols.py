@@ -1,4 +1,4 @@
-"""The C functions of the process that the pool of threads is made of, and whether they are there. See `threads`."""
+"""The C functions that the pool of threads calls, and whether this process has them. See `threads`."""
 
 from __future__ import annotations
 

@@ -25,14 +25,15 @@ import ctypes
 import itertools
 import os
 import signal
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 from numba import types
 
 from rectilinear.kernels.runtime import symbols
 from rectilinear.kernels.runtime.cache import jit, jit_inner
-from rectilinear.kernels.runtime.memory import size_of
+from rectilinear.kernels.runtime.memory import room, size_of
 from rectilinear.kernels.runtime.native import (
     c_address,
     call_number,
@@ -42,14 +43,15 @@ from rectilinear.kernels.runtime.native import (
     exchange,
     external,
     fetch_add,
+    let_go_of_gil,
     load,
     monotonic_ns,
     pause,
-    stack_bytes,
     store,
     symbol_address,
+    take_gil_back,
 )
-from rectilinear.kernels.runtime.records import PAIR_BYTES, WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, record
+from rectilinear.kernels.runtime.records import PAIR_BYTES, WORD_BYTES, Atomic, address_of, at, bytes_of, offsets_of, padded_record, record
 from rectilinear.threads import MAX_THREADS, team
 
 SPIN_NS, MOST_SPIN_NS = 30_000, 300_000
@@ -66,19 +68,17 @@ threads, Zen 4 shared with others). So no job is followed by more spinning than 
 _EXIT_PATIENCE_US = 2_000_000
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Opaque:
     """A mutex, a condition, a signal set, a floating-point environment: at most 128 bytes on Linux and macOS."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     first: int = 0
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Job:
     """What the caller writes down before it opens the gate."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     function: Atomic = Atomic()
     arg: Atomic = Atomic()
     ntasks: Atomic = Atomic()
@@ -86,48 +86,43 @@ class Job:
     begun: Atomic = Atomic()
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Counter:
     """A word that everybody counts by."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     count: Atomic = Atomic()
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Leaving:
     """How many helpers have left the job, and whether the caller sleeps until the last one does."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     left: Atomic = Atomic()
     caller_sleeps: Atomic = Atomic()
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Sleeping:
     """How many workers sleep, and whether all are to end."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     sleepers: Atomic = Atomic()
     stop: Atomic = Atomic()
 
 
-@record
+@padded_record(PAIR_BYTES)
 class Owner:
     """The process whose pool this is, whether a caller is inside, how many workers there are, and when helpers were last asked for."""
 
-    multiple_of: ClassVar = PAIR_BYTES
     process: Atomic = Atomic()
     busy: Atomic = Atomic()
     workers: Atomic = Atomic()
     last_asked: Atomic = Atomic()
 
 
-@record
+@padded_record(MAX_THREADS * WORD_BYTES)
 class Handles:
     """The handles of the workers, a word each."""
 
-    multiple_of: ClassVar = MAX_THREADS * WORD_BYTES
     first: Atomic = Atomic()
 
 
@@ -162,9 +157,10 @@ class Team:
 
 _REBUILDING = -1
 
-_CPU_SET_BYTES = 128
-_FLOAT_ENV_BYTES = 128
-"""No system's is larger: see `Opaque`."""
+_CPU_SET_WORDS, _FLOAT_ENV_WORDS = 16, 16
+"""No system's floating-point environment is larger: see `Opaque`."""
+
+_CPU_SET_BYTES = _CPU_SET_WORDS * WORD_BYTES
 
 
 def _pool_function(name: str) -> Any:
@@ -193,10 +189,11 @@ _sched_getcpu, _sched_getaffinity, _sched_setaffinity = itertools.starmap(extern
 _KNOWS_CPUS = not symbols.missing(symbols.AFFINITY)  # Linux
 
 _SIG_SETMASK = int(getattr(signal, "SIG_SETMASK", 0))
+_FAULTS = tuple(int(getattr(signal, name, 0)) for name in ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"))
 
 
 @jit_inner
-def _patience(pool: Pool) -> int:
+def _deadline(pool: Pool) -> int:
     """Until when to look for what comes next, now that there is no more of the job to do."""
     now = monotonic_ns()
     return now + max(SPIN_NS, min(now - load(pool.job.begun), MOST_SPIN_NS))
@@ -249,7 +246,7 @@ def _leave_the_callers_cpu(pool: Pool) -> None:
     if _KNOWS_CPUS:
         cpu = _sched_getcpu()
         if cpu == load(pool.job.caller_cpu) and 0 <= cpu < 8 * _CPU_SET_BYTES:
-            others = stack_bytes(_CPU_SET_BYTES)
+            others = room(_CPU_SET_WORDS)
             # As they are now, not as they were: the host may have taken some away.
             if _sched_getaffinity(load(pool.owner.process), _CPU_SET_BYTES, others) >= 0:
                 word = others + cpu // 64 * 8
@@ -264,7 +261,7 @@ def _keep_to_the_process_cpus(pool: Pool) -> None:
     A worker starts with the mask of whoever hired it, and the host may have changed the process's since.
     """
     if _KNOWS_CPUS:
-        allowed, own = stack_bytes(_CPU_SET_BYTES), stack_bytes(_CPU_SET_BYTES)
+        allowed, own = room(_CPU_SET_WORDS), room(_CPU_SET_WORDS)
         if _sched_getaffinity(load(pool.owner.process), _CPU_SET_BYTES, allowed) < 0 or _sched_getaffinity(0, _CPU_SET_BYTES, own) < 0:
             return
         left_out = 0
@@ -298,22 +295,22 @@ def _work(address: int) -> int:
     """What a worker does all its life."""
     pool = at(Pool, address)
     _keep_to_the_process_cpus(pool)
-    tired = monotonic_ns() + SPIN_NS
+    deadline = monotonic_ns() + SPIN_NS
     while load(pool.sleeping.stop) == 0:
         _leave_the_callers_cpu(pool)
         slot = _join_job(pool)
         if slot > 0:
             _fesetenv(pool.float_env)
             _drain(pool, slot)
-            tired = _patience(pool)
+            deadline = _deadline(pool)
             fetch_add(pool.leaving.left, 1)
             if load(pool.leaving.caller_sleeps) != 0:
                 _lock(pool.mutex)
                 _cond_signal(pool.done_condition)
                 _unlock(pool.mutex)
-        elif monotonic_ns() > tired:
+        elif monotonic_ns() > deadline:
             _sleep_until_work(pool)
-            tired = monotonic_ns() + SPIN_NS
+            deadline = monotonic_ns() + SPIN_NS
         else:
             pause()
     return 0
@@ -333,11 +330,8 @@ def _hire(pool: Pool, wanted: int) -> None:
         return
     _sigfillset(pool.signals)
     # A fault is the faulting thread's own: blocked, it would kill the process without a word from faulthandler.
-    _sigdelset(pool.signals, signal.SIGSEGV)
-    _sigdelset(pool.signals, signal.SIGBUS)
-    _sigdelset(pool.signals, signal.SIGFPE)
-    _sigdelset(pool.signals, signal.SIGILL)
-    _sigdelset(pool.signals, signal.SIGABRT)
+    for fault in _FAULTS:
+        _sigdelset(pool.signals, fault)
     _pthread_sigmask(_SIG_SETMASK, pool.signals, pool.old_signals)
     while have < wanted and _pthread_create(_handle(pool, have), 0, c_address(_work), pool) == 0:
         have += 1
@@ -382,9 +376,9 @@ def _wake(pool: Pool, helpers: int) -> None:
 
 @jit_inner
 def _await_helpers(pool: Pool, joined: int) -> None:
-    tired = _patience(pool)
+    deadline = _deadline(pool)
     while load(pool.leaving.left) != joined:
-        if monotonic_ns() > tired:
+        if monotonic_ns() > deadline:
             _lock(pool.mutex)
             store(pool.leaving.caller_sleeps, 1)
             while load(pool.leaving.left) != joined:
@@ -411,10 +405,10 @@ def _write_down(pool: Pool, function: int, arg: int, ntasks: int) -> None:
 @jit_inner
 def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: int) -> int:
     helpers = min(nthreads, ntasks, MAX_THREADS) - 1
+    _note_the_callers_cpu(pool)
     _hire(pool, helpers)
     helpers = min(helpers, load(pool.owner.workers))
     _write_down(pool, function, arg, ntasks)
-    _note_the_callers_cpu(pool)
     store(pool.gate.count, helpers)
     _wake(pool, helpers)
     _drain(pool, 0)
@@ -426,7 +420,7 @@ def _run_together(pool: Pool, function: int, arg: int, ntasks: int, nthreads: in
 @jit_inner
 def _take_part(address: int) -> None:
     """What each thread of a team does for a job. Its number in the team is its slot: it is the same one job after job."""
-    pool, own = at(Pool, address), stack_bytes(_FLOAT_ENV_BYTES)
+    pool, own = at(Pool, address), room(_FLOAT_ENV_WORDS)
     fetch_add(pool.leaving.left, 1)  # not the gate, by which workers of our own would join
     _fegetenv(own)
     _fesetenv(pool.float_env)
@@ -529,6 +523,25 @@ parallel_for = types.ExternalFunction("rectilinear_parallel_for", types.intp(*(t
 raises nothing. `slot` is below `nthreads` and belongs to one thread for the length of the call: a place for scratch
 memory, never for what the result depends on. May be called from any thread, also from a task.
 """
+
+
+def task_of(cls: type, zero: Any, run: Callable[[Any, int, Any, int], None]) -> Any:
+    """A task for `parallel_for`: ``run(zero, index, job, slot)`` on the record of class `cls` that is handed out."""
+
+    @jit_inner
+    def task(index: int, address: int, slot: int) -> None:
+        run(zero, index, at(cls, address), slot)
+
+    return task
+
+
+@jit_inner
+def parallel_for_without_gil(really: bool, function: int, arg: int, ntasks: int, nthreads: int) -> None:
+    """`parallel_for`, while other Python threads may run, if `really`: jobs of a microsecond are done sooner than the GIL is let go of."""
+    others = let_go_of_gil(really)
+    parallel_for(function, arg, ntasks, nthreads)
+    take_gil_back(others)
+
 
 helpers_at_hand = types.ExternalFunction("rectilinear_helpers_at_hand", types.intp())
 """helpers_at_hand() -> 1 if a helper is awake, or will stay so since this is asked again and again within SPIN_NS; else 0.
