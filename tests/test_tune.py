@@ -390,7 +390,10 @@ def test_where_nothing_can_be_kept(place: str, kept: Path, monkeypatch: pytest.M
 
 
 def test_a_user_without_home(kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cache, "directory", lambda: None)
+    def nowhere() -> Path:
+        raise FileNotFoundError("this user has no home directory")
+
+    monkeypatch.setattr(cache, "directory", nowhere)
     assert main(["tune"]) == 1
     assert "no home directory" in capsys.readouterr().err
     assert host.this_host(4) == host.model_of_host(4)
