@@ -1,7 +1,7 @@
 """Planted bugs: each is put into a copy of the package, and the test that is named for it has to fail.
 
-``python -m tests.mutants`` runs them all and prints what each test said; arguments select by name. Ends non-zero if one survives. What
-random calls find instead is in ``tests/fuzz/mutants.py``.
+``python -m tests.mutants`` runs them all and prints what each test said; arguments select by name. Ends non-zero if one survives. Some are
+found only where two threads can run at once. What random calls find instead is in ``tests/fuzz/mutants.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from rectilinear.measure import isa
 from tests import planted
 from tests.planted import Mutant
 
@@ -24,7 +25,9 @@ SECONDS = 600
 
 def outcome(mutant: Mutant, cache: str) -> str:
     """How the test failed; empty if it passed."""
-    environment = os.environ | {"RECTILINEAR_CACHE_DIR": cache, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = isa.variables(mutant.isa, os.environ)
+    held = {name: variables[name] for name in isa.BY["rectilinear"] if name in variables}
+    environment = os.environ | held | {"RECTILINEAR_CACHE_DIR": cache, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     file, _, test = mutant.test.rpartition("::")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", test, f"tests/{file or 'test_kernels.py'}"]
     with planted.checkout(mutant) as folder:

@@ -33,6 +33,8 @@ class Mutant(NamedTuple):
     edits: tuple[Edit, ...]
     test: str = ""
     """The test that has to find it, where one is named."""
+    isa: str = "host"
+    """What kernels are held to then, one of `rectilinear.measure.isa.NAMES`, where wider ones do not come by it."""
 
     @property
     def file(self) -> str:
@@ -40,11 +42,16 @@ class Mutant(NamedTuple):
 
 
 def read(path: Path) -> list[Mutant]:
-    """The tables ``mutant`` of a file: name, file, old, new, maybe test; further edits of the same bug in tables ``mutant.also``."""
+    """The tables ``mutant`` of a file: name, file, old, new, maybe test and isa; further edits of a bug in tables ``mutant.also``."""
     with path.open("rb") as file:
         tables = tomllib.load(file)["mutant"]
     return [
-        Mutant(table.pop("name"), test=table.pop("test", ""), edits=tuple(Edit(**edit) for edit in (*table.pop("also", ()), table)))
+        Mutant(
+            table.pop("name"),
+            test=table.pop("test", ""),
+            isa=table.pop("isa", "host"),
+            edits=tuple(Edit(**edit) for edit in (*table.pop("also", ()), table)),
+        )
         for table in tables
     ]
 
