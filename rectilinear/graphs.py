@@ -8,6 +8,7 @@ makes, the scratch of products and kernels (`backends.cupy_scratch`), and the ar
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -99,8 +100,8 @@ class Captured:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.__wrapped__
-        if cupy_scratch.is_recording():
-            return function(*args, **kwargs)  # a part of what is recorded
+        if "cupy" not in sys.modules or cupy_scratch.is_recording():
+            return function(*args, **kwargs)  # there can be no CuPy array, or this is a part of what is recorded
         given = _Arguments()
         for x in args:
             _look(x, given)
@@ -147,6 +148,10 @@ class Captured:
             return True
         self._without_arrays = signature
         return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies begin without records."""
+        return Captured, (self.__wrapped__, self._copies)
 
     def __repr__(self) -> str:
         return f"capture({self.__wrapped__!r}{', copies=True' if self._copies else ''})"

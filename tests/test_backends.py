@@ -164,6 +164,15 @@ def test_an_unusable_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -
         registry.unregister("unusable")
 
 
+def test_names_are_registered_and_taken_back_alike() -> None:
+    registry.register(" Q ", Unusable)
+    registry.unregister(" Q ")
+    with pytest.raises(KeyError, match="unregister: no backend is registered as 'q'"):
+        registry.unregister("Q")
+    with pytest.raises(ValueError, match="register: name is empty"):
+        registry.register(" ", Unusable)
+
+
 def test_a_bad_variable_raises_only_in_calls_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import array_api_strict as xp
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
+import pickle
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -37,6 +42,31 @@ def test_the_libraries_own_halves(rng: np.random.Generator, library: str, half: 
         assert got.dtype == dtype
     np.testing.assert_array_equal(np.asarray(r.to_numpy(out), np.float64), 1000)
     np.testing.assert_array_equal(np.asarray(r.to_numpy(grads[2]), np.float64), 3)
+
+
+def test_capture_without_cupy_only_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the arguments are, and without holding on to them."""
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+
+    class Odd:
+        __hash__ = object.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            raise ArithmeticError
+
+    kept = r.capture(lambda *given: given[0])
+    ring: list[object] = []
+    ring.append(ring)
+    for given in (Odd(), Odd(), ring, np.ones(2)):
+        assert kept(given) is given
+    odd = Odd()
+    watched = weakref.ref(odd)
+    kept(odd)
+    del odd, given
+    gc.collect()
+    assert watched() is None
+    for copied in (copy.deepcopy(r.capture(np.sum)), pickle.loads(pickle.dumps(r.capture(np.sum, copies=True)))):
+        assert copied(np.ones(3)) == 3
 
 
 @pytest.mark.parametrize("shapes", [((4, 2, 3), (6, 5), (5,)), ((2, 4, 6), (2, 6, 5), (2, 5))], ids=["images", "stacked"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -277,6 +278,51 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(dtype, rng, tmp_path):
         save(net, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_saves_at_the_same_time_do_not_meet(rng, tmp_path):
+    net, path, failed = square_net(rng), tmp_path / "net.safetensors", []
+
+    def save_often():
+        try:
+            for _ in range(20):
+                save(net, path)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_by_a_link_and_by_bytes(rng, tmp_path):
+    net, link, path = square_net(rng), tmp_path / "latest", tmp_path / "net.safetensors"
+    link.symlink_to(path)
+    save(net, os.fsencode(link))
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["latest", "net.safetensors"]
+    other = square_net(rng)
+    load(other, os.fsencode(path))
+    for name, array in net.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[name], array)
+
+
+def test_a_save_of_what_cannot_be_loaded_is_refused(rng, tmp_path):
+    class Named(Affine):
+        def leaves(self, prefix=""):
+            yield f"{prefix}optimizer.", self
+
+    for model, optimizer, error, what in (
+        (Named(3, 2, rng=rng), None, ValueError, r"^nn\.save: optimizer\.w is a name of the optimiser's"),
+        (square_net(rng), "x", TypeError, r"^nn\.save: optimizer is of type str; it takes an SGD"),
+    ):
+        with pytest.raises(error, match=what):
+            save(model, tmp_path / "net.safetensors", optimizer)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_save_that_is_interrupted_leaves_the_file_that_was_there(rng, tmp_path, monkeypatch):

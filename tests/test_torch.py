@@ -8,6 +8,8 @@ import itertools
 import pickle
 import sys
 import threading
+import types
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,15 +159,132 @@ def test_at_zero_the_gradient_passes(served: bool, monkeypatch: pytest.MonkeyPat
         assert clean.grad.tolist() == [[0.0, 1.0, 1.0, 1.0]]
 
 
-def test_operators_keep_pytorchs_rules() -> None:
+@pytest.mark.parametrize("served", [True, False], ids=["kernels", "pytorch"])
+def test_operators_keep_pytorchs_rules(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not served:
+        monkeypatch.setattr(rt.primitives, "backend_for", lambda _: None)
     x, w, b = leaves()
     dout = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.rectilinear
     bits = ops.affine_relu(x, w, b)[1]
     calls = [(ops.affine, (x, w, b)), (ops.affine_relu, (x, w, None)), (ops.relu, (x,)), (ops.relu_backward, (x, x.detach()))]
     calls += [(ops.affine_backward, (dout, x, w, bits, [True, False, True])), (ops.affine_backward, (dout, x, w, None, [True] * 3))]
+    permuted = torch.randn(4, 3, 2).permute(1, 2, 0)
+    calls += [(ops.relu, (permuted,)), (ops.relu_backward, (torch.randn(3, 2, 4), permuted))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_operators_compute_alike_whoever_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that is chosen when a compiled graph runs may not be the one it was compiled under, and may serve another library."""
+    ops = torch.ops.rectilinear
+    x, w, b, dout = (torch.randn(shape) for shape in ((5, 6), (11, 6), (11,), (5, 11)))
+    x[0, 0] = float("nan")
+
+    def everything() -> list[Any]:
+        out, bits = ops.affine_relu(x, w, b)
+        gradients = ops.affine_backward(dout, x, w, bits, [True, True, True])
+        return [ops.affine(x, w, b), out, bits, *gradients, ops.relu(x), ops.relu_backward(dout[:, :6], x)]
+
+    by_kernels = everything()
+    monkeypatch.setattr(rt.primitives, "backend_for", lambda _: None)
+    monkeypatch.setattr(rt.primitives.registry, "active", None)
+    for got, want in zip(everything(), by_kernels, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_a_gradient_is_pytorchs_where_the_backend_chosen_by_then_serves_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `use_backend("cupy")` does for NumPy's arrays, which a tensor's are."""
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 6), (9, 6), (9,)))
+    for function, operands in ((rt.affine, (x, w, b)), (rt.affine_relu, (x, w, b)), (rt.relu, (x,))):
+        want = torch.autograd.grad(function(*operands).sum(), operands)
+        out = function(*operands)
+        with monkeypatch.context() as patch:
+            patch.setattr(rt.primitives.registry, "active", lambda: types.SimpleNamespace(library="array_api_strict"))
+            for got, one in zip(torch.autograd.grad(out.sum(), operands), want, strict=True):
+                close(got, one)
+
+
+def test_operators_refuse_what_does_not_fit() -> None:
+    """Called by their names, where nobody has looked before: kernels would read beyond what they are given."""
+    ops, one = torch.ops.rectilinear, torch.ones
+    bits = one(4, 1, dtype=torch.uint8)
+    for operator, operands in (
+        (ops.affine, (one(4, 5, dtype=torch.float64), one(3, 5), None)),
+        (ops.affine, (one(4, 5), one(3, 6), None)),
+        (ops.affine, (one(4, 5), one(3, 5), one(1))),
+        (ops.affine, (one(4, 5).half(), one(3, 5).half(), None)),
+        (ops.affine_relu, (one(2, 4, 5), one(3, 5), None)),
+        (ops.affine_relu, (one(4, 5), one(3, 5), one(3, dtype=torch.float64))),
+        (ops.affine_backward, (one(4, 2), one(4, 5), one(3, 5), None, [True] * 3)),
+        (ops.affine_backward, (one(4, 3), one(4, 5), one(3, 5), bits[:3], [True] * 3)),
+        (ops.affine_backward, (one(4, 3), one(4, 5), one(3, 5), bits.float(), [True] * 3)),
+        (ops.affine_backward, (one(4, 3), one(4, 5), one(3, 5), None, [True] * 2)),
+        (ops.relu, (one(4, dtype=torch.int64),)),
+        (ops.relu_backward, (one(4, dtype=torch.float64), one(4))),
+        (ops.relu_backward, (one(3), one(4))),
+    ):
+        for device in ("cpu", "meta"):
+            with pytest.raises(RuntimeError, match="operands do not fit together"):
+                operator(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in operands))
+
+
+def test_relu_keeps_the_layout_of_what_it_is_given() -> None:
+    for x in (
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.randn(4, 3, 2).permute(1, 2, 0),
+        torch.randn(3, 1).expand(3, 4),
+    ):
+        leaf = x.clone().requires_grad_()
+        for given in (x, leaf):
+            assert rt.relu(given).stride() == F.relu(given).stride()
+            close(rt.relu(given), F.relu(given))
+        rt.relu(leaf).square().sum().backward()
+        assert leaf.grad.stride() == leaf.stride()
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: rt.relu(x) * 2, fullgraph=True, backend="aot_eager")
+        close(compiled(x), F.relu(x) * 2)
+
+
+def test_what_a_layer_was_given_is_free_after_the_backward_pass(kernels: None) -> None:
+    """Also where weights are frozen, and whoever keeps the result."""
+    frozen = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))).requires_grad_(False)
+    rt.accelerate(frozen)
+    weight, wide = torch.randn(16, 8), torch.randn(16, 8, requires_grad=True)
+    for function, before in (
+        (lambda h: rt.affine(h, weight), True),
+        (lambda h: rt.affine_relu(h, weight), True),
+        (lambda h: rt.affine_relu(h, wide), False),
+        (frozen, False),
+    ):
+        given = torch.randn(4, 8, requires_grad=True) * 2
+        watched = weakref.ref(given)
+        out = function(given)
+        del given
+        assert (watched() is None) == before
+        again = out.sum()
+        again.backward(retain_graph=True)
+        again.backward()
+        assert watched() is None
+        if function is frozen or before is False:
+            with pytest.raises(RuntimeError, match="second time"):
+                again.backward()
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_masks_are_free_after_the_backward_pass(backend: str) -> None:
+    """Whatever the backend keeps in their place, and also where only a bias learns."""
+    x, w, b = torch.randn(4, 8), torch.randn(8, 8), torch.zeros(8, requires_grad=True)
+    with rectilinear.use_backend(backend):
+        out = rt.affine_relu(x, w, b)
+        (kept,) = [t for t in out.grad_fn.saved_tensors if t is not None]
+        assert kept.dtype == {"numba": torch.uint8, "numpy": torch.float32}[backend]
+        watched = weakref.ref(kept)
+        del kept
+        out.sum().backward()
+        assert watched() is None
+        with pytest.raises(RuntimeError, match="second time"):
+            out.sum().backward()
 
 
 def test_any_layout_and_number_of_axes() -> None:
@@ -213,9 +332,11 @@ def test_nothing_is_copied_and_nothing_needless_computed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(rt.primitives.registry, "active", Spy)
     layer = rt.AffineReLU(8, 4)
-    layer(torch.randn(3, 8)).sum().backward()
+    layer(torch.randn(3, 8, requires_grad=True)).sum().backward()
     assert seen["w"].ctypes.data == seen["w_again"].ctypes.data == layer.weight.data_ptr()
     assert seen["w"].shape == (8, 4)
+    layer.zero_grad()
+    layer(torch.randn(3, 8)).sum().backward()
     assert seen["wanted"] == (False, True, True)
     assert seen["dw"].ctypes.data == layer.weight.grad.data_ptr()
     assert layer.weight.grad.is_contiguous()
@@ -396,8 +517,9 @@ def test_what_cannot_be_served_is_left_alone() -> None:
 def test_wrong_arguments_say_what_is_wanted() -> None:
     with pytest.raises(TypeError, match=r"accelerate: model is a Tensor; it takes a torch.nn.Module"):
         rt.accelerate(torch.ones(2))
-    with pytest.raises(ValueError, match=r"relu_at_zero is 2; it takes 1 .* or 0"):
-        rt.accelerate(net(), relu_at_zero=2)
+    for at_zero in (2, "1", torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match=r"relu_at_zero is .*; it takes 1 .* or 0"):
+            rt.accelerate(net(), relu_at_zero=at_zero)
     model = net()
     rt.accelerate(model)
     with pytest.raises(TypeError, match=r"argument 'input' .* must be Tensor, not numpy.ndarray"):
@@ -451,7 +573,7 @@ def test_what_a_backward_pass_does_not_read_may_change_before_it(kernels: None) 
             results.append(torch.autograd.grad(out.sum(), [t for t in (x, *m.parameters()) if t.requires_grad], retain_graph=True))
         for want, got in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
-    assert [t is None for t in out.grad_fn.saved_tensors] == [True, False, False, False, False, False]
+    assert [t is None for t in out.grad_fn.saved_tensors] == [True, False, False, False, False, False, True, False, True]
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation: .* differentiate the gradient"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -524,6 +646,47 @@ def test_compiled_graphs_have_no_break(dynamic: bool, monkeypatch: pytest.Monkey
         close(compiled(x), plain(x))
     function = torch.compile(lambda x: rt.relu(rt.affine_relu(x[None], model[0].weight)), fullgraph=True, backend="aot_eager")
     close(function(x), F.relu(F.linear(x[None], model[0].weight)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, in forward mode
+def test_compiled_transforms_are_what_they_are_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators know of no transform: forward-mode gradients of them would be 0."""
+    monkeypatch.setattr(rt.acceleration, "COMPILED_WORK", 0)
+    func, forward_ad = torch.func, torch.autograd.forward_ad
+    model, x, w, b = net(), torch.randn(4, 6), torch.randn(3, 6), torch.randn(3)
+    rt.accelerate(model)
+
+    def tangent(f: Any, x: Any) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    for layer in (lambda x: rt.affine(x, w, b), lambda x: rt.affine_relu(x, w), rt.relu, model):
+        for ask in (
+            lambda x, f=layer: func.jvp(f, (x,), (x,))[1],
+            lambda x, f=layer: func.jacfwd(f)(x),
+            lambda x, f=layer: func.grad(lambda x: f(x).square().sum())(x),
+            lambda x, f=layer: func.vjp(f, x)[1](f(x) + 1)[0],
+            lambda x, f=layer: func.jacrev(f)(x),
+            lambda x, f=layer: func.vmap(f)(x),
+            lambda x, f=layer: func.hessian(lambda x: f(x).pow(3).sum())(x),
+            lambda x, f=layer: tangent(f, x),
+        ):
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(ask, backend="aot_eager")(x), ask(x))
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="eager")
+        close(compiled(x), layer(x))
+        torch.testing.assert_close(tangent(compiled, x), tangent(layer, x))  # compiled before, where there was none
+
+
+def test_a_compiled_layer_takes_the_biases_that_linear_takes() -> None:
+    x, w = torch.randn(4, 5), torch.randn(3, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(rt.affine, backend="aot_eager")
+    for shape in ((1,), (), (1, 1), (1, 3), (4, 1), (4, 3)):
+        close(compiled(x, w, torch.ones(shape)), F.linear(x, w, torch.ones(shape)))
+    with pytest.raises(Exception, match=r"size|shape"):
+        compiled(x, w, torch.ones(4))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated")

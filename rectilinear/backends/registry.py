@@ -138,6 +138,8 @@ def register(name: str, factory: Factory) -> None:
     Installed plug-ins are found through the entry-point group and need not call this.
     """
     name = name.strip().lower()
+    if not name:
+        raise ValueError("register: name is empty; give the backend one")
     if name in _BUILT_IN or name == AUTO:
         raise ValueError(f"register: {name!r} is the name of a built-in backend")
     with _lock:
@@ -147,8 +149,11 @@ def register(name: str, factory: Factory) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take back `register`."""
+    """Take back `register`. KeyError where nothing is registered under this name."""
+    name = name.strip().lower()
     with _lock:
+        if name not in _registered:
+            raise KeyError(f"unregister: no backend is registered as {name!r}; registered are: {', '.join(_registered) or 'none'}")
         del _registered[name]
         _loaded.pop(name, None)
     _plug_ins.cache_clear()

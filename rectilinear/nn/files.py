@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,21 +16,24 @@ from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import put
 from rectilinear.nn.sgd import SGD
 
+Path: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
+
 _OPTIMIZER = "optimizer."
 """What the names of an optimiser's values begin with: ``optimizer.lr``, ``optimizer.velocity.0.w``."""
 
 _DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(model: Module, path: Path, optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write `model.state_dict()` to a safetensors file, and the optimiser's with it if it is given.
 
-    A file that is there already stays as it is until the new one is complete.
+    A file that is there already stays as it is until the new one is complete, also where several threads or processes save to it.
 
     Parameters
     ----------
     model : Module
-    path : str or path-like
+    path : str, bytes or path-like
+        Of a link, the file that it leads to is written.
     optimizer : SGD, optional
         Its rates and velocity go under names that begin with ``optimizer.``.
     metadata : mapping of str to str, optional
@@ -39,6 +43,10 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None,
     ------
     DTypeError
         A parameter is of a dtype that the files do not have, such as longdouble.
+    TypeError
+        `optimizer` is no SGD.
+    ValueError
+        A parameter's name begins with ``optimizer.``.
     ImportError
         safetensors is not installed (extra ``files``).
 
@@ -58,6 +66,12 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None,
     0.1
     """
     tensors = model.state_dict()
+    if taken := [name for name in tensors if name.startswith(_OPTIMIZER)]:
+        raise ValueError(
+            f"nn.save: {taken[0]} is a name of the optimiser's in these files; give the layers another one than {_OPTIMIZER!r}"
+        )
+    if not (optimizer is None or isinstance(optimizer, SGD)):
+        raise TypeError(f"nn.save: optimizer is of type {type(optimizer).__name__}; it takes an SGD")
     if optimizer is not None:
         for key, value in optimizer.state_dict().items():
             if isinstance(value, Mapping):
@@ -67,17 +81,18 @@ def save(model: Module, path: str | PathLike[str], optimizer: SGD | None = None,
     for key, value in tensors.items():
         if value.dtype.name not in _DTYPES:
             raise DTypeError(f"nn.save: {key} has dtype {value.dtype}, which safetensors files do not have; convert it")
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    target = os.path.realpath(os.fsdecode(path))
+    part = f"{target}.{os.getpid()}-{threading.get_ident()}.part"
     try:
         _safetensors("save").save_file(tensors, part, **({} if metadata is None else {"metadata": dict(metadata)}))
-        os.replace(part, path)
+        os.replace(part, target)
     except BaseException:
         if os.path.exists(part):
             os.remove(part)
         raise
 
 
-def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None) -> None:
+def load(model: Module, path: Path, optimizer: SGD | None = None) -> None:
     """Fill `model` from a file that `save` wrote, and the optimiser too if it is given.
 
     Raises
@@ -88,7 +103,7 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
     ImportError
         safetensors is not installed (extra ``files``).
     """
-    tensors = _safetensors("load").load_file(path)
+    tensors = _safetensors("load").load_file(os.fsdecode(path))
     state = {key: value for key, value in tensors.items() if not key.startswith(_OPTIMIZER)}
     of_optimizer: dict[str, Any] = {"velocity": {}}
     for key, value in tensors.items():
@@ -99,7 +114,7 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
             else:
                 of_optimizer[name] = value
     if optimizer is not None and len(state) == len(tensors):
-        raise ValueError(f"nn.load: {os.fspath(path)} holds no optimiser's state; load without optimizer, or save with it")
+        raise ValueError(f"nn.load: {os.fsdecode(path)} holds no optimiser's state; load without optimizer, or save with it")
     changes = model._prepared(state)
     if optimizer is not None:
         optimizer._take(*optimizer._prepared(of_optimizer))
@@ -107,12 +122,12 @@ def load(model: Module, path: str | PathLike[str], optimizer: SGD | None = None)
         put(parameter, array)
 
 
-def metadata(path: str | PathLike[str]) -> dict[str, str]:
+def metadata(path: Path) -> dict[str, str]:
     """The metadata that `save` was given for this file."""
     _safetensors("metadata")
     from safetensors import safe_open
 
-    with safe_open(path, framework="numpy") as file:
+    with safe_open(os.fsdecode(path), framework="numpy") as file:
         return dict(file.metadata() or {})
 
 

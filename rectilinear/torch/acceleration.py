@@ -138,7 +138,7 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is a {type(model).__name__}; it takes a torch.nn.Module")
-    if relu_at_zero not in (0, 1):
+    if not (isinstance(relu_at_zero, int) and relu_at_zero in (0, 1)):
         raise ValueError(f"accelerate: relu_at_zero is {relu_at_zero!r}; it takes 1 (rectilinear's gradient at 0) or 0 (PyTorch's)")
     rows, changed, together = [], [], timing.Together()
     for name, module, kind in list(_candidates(model)):

@@ -28,6 +28,7 @@ _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.pee
 _batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.functional.jacobian(vectorize=True)
 _tracing, _autocast = torch._C._get_tracing_state, torch.is_autocast_enabled
 _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,7 +113,7 @@ def relu(x: Tensor) -> Tensor:
     tensor([0., 1., 1.])
     """
     if _compiling():
-        return operators.relu(x) if x.dtype in _NATIVE and _has_kernels(x) and not _exporting() else relu_of_torch(x)
+        return operators.relu(x) if _has_operators(x) else relu_of_torch(x)
     if not isinstance(x, _Tensor):
         raise TypeError(f"relu: x is of type {type(x).__name__}; it takes a torch.Tensor")
     if not ordinary() or not _plain(x) or primitives.backend_for(x) is None:
@@ -200,20 +201,31 @@ def _flat(x: Tensor) -> Tensor:
 def traceable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the operators are to stand in the graph that torch.compile makes; one that is exported is to run without rectilinear."""
     return (
-        x.dtype in _NATIVE
+        _has_operators(x)
         and weight.dtype == x.dtype
-        and (bias is None or bias.dtype == x.dtype)
         and weight.ndim == 2
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
-        and _has_kernels(x)
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+    )
+
+
+def _has_operators(x: Tensor) -> bool:
+    """As `ordinary`, while torch.compile traces: whether the operators, which know of no autocast, torch.func or forward-mode gradient,
+    compute here what PyTorch's own operations would."""
+    return bool(
+        x.dtype in _NATIVE
+        and (x.is_cpu or (x.is_cuda and _cupy_works()))
         and not _autocast(x.device.type)
+        and forward_ad._current_level < 0
+        and not _transformed()
         and not _exporting()
     )
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return bool(x.is_cpu or (x.is_cuda and _cupy_works()))
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo makes `peek_interpreter_stack() is None` False
+def _transformed() -> bool:
+    return _transform() is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -249,33 +261,39 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
     def forward(ctx: Any, x: Tensor, relus: Sequence[bool], *parameters: Tensor | None) -> Tensor:
         weights, needs = parameters[::2], ctx.needs_input_grad
         # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass.
-        # `given` is for gradients of gradients, and for shapes: x, unless it is saved, and the parameters, with their versions.
         samples: list[Tensor | None] = []
-        ctx.keeps, ctx.given = [], [(t, _version(t)) for t in (None if needs[2] else x, *parameters)]
+        keeps: list[Tensor | None] = []
+        # For gradients of gradients of several layers: x, unless it is saved, and the parameters, with their versions.
+        ctx.given = [(t, _version(t)) for t in (None if needs[2] else x, *parameters)] if len(weights) > 1 else []
         for i, (weight, bias, relu) in enumerate(zip(weights, parameters[1::2], relus, strict=True)):
             samples.append(x if needs[2 * i + 2] else None)
             x, keep = primitives.forward(x, weight, bias, relu)
-            ctx.keeps.append(keep)
-        ctx.save_for_backward(*samples, *(w if i > 0 or needs[0] else None for i, w in enumerate(weights)))
+            keeps.append(None if keep is None else primitives.as_tensor(keep))
+        ctx.shapes = [weight.shape for weight in weights if weight is not None]
+        ctx.save_for_backward(*samples, *(w if i > 0 or needs[0] else None for i, w in enumerate(weights)), *keeps)
         return x
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        keeps, needs, saved, count = ctx.keeps, ctx.needs_input_grad, ctx.saved_tensors, len(ctx.keeps)
-        samples, weights = saved[:count], saved[count:]
+        needs, saved, count = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.shapes)
+        samples, weights, keeps = saved[:count], saved[count : 2 * count], saved[2 * count :]
         by_kernels = _kernels_differentiate(dout)
         if _grad_enabled() and count > 1:
             samples = _once_more(samples[0], ctx.given, [keep is not None for keep in keeps])
+        if not _graph_is_kept():
+            ctx.given = []
         of_parameters: list[Tensor | None] = [None] * (2 * count)
         for i in reversed(range(count)):
             wanted = i > 0 or needs[0], needs[2 * i + 2], needs[2 * i + 3]
             # What is not saved is not read, but for its shape.
-            weight = ctx.given[2 * i + 1][0] if weights[i] is None else weights[i]
-            x = dout.new_zeros(()).expand(len(dout), weight.shape[1]) if samples[i] is None else samples[i]
+            outputs, features = ctx.shapes[i]
+            weight = dout.new_zeros(()).expand(outputs, features) if weights[i] is None else weights[i]
+            x = dout.new_zeros(()).expand(len(dout), features) if samples[i] is None else samples[i]
             if by_kernels:
-                found = primitives.backward(dout, x, weight, keeps[i], wanted)
+                keep = None if keeps[i] is None else primitives.as_keep(keeps[i], dout.shape)
+                found = primitives.backward(dout, x, weight, keep, wanted)
             else:
-                kept = None if keeps[i] is None else primitives.kept(keeps[i])
+                kept = None if keeps[i] is None else primitives.kept(keeps[i], outputs)
                 found = operators.gradients(dout, x, weight, kept, wanted)
             dout, of_parameters[2 * i], of_parameters[2 * i + 1] = found
         return (dout, None, *of_parameters)
@@ -311,4 +329,4 @@ class _ReLU(torch.autograd.Function):  # type: ignore[misc]
 
 def _kernels_differentiate(dout: Tensor) -> bool:
     """Whether a gradient is asked for as such: not one that is to be differentiated again, or a batch of them."""
-    return not _grad_enabled() and _plain(dout) and not _batched(dout) and ordinary()
+    return not _grad_enabled() and _plain(dout) and not _batched(dout) and ordinary() and primitives.backend_for(dout) is not None

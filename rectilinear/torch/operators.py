@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from rectilinear.keepmask import KeepMask, unchecked
+from rectilinear.keepmask import KeepMask
 from rectilinear.torch import primitives
 from rectilinear.torch.primitives import Gradients, Tensor
 
@@ -20,12 +21,28 @@ _library = torch.library.Library("rectilinear", "DEF")
 _DEVICES = ("CPU", "CUDA")
 
 
-def _operator(schema: str, run: Any, fake: Any) -> Any:
+def _operator(schema: str, run: Any, otherwise: Any, fake: Any, fit: Any) -> Any:
+    """`run` is for the backend that is chosen when it runs, `otherwise` for where that does not take such tensors; operands that do not
+    `fit` are a RuntimeError."""
     name = schema.partition("(")[0]
+
+    def checked(function: Any) -> Any:
+        def call(*operands: Any) -> Any:
+            if not fit(*operands):
+                met = ", ".join(f"{t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else str(t) for t in operands)
+                raise RuntimeError(f"rectilinear::{name}: operands do not fit together: {met}")
+            return function(*operands)
+
+        return call
+
+    @checked
+    def compute(*operands: Any) -> Any:
+        return (otherwise if primitives.backend_for(operands[0]) is None else run)(*operands)
+
     _library.define(schema)
     for device in _DEVICES:
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"rectilinear::{name}", fake, lib=_library)
+        _library.impl(name, compute, device)
+    torch.library.register_fake(f"rectilinear::{name}", checked(fake), lib=_library)
     return getattr(torch.ops.rectilinear, name).default
 
 
@@ -41,27 +58,71 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _affine_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    keep: Any
     out, keep = primitives.forward(x, weight, bias, True)
-    return out, _bits(keep)
+    return out, primitives.as_tensor(keep if isinstance(keep, KeepMask) else np.packbits(~(keep < 0), axis=-1, bitorder="little"))
 
 
 def _affine_backward(dout: Tensor, x: Tensor, weight: Tensor, bits: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    keep = None if bits is None else _keep(bits, dout.shape)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in primitives.backward(dout, x, weight, keep, needs))
+    keep = None if bits is None else primitives.as_keep(bits, dout.shape)
+    return _all_tensors(primitives.backward(dout, x, weight, keep, needs), x)
 
 
-def _bits(keep: Any) -> Tensor:
-    """A KeepMask's bits, or those of a backend that keeps z."""
-    bits = keep.bits if isinstance(keep, KeepMask) else np.packbits(~(keep < 0), axis=-1, bitorder="little")
-    return torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.as_tensor(bits, device=f"cuda:{bits.device.id}")
+def _all_tensors(found: Gradients, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _keep(bits: Tensor, shape: Sequence[int]) -> KeepMask:
-    if bits.is_cuda:
-        import cupy as cp
+# What runs where the backend that is chosen by then does not take tensors of this device: PyTorch's own operations.
 
-        return unchecked(cp.asarray(bits), tuple(shape))
-    return unchecked(bits.numpy(), tuple(shape))
+
+def _affine_relu_of_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    z = functional.linear(x, weight, bias)
+    dropped: Any = z < 0
+    columns = functional.pad(~dropped, (0, -z.shape[1] % 8)).unflatten(1, (-1, 8))
+    return torch.where(dropped, 0, z), (columns << torch.arange(8, dtype=torch.uint8, device=z.device)).sum(2, dtype=torch.uint8)
+
+
+def _affine_backward_of_torch(dout: Tensor, x: Tensor, weight: Tensor, bits: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    kept = None if bits is None else primitives.kept(bits, dout.shape[1])
+    return _all_tensors(gradients(dout, x, weight, kept, needs), x)
+
+
+def _relu_of_torch(x: Tensor) -> Tensor:
+    return torch.where(x < 0, 0, x)
+
+
+def _relu_backward_of_torch(dout: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x < 0, 0, dout)
+
+
+# What they take, and what comes out.
+
+
+def _layer_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    alike = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in (weight, bias))
+    return bool(
+        alike
+        and x.dtype in (torch.float32, torch.float64)
+        and x.ndim == 2
+        and weight.ndim == 2
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
+def _backward_fits(dout: Tensor, x: Tensor, weight: Tensor, bits: Tensor | None, needs: Sequence[bool]) -> bool:
+    n, m = x.shape[0], weight.shape[0]
+    return bool(
+        _layer_fits(x, weight, None)
+        and (dout.dtype, dout.device, dout.shape) == (x.dtype, x.device, (n, m))
+        and (bits is None or (bits.dtype == torch.uint8 and bits.device == x.device and bits.shape == (n, (m + 7) // 8)))
+        and len(needs) == 3
+    )
+
+
+def _relu_fits(*operands: Tensor) -> bool:
+    x = operands[-1]
+    return x.dtype in (torch.float32, torch.float64) and all((t.dtype, t.device, t.shape) == (x.dtype, x.device, x.shape) for t in operands)
 
 
 def _fake_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,15 +138,29 @@ def _fake_backward(dout: Tensor, x: Tensor, weight: Tensor, bits: Tensor | None,
     return tuple(x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs, strict=True))
 
 
-affine = _operator("affine(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _affine, _fake_affine)
-affine_relu = _operator("affine_relu(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", _affine_relu, _fake_affine_relu)
+affine = _operator("affine(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _affine, functional.linear, _fake_affine, _layer_fits)
+affine_relu = _operator(
+    "affine_relu(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    _affine_relu,
+    _affine_relu_of_torch,
+    _fake_affine_relu,
+    _layer_fits,
+)
 affine_backward = _operator(
     "affine_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bits, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _affine_backward,
+    _affine_backward_of_torch,
     _fake_backward,
+    _backward_fits,
 )
-relu = _operator("relu(Tensor x) -> Tensor", primitives.relu_forward, lambda x: torch.empty_like(x))
-relu_backward = _operator("relu_backward(Tensor dout, Tensor x) -> Tensor", primitives.relu_backward, lambda dout, x: torch.empty_like(x))
+relu = _operator("relu(Tensor x) -> Tensor", primitives.relu_forward, _relu_of_torch, torch.empty_like, _relu_fits)
+relu_backward = _operator(
+    "relu_backward(Tensor dout, Tensor x) -> Tensor",
+    primitives.relu_backward,
+    _relu_backward_of_torch,
+    lambda dout, x: torch.empty_like(x),
+    _relu_fits,
+)
 
 
 # ---------------------------------------------------------------- gradients
@@ -99,12 +174,6 @@ def gradients(dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor | None, need
         dz.transpose(-1, -2) @ x if needs[1] else None,
         dz.sum(0) if needs[2] else None,
     )
-
-
-def _spread(bits: Tensor, columns: int) -> Tensor:
-    """The bits (n, ceil(m / 8)) as a bool tensor (n, m)."""
-    spread = bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (spread & 1).flatten(1)[:, :columns].bool()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -129,7 +198,7 @@ def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _second(ctx: Any, ddx: Tensor, ddw: Tensor, ddb: Tensor) -> tuple[Any, ...]:
     """Gradients of the gradients: dx = dz weight, dw = dz^T x and db = sum of dz over rows are linear in dz, x and weight."""
     dout, x, weight, *bits = ctx.saved_tensors
-    kept = _spread(bits[0], dout.shape[1]) if bits else None
+    kept = primitives.kept(bits[0], dout.shape[1]) if bits else None
     dz = dout if kept is None else torch.where(kept, dout, 0)
     back, to_x, to_weight = torch.zeros_like(dout), None, None
     if ctx.needs[0]:

@@ -22,7 +22,7 @@ from rectilinear.backends import registry
 from rectilinear.backends.contract import Backend, Keep, Wanted
 from rectilinear.buffers import empty
 from rectilinear.errors import BackendError
-from rectilinear.keepmask import KeepMask
+from rectilinear.keepmask import KeepMask, unchecked
 from rectilinear.threads import team
 
 Tensor: TypeAlias = Any
@@ -125,22 +125,27 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, keep: Keep | None, needs: 
 
 @_on_pytorchs_threads
 def relu_forward(x: Tensor) -> Tensor:
+    out = _laid_out_like(x)
     if x.is_cuda:
-        out = torch.empty_like(x)
         with _device(x) as (backend, view):
             backend.relu_forward(view(x), view(out))
         return out
-    return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None)))
+    return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None if out is None else out.numpy())))
 
 
 @_on_pytorchs_threads
 def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
+    dx = _laid_out_like(x)
     if x.is_cuda:
-        dx = torch.empty_like(x)
         with _device(x) as (backend, view):
             backend.relu_backward(view(dout), view(x), view(dx))
         return dx
-    return _tensor(_base(registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None)))
+    return _tensor(_base(registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None if dx is None else dx.numpy())))
+
+
+def _laid_out_like(x: Tensor) -> Tensor | None:
+    """For a result with x's strides, as PyTorch's own elementwise operations have; None where a backend makes one by itself."""
+    return torch.empty_like(x, requires_grad=False) if x.is_cuda or not x.is_contiguous() else None
 
 
 def _base(result: Any) -> np.ndarray:
@@ -148,10 +153,29 @@ def _base(result: Any) -> np.ndarray:
     return np.asarray(result)
 
 
-def kept(keep: Keep) -> Tensor:
-    """Where the ReLU kept z, as a bool tensor (n, m)."""
-    where = keep.to_bool() if isinstance(keep, KeepMask) else ~(keep < 0)
-    return _tensor(where) if isinstance(where, np.ndarray) else torch.as_tensor(where, device=f"cuda:{where.device.id}")
+def as_tensor(keep: Keep) -> Tensor:
+    """What a ReLU kept, for autograd to save: the bits of a KeepMask, or the z of a backend that keeps that."""
+    array = keep.bits if isinstance(keep, KeepMask) else keep
+    return _tensor(array) if isinstance(array, np.ndarray) else torch.as_tensor(array, device=f"cuda:{array.device.id}")
+
+
+def as_keep(saved: Tensor, shape: Sequence[int]) -> Keep:
+    """That as backends take it, of a result of this shape."""
+    if saved.is_cuda:
+        import cupy as cp
+
+        array = cp.asarray(saved)
+    else:
+        array = saved.numpy()
+    return unchecked(array, tuple(shape)) if saved.dtype is torch.uint8 else array
+
+
+def kept(saved: Tensor, columns: int) -> Tensor:
+    """Where it was kept, as a bool tensor (n, m), in PyTorch's own operations."""
+    if saved.dtype is not torch.uint8:
+        return ~(saved < 0)
+    spread = saved[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=saved.device)
+    return (spread & 1).flatten(1)[:, :columns].bool()
 
 
 # On a GPU. Results are PyTorch's memory, so that its allocator knows which stream uses them.
