@@ -263,19 +263,19 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
         # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass.
         samples: list[Tensor | None] = []
         keeps: list[Tensor | None] = []
-        # For gradients of gradients of several layers: x, unless it is saved, and the parameters, with their versions.
+        # Beside that: weights for their shapes; and for gradients of gradients of several layers all that they were given, with versions.
         ctx.given = [(t, _version(t)) for t in (None if needs[2] else x, *parameters)] if len(weights) > 1 else []
         for i, (weight, bias, relu) in enumerate(zip(weights, parameters[1::2], relus, strict=True)):
             samples.append(x if needs[2 * i + 2] else None)
             x, keep = primitives.forward(x, weight, bias, relu)
             keeps.append(None if keep is None else primitives.as_tensor(keep))
-        ctx.shapes = [weight.shape for weight in weights if weight is not None]
+        ctx.weights = weights
         ctx.save_for_backward(*samples, *(w if i > 0 or needs[0] else None for i, w in enumerate(weights)), *keeps)
         return x
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        needs, saved, count = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.shapes)
+        needs, saved, count = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.weights)
         samples, weights, keeps = saved[:count], saved[count : 2 * count], saved[2 * count :]
         by_kernels = _kernels_differentiate(dout)
         if _grad_enabled() and count > 1:
@@ -286,14 +286,13 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
         for i in reversed(range(count)):
             wanted = i > 0 or needs[0], needs[2 * i + 2], needs[2 * i + 3]
             # What is not saved is not read, but for its shape.
-            outputs, features = ctx.shapes[i]
-            weight = dout.new_zeros(()).expand(outputs, features) if weights[i] is None else weights[i]
-            x = dout.new_zeros(()).expand(len(dout), features) if samples[i] is None else samples[i]
+            weight = ctx.weights[i] if weights[i] is None else weights[i]
+            x = dout.new_zeros(()).expand(len(dout), weight.shape[1]) if samples[i] is None else samples[i]
             if by_kernels:
                 keep = None if keeps[i] is None else primitives.as_keep(keeps[i], dout.shape)
                 found = primitives.backward(dout, x, weight, keep, wanted)
             else:
-                kept = None if keeps[i] is None else primitives.kept(keeps[i], outputs)
+                kept = None if keeps[i] is None else primitives.kept(keeps[i], len(weight))
                 found = operators.gradients(dout, x, weight, kept, wanted)
             dout, of_parameters[2 * i], of_parameters[2 * i + 1] = found
         return (dout, None, *of_parameters)
