@@ -19,6 +19,7 @@ from rectilinear.kernels.loops.plan import (
     FEW_TASKS,
     IN_PLACE,
     LARGE_W_USES,
+    LEAST_W_USES,
     MOST_DOTS_ROWS,
     MOST_SLABS,
     NARROW,
@@ -190,7 +191,7 @@ def test_who_packs_w_and_copies_x() -> None:
         (AVX2, (128, 784, 64), 0, 4, 0),  # so few columns that rows are cut, too
         (AVX2, (1024, 1024, 1024), 0, 4, 0),
         (AVX2, (1024, 1 << 16, 1 << 13), 1, 0, 0),
-        (AVX512, (128, 1024, 2048), 0, 0, 4),  # higher tiles, whose rows push one another out
+        (AVX512, (28, 1024, 2048), 0, 0, 4),  # higher tiles, whose rows push one another out
         (AVX512, (448, 1000, 1000), 1, 0, 0),
     ):
         job = plan("forward", shape, host_of(unit, 4, caches, cores=2), threads=2)
@@ -310,7 +311,12 @@ def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_
         (AVX2, (96, 200, 300), False),  # and too few tiles for it
         (AVX2, (4096, 1000, 30), False),  # rows nearly side by side
         (AVX512, (256, 1000, 1000), True),  # 4 MB
-        (AVX512, (128, 1000, 1000), False),
+        (AVX512, (128, 1000, 1000), True),  # and half of L3 with its gradient and those of another layer
+        (AVX512, (64, 1000, 1000), False),
+        (AVX512, (64, 1000, 2000), True),  # the larger the more so
+        (AVX512, (28, 2100, 2100), True),
+        (AVX512, (20, 2100, 2100), False),  # a single tile, or hardly two
+        (AVX512, (160, 1000, 600), False),  # 2.4 MB
         (AVX512, (256, 512, 512), False),  # 1 MB
         (AVX512, (512, 512, 512), True),
     ):
@@ -394,8 +400,9 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
         assert in_rows
     if chosen.b == PACKED and in_rows and not chosen.by_dots:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
-        large = job.k * job.m * host.itemsize > 2 * host.l2
-        assert job.n // tallest >= (min(host.w_uses, LARGE_W_USES) if large else host.w_uses)
+        uses, bytes_of_w = job.n // tallest, job.k * job.m * host.itemsize
+        assert uses >= LEAST_W_USES
+        assert uses >= host.w_uses or (bytes_of_w > 2 * host.l2 and (uses >= LARGE_W_USES or (uses + 1) * bytes_of_w > 2 * host.past))
         outgrows = 2 * job.k * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
         assert outgrows or w.row % (host.lanes * host.itemsize) != 0
 
