@@ -149,9 +149,13 @@ class Captured:
         self._without_arrays = signature
         return False
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies begin without records."""
-        return Captured, (self.__wrapped__, self._copies)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """One that stands where its function's name leads, as a decorated one does, is that name; other copies begin without records."""
+        name = getattr(self, "__qualname__", "")
+        found: Any = sys.modules.get(self.__module__)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (type(self), (self.__wrapped__, self._copies))
 
     def __repr__(self) -> str:
         return f"capture({self.__wrapped__!r}{', copies=True' if self._copies else ''})"

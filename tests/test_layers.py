@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import pickle
@@ -67,6 +68,13 @@ def test_capture_without_cupy_only_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     assert watched() is None
     for copied in (copy.deepcopy(r.capture(np.sum)), pickle.loads(pickle.dumps(r.capture(np.sum, copies=True)))):
         assert copied(np.ones(3)) == 3
+    assert pickle.loads(pickle.dumps(total)) is copy.copy(total) is total
+    assert copy.copy(r.capture(functools.partial(np.sum)))(np.ones(3)) == 3
+
+
+@r.capture
+def total(x: np.ndarray) -> float:
+    return float(x.sum())
 
 
 @pytest.mark.parametrize("shapes", [((4, 2, 3), (6, 5), (5,)), ((2, 4, 6), (2, 6, 5), (2, 5))], ids=["images", "stacked"])

@@ -18,8 +18,8 @@ from rectilinear.kernels.loops.plan import (
     COPIED,
     FEW_TASKS,
     IN_PLACE,
+    LARGE_W_ROWS,
     LARGE_W_USES,
-    LEAST_W_USES,
     MOST_DOTS_ROWS,
     MOST_SLABS,
     NARROW,
@@ -305,6 +305,8 @@ def test_a_w_in_rows_is_packed_where_tiles_would_have_a_panel_from_l2_again_and_
         (AVX2, (256, 1000, 1000), True),
         (AVX2, (32, 1024, 1024), True),  # rows that meet in L1
         (AVX2, (24, 1024, 1024), False),  # too few tiles
+        (AVX2, (24, 2048, 2048), True),  # but for a w that comes from memory
+        (AVX2, (22, 2048, 2048), False),
         (AVX2, (256, 500, 300), True),
         (AVX2, (256, 200, 304), False),  # a panel of 12,800 bytes
         (AVX2, (256, 200, 300), True),  # rows no multiple of a vector apart
@@ -401,7 +403,7 @@ def test_w_is_read_in_place_only_where_it_lies_in_rows_and_packed_only_where_tha
     if chosen.b == PACKED and in_rows and not chosen.by_dots:
         tallest = host.rows if chosen.width == host.vectors else host.rows_of_wide
         uses, bytes_of_w = job.n // tallest, job.k * job.m * host.itemsize
-        assert uses >= LEAST_W_USES
+        assert uses >= min(host.w_uses, LARGE_W_USES, block_count(LARGE_W_ROWS, host.rows))
         assert uses >= host.w_uses or (bytes_of_w > 2 * host.l2 and (uses >= LARGE_W_USES or (uses + 1) * bytes_of_w > 2 * host.past))
         outgrows = 2 * job.k * max(1, chosen.width * host.lanes * host.itemsize // host.line) > lines_kept(host, w.row)
         assert outgrows or w.row % (host.lanes * host.itemsize) != 0

@@ -16,7 +16,7 @@ from rectilinear.nn.module import Module
 from rectilinear.nn.parameters import put
 from rectilinear.nn.sgd import SGD
 
-Path: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
+FilePath: TypeAlias = str | bytes | PathLike[str] | PathLike[bytes]
 
 _OPTIMIZER = "optimizer."
 """What the names of an optimiser's values begin with: ``optimizer.lr``, ``optimizer.velocity.0.w``."""
@@ -24,7 +24,7 @@ _OPTIMIZER = "optimizer."
 _DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def save(model: Module, path: Path, optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(model: Module, path: FilePath, optimizer: SGD | None = None, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write `model.state_dict()` to a safetensors file, and the optimiser's with it if it is given.
 
     A file that is there already stays as it is until the new one is complete, also where several threads or processes save to it.
@@ -92,7 +92,7 @@ def save(model: Module, path: Path, optimizer: SGD | None = None, *, metadata: M
         raise
 
 
-def load(model: Module, path: Path, optimizer: SGD | None = None) -> None:
+def load(model: Module, path: FilePath, optimizer: SGD | None = None) -> None:
     """Fill `model` from a file that `save` wrote, and the optimiser too if it is given.
 
     Raises
@@ -122,7 +122,7 @@ def load(model: Module, path: Path, optimizer: SGD | None = None) -> None:
         put(parameter, array)
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(path: FilePath) -> dict[str, str]:
     """The metadata that `save` was given for this file."""
     _safetensors("metadata")
     from safetensors import safe_open

@@ -8,6 +8,7 @@ the ReLU after each, as one call; called by itself, each of them does what it di
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from torch.nn import functional
 from torch.nn.modules import module as modules_of_torch
 
 from rectilinear.torch import timing
-from rectilinear.torch.functions import Layer, computed, needs_gradient, relu_of_torch, served, traceable, traced
+from rectilinear.torch.functions import Layer, computed, needs_gradient, served, traceable, traced
+from rectilinear.torch.operators import relu_of_torch
 from rectilinear.torch.primitives import Tensor, backend_for
 
 COMPILED_WORK = 1 << 20
@@ -138,14 +140,18 @@ def accelerate(model: nn.Module, relu_at_zero: int = 1) -> Handle:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is a {type(model).__name__}; it takes a torch.nn.Module")
-    if not (isinstance(relu_at_zero, int) and relu_at_zero in (0, 1)):
+    try:
+        at_zero = operator.index(relu_at_zero)
+    except TypeError:
+        at_zero = -1
+    if at_zero not in (0, 1):
         raise ValueError(f"accelerate: relu_at_zero is {relu_at_zero!r}; it takes 1 (rectilinear's gradient at 0) or 0 (PyTorch's)")
     rows, changed, together = [], [], timing.Together()
     for name, module, kind in list(_candidates(model)):
         reason = _why_not(module)
         rows.append(Row(name, kind.__name__, reason))
         if reason is None:
-            module.__class__ = _ACCELERATED[kind, int(relu_at_zero)]
+            module.__class__ = _ACCELERATED[kind, at_zero]
             _together[module] = together
             changed.append((module, kind))
     return Handle(rows, changed, together)

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from rectilinear.torch import operators, primitives
+from rectilinear.torch.operators import relu_of_torch
 from rectilinear.torch.primitives import Tensor
 
 Layer: TypeAlias = tuple[Tensor, Tensor | None, bool]
@@ -23,12 +24,11 @@ Layer: TypeAlias = tuple[Tensor, Tensor | None, bool]
 
 _Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
 _NATIVE = (torch.float32, torch.float64)
-_LARGEST_BELOW_ZERO = {torch.float32: -(2.0**-149), torch.float64: -5e-324, torch.float16: -(2.0**-24), torch.bfloat16: -(2.0**-133)}
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.functional.jacobian(vectorize=True)
 _tracing, _autocast = torch._C._get_tracing_state, torch.is_autocast_enabled
 _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -244,12 +244,6 @@ def traced(x: Tensor, weight: Tensor, bias: Tensor | None, with_relu: bool) -> T
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def relu_of_torch(x: Tensor) -> Tensor:
-    """ReLU in PyTorch's own operations, with gradient 1 at 0: what is above the largest number below 0 stays, NaN too."""
-    below = _LARGEST_BELOW_ZERO.get(x.dtype)
-    return torch.where(x < 0, 0, x) if below is None else torch.threshold(x, below, 0)
-
-
 # ---------------------------------------------------------------- eager gradients
 
 
@@ -259,35 +253,40 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, relus: Sequence[bool], *parameters: Tensor | None) -> Tensor:
-        weights, needs = parameters[::2], ctx.needs_input_grad
-        # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass.
+        weights: Sequence[Any] = parameters[::2]
+        needs = ctx.needs_input_grad
+        # Saved is what PyTorch's own operations save, and no more: that may not change in place until the backward pass, which frees it.
         samples: list[Tensor | None] = []
         keeps: list[Tensor | None] = []
-        # Beside that: weights for their shapes; and for gradients of gradients of several layers all that they were given, with versions.
+        # For gradients of gradients of several layers, until then: what they were given, with versions.
         ctx.given = [(t, _version(t)) for t in (None if needs[2] else x, *parameters)] if len(weights) > 1 else []
         for i, (weight, bias, relu) in enumerate(zip(weights, parameters[1::2], relus, strict=True)):
             samples.append(x if needs[2 * i + 2] else None)
             x, keep = primitives.forward(x, weight, bias, relu)
             keeps.append(None if keep is None else primitives.as_tensor(keep))
-        ctx.weights = weights
+        ctx.shapes = [weight.shape for weight in weights]
+        # Only its shape is read, but to make a stand-in takes as long as half of a small layer's pass.
+        ctx.first = weights[0] if weights[0].is_leaf and not needs[0] else None
         ctx.save_for_backward(*samples, *(w if i > 0 or needs[0] else None for i, w in enumerate(weights)), *keeps)
         return x
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        needs, saved, count = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.weights)
+        needs, saved, count = ctx.needs_input_grad, ctx.saved_tensors, len(ctx.shapes)
         samples, weights, keeps = saved[:count], saved[count : 2 * count], saved[2 * count :]
         by_kernels = _kernels_differentiate(dout)
         if _grad_enabled() and count > 1:
             samples = _once_more(samples[0], ctx.given, [keep is not None for keep in keeps])
+        first = ctx.first
         if not _graph_is_kept():
-            ctx.given = []
+            ctx.given, ctx.first = [], None
         of_parameters: list[Tensor | None] = [None] * (2 * count)
         for i in reversed(range(count)):
             wanted = i > 0 or needs[0], needs[2 * i + 2], needs[2 * i + 3]
             # What is not saved is not read, but for its shape.
-            weight = ctx.weights[i] if weights[i] is None else weights[i]
-            x = dout.new_zeros(()).expand(len(dout), weight.shape[1]) if samples[i] is None else samples[i]
+            weight = first if weights[i] is None else weights[i]
+            weight = _stand_in(dout, *ctx.shapes[i]) if weight is None else weight
+            x = _stand_in(dout, len(dout), weight.shape[1]) if samples[i] is None else samples[i]
             if by_kernels:
                 keep = None if keeps[i] is None else primitives.as_keep(keeps[i], dout.shape)
                 found = primitives.backward(dout, x, weight, keep, wanted)
@@ -296,6 +295,10 @@ class _Layers(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to
                 found = operators.gradients(dout, x, weight, kept, wanted)
             dout, of_parameters[2 * i], of_parameters[2 * i + 1] = found
         return (dout, None, *of_parameters)
+
+
+def _stand_in(like: Tensor, *shape: int) -> Tensor:
+    return like.new_zeros(()).expand(shape)
 
 
 def _version(x: Tensor | None) -> int:

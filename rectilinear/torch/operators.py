@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
-from rectilinear.keepmask import KeepMask
 from rectilinear.torch import primitives
 from rectilinear.torch.primitives import Gradients, Tensor
 
 _library = torch.library.Library("rectilinear", "DEF")
 _DEVICES = ("CPU", "CUDA")
+_LARGEST_BELOW_ZERO = {torch.float32: -(2.0**-149), torch.float64: -5e-324, torch.float16: -(2.0**-24), torch.bfloat16: -(2.0**-133)}
 
 
 def _operator(schema: str, run: Any, otherwise: Any, fake: Any, fit: Any) -> Any:
@@ -58,9 +57,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _affine_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    keep: Any
     out, keep = primitives.forward(x, weight, bias, True)
-    return out, primitives.as_tensor(keep if isinstance(keep, KeepMask) else np.packbits(~(keep < 0), axis=-1, bitorder="little"))
+    return out, primitives.as_tensor(keep)
 
 
 def _affine_backward(dout: Tensor, x: Tensor, weight: Tensor, bits: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -87,8 +85,10 @@ def _affine_backward_of_torch(dout: Tensor, x: Tensor, weight: Tensor, bits: Ten
     return _all_tensors(gradients(dout, x, weight, kept, needs), x)
 
 
-def _relu_of_torch(x: Tensor) -> Tensor:
-    return torch.where(x < 0, 0, x)
+def relu_of_torch(x: Tensor) -> Tensor:
+    """ReLU in PyTorch's own operations, with gradient 1 at 0: what is above the largest number below 0 stays, NaN too."""
+    below = _LARGEST_BELOW_ZERO.get(x.dtype)
+    return torch.where(x < 0, 0, x) if below is None else torch.threshold(x, below, 0)
 
 
 def _relu_backward_of_torch(dout: Tensor, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ affine_backward = _operator(
     _fake_backward,
     _backward_fits,
 )
-relu = _operator("relu(Tensor x) -> Tensor", primitives.relu_forward, _relu_of_torch, torch.empty_like, _relu_fits)
+relu = _operator("relu(Tensor x) -> Tensor", primitives.relu_forward, relu_of_torch, torch.empty_like, _relu_fits)
 relu_backward = _operator(
     "relu_backward(Tensor dout, Tensor x) -> Tensor",
     primitives.relu_backward,

@@ -145,7 +145,7 @@ def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
 
 def _laid_out_like(x: Tensor) -> Tensor | None:
     """For a result with x's strides, as PyTorch's own elementwise operations have; None where a backend makes one by itself."""
-    return torch.empty_like(x, requires_grad=False) if x.is_cuda or not x.is_contiguous() else None
+    return torch.empty_like(x, requires_grad=False) if x.is_cuda or not x.is_contiguous() or x.numel() == 0 else None
 
 
 def _base(result: Any) -> np.ndarray:
@@ -153,28 +153,24 @@ def _base(result: Any) -> np.ndarray:
     return np.asarray(result)
 
 
-def as_tensor(keep: Keep) -> Tensor:
-    """What a ReLU kept, for autograd to save: the bits of a KeepMask, or the z of a backend that keeps that."""
-    array = keep.bits if isinstance(keep, KeepMask) else keep
-    return _tensor(array) if isinstance(array, np.ndarray) else torch.as_tensor(array, device=f"cuda:{array.device.id}")
+def as_tensor(keep: Any) -> Tensor:
+    """The bits of what a ReLU kept, for autograd to save: the same whatever a backend keeps, which may be z."""
+    bits = keep.bits if isinstance(keep, KeepMask) else np.packbits(~(keep < 0), axis=-1, bitorder="little")
+    return _tensor(bits) if isinstance(bits, np.ndarray) else torch.as_tensor(bits, device=f"cuda:{bits.device.id}")
 
 
-def as_keep(saved: Tensor, shape: Sequence[int]) -> Keep:
-    """That as backends take it, of a result of this shape."""
-    if saved.is_cuda:
+def as_keep(bits: Tensor, shape: Sequence[int]) -> KeepMask:
+    """Those bits, of a result of this shape, as backends take them."""
+    if bits.is_cuda:
         import cupy as cp
 
-        array = cp.asarray(saved)
-    else:
-        array = saved.numpy()
-    return unchecked(array, tuple(shape)) if saved.dtype is torch.uint8 else array
+        return unchecked(cp.asarray(bits), tuple(shape))
+    return unchecked(bits.numpy(), tuple(shape))
 
 
-def kept(saved: Tensor, columns: int) -> Tensor:
-    """Where it was kept, as a bool tensor (n, m), in PyTorch's own operations."""
-    if saved.dtype is not torch.uint8:
-        return ~(saved < 0)
-    spread = saved[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=saved.device)
+def kept(bits: Tensor, columns: int) -> Tensor:
+    """Those bits (n, ceil(m / 8)) as a bool tensor (n, m), in PyTorch's own operations."""
+    spread = bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (spread & 1).flatten(1)[:, :columns].bool()
 
 

@@ -32,10 +32,10 @@ COPIED = 2
 PACK_AT_ONCE = 1 << 30
 """Bytes of packed w, padded to whole vectors, beyond which each task packs for itself."""
 
-LARGE_W_USES, LEAST_W_USES = 16, 2
-"""As `Host.w_uses`, of a w beyond twice L2, which is on more pages than a core knows at a time: at most so many uses, and at least so many
-where it comes from memory (`pays`). With AVX-512, one thread and two, packed ran (256, 1000, 1000), 18 uses, 1.34 and 1.13 times as fast,
-(256, 2048, 1000) 1.49 and 1.24, but (256, 512, 512) 0.99 and 0.94 (Zen 4, 1 MiB of L2)."""
+LARGE_W_USES, LARGE_W_ROWS = 16, 24
+"""As `Host.w_uses`, of a w beyond twice L2, which is on more pages than a core knows at a time: so many uses at most, and as many as there
+are tiles of so many rows at least, where it comes from memory (`pays`). With AVX-512, one thread and two, packed ran (256, 1000, 1000), 18
+uses, 1.34 and 1.13 times as fast, (256, 2048, 1000) 1.49 and 1.24, but (256, 512, 512) 0.99 and 0.94 (Zen 4, 1 MiB of L2)."""
 
 L2_RATE = 16
 """Bytes a cycle that tiles get from L2 without waiting."""
@@ -416,14 +416,15 @@ def suits_packing(host: Host, stride: int, k: int, columns: int, uses: int) -> b
 def pays(host: Host, w_uses: int, uses: int, w_bytes: int) -> bool:
     """Whether to pack a w that could be read in place, for tiles that read each line so often; `w_uses` is what a small one takes.
 
-    A large one is seldom in the last cache when its layer comes again, after the net's other layers and gradients, and from memory a line
-    here and a line there of many pages come slowly, while packing reads rows from end to end. The larger it is, the fewer uses pay. One w
-    again and again / many in turn, float32, packed ran (128, 1024, 1024) 0.94 / 1.25 times as fast, (64, 1024, 2048) 0.95 / 1.42,
-    (64, 2048, 2048) 0.90 / 1.41, (64, 1024, 1024), for which it is not taken, 0.93 / 1.32. Training steps of 64 and 128 samples of
-    2048-2048-2048-10 ran 1.14 and 1.09 times as fast, of 128 of a net of five layers of 1024 1.07 (Zen 4, 32 MiB of L3, two threads).
+    A large one has mostly left the last cache by the time its layer comes again. Tiles that read it in place then fetch single lines of
+    many pages from memory, which is slow; packing reads whole rows. So the larger w is, the fewer uses make packing pay. One w again and
+    again / many in turn, float32, packed ran (128, 1024, 1024) 0.94 / 1.25 times as fast, (64, 1024, 2048) 0.95 / 1.42, (32, 2048, 2048)
+    1.20 / 1.58, and (64, 1024, 1024), for which it is not taken, 0.93 / 1.32; with AVX2 (24, 2048, 2048) 1.18 / 1.06, and, not taken,
+    (16, 2048, 2048) 0.84 / 1.08. Training steps of 64 and 128 samples of 2048-2048-2048-10 ran 1.14 and 1.09 times as fast, of 128 of a net
+    of five layers of 1024 1.07 (Zen 4, 32 MiB of L3, two threads).
     """
     if w_bytes > 2 * host.l2:
-        w_uses = min(w_uses, LARGE_W_USES, max(LEAST_W_USES, 2 * host.past // w_bytes))
+        w_uses = min(w_uses, LARGE_W_USES, max(block_count(LARGE_W_ROWS, host.rows), 2 * host.past // w_bytes))
     return uses >= w_uses
 
 

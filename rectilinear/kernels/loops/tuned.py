@@ -49,7 +49,7 @@ def load(key: str) -> dict[int, Choices] | None:
     except FileNotFoundError:
         return None
     except Exception as error:
-        _log.debug("what was tuned is not used (%s): %s", path(key), error)
+        _log.debug("what was tuned is not used (%s): %s", key, error)
         return None
 
 

@@ -125,14 +125,14 @@ class DiskCache(NullCache):  # type: ignore[misc]  # numba is untyped here
 
 
 def directory() -> Path:
-    """Where entries are kept. FileNotFoundError where the system names no home for this user, or no absolute path."""
+    """Where entries are kept. FileNotFoundError where the system names no home for this user, or one that is no absolute path."""
     chosen = os.environ.get(VARIABLE, "").strip()
     try:
         base = _resolved(chosen) if chosen else _user_cache() / "rectilinear"
     except RuntimeError:
         base = Path()
     if not base.is_absolute():
-        raise FileNotFoundError("this user has no home directory")
+        raise FileNotFoundError(f"there is no home directory to keep compiled kernels in; set {VARIABLE} to an absolute path")
     return base / "kernels"
 
 
@@ -147,7 +147,8 @@ def _user_cache() -> Path:
         return Path.home() / "Library" / "Caches"
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return chosen if chosen.is_absolute() else Path.home() / ".cache"  # as XDG has it
 
 
 def read(path: Path, key: bytes) -> bytes:

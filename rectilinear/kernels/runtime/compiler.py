@@ -1,7 +1,7 @@
 """How numba compiles these kernels: everything once.
 
 numba optimizes a function, links it with all that it calls, optimizes the whole, twice, and makes machine code of it. Then it does the same
-for each of the function's callers, with the function in it. Of some hundred and fifty functions of the affine passes Python calls eight, so
+for each of the function's callers, with the function in it. Of some hundred and fifty functions of the passes Python calls eight, so
 nearly all of that is done for nobody. Here code is optimized in these eight alone, and once: with an empty cache, a first step takes half
 the time (docs/threads.md).
 """

@@ -1,4 +1,4 @@
-"""The C functions that the pool of threads calls, and whether this process has them. See `threads`."""
+"""The C functions that the kernels' runtime calls, and whether this process has them. See `threads` and `allocator`."""
 
 from __future__ import annotations
 
