@@ -170,7 +170,7 @@ def test_operators_keep_pytorchs_rules(served: bool, monkeypatch: pytest.MonkeyP
     calls = [(ops.affine, (x, w, b)), (ops.affine_relu, (x, w, None)), (ops.relu, (x,)), (ops.relu_backward, (x, x.detach()))]
     calls += [(ops.affine_backward, (dout, x, w, bits, [True, False, True])), (ops.affine_backward, (dout, x, w, None, [True] * 3))]
     permuted = torch.randn(4, 3, 2).permute(1, 2, 0)
-    calls += [(ops.relu, (permuted,)), (ops.relu_backward, (torch.randn(3, 2, 4), permuted))]
+    calls += [(ops.relu, (permuted,)), (ops.relu_backward, (torch.randn(3, 2, 4), permuted)), (ops.relu, (torch.empty(0, 3).T,))]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 

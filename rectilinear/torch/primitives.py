@@ -130,7 +130,8 @@ def relu_forward(x: Tensor) -> Tensor:
         with _device(x) as (backend, view):
             backend.relu_forward(view(x), view(out))
         return out
-    return _tensor(_base(registry.active().relu_forward(x.numpy(force=True), None if out is None else out.numpy())))
+    result = registry.active().relu_forward(x.numpy(force=True), None if out is None else out.numpy())
+    return _tensor(_base(result)) if out is None else out
 
 
 @_on_pytorchs_threads
@@ -140,7 +141,8 @@ def relu_backward(dout: Tensor, x: Tensor) -> Tensor:
         with _device(x) as (backend, view):
             backend.relu_backward(view(dout), view(x), view(dx))
         return dx
-    return _tensor(_base(registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None if dx is None else dx.numpy())))
+    result = registry.active().relu_backward(dout.numpy(force=True), x.numpy(force=True), None if dx is None else dx.numpy())
+    return _tensor(_base(result)) if dx is None else dx
 
 
 def _laid_out_like(x: Tensor) -> Tensor | None:
