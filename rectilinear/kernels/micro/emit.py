@@ -5,6 +5,7 @@ Every emitted kernel is a C function that takes the address of a record of opera
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Tail:
 Tails = list[Tail | None]
 
 
-class Emitter:
+class Emitter(ABC):
     """Writes the function ``void name(operands)`` into `module`, where `operands` is the address of a record of that class."""
 
     def __init__(self, module: ir.Module, simd: Simd, name: str, operands: type, vector: ir.VectorType) -> None:
@@ -49,13 +50,13 @@ class Emitter:
         self.arg = self.operands()
 
     def emit(self) -> ir.Function:
-        """Write it; each kind of kernel says in `run` what it does."""
         self.run()
         self.builder.ret_void()
         return self.function
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """Write what the kernel does."""
 
     def operands(self) -> dict[str, ir.Value]:
         """The fields of the record as they are here."""
