@@ -731,6 +731,8 @@ def test_exported_and_traced_programs_need_no_rectilinear(kernels: None) -> None
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, in forward mode
 def test_transforms_and_modes_get_what_they_ask_for(kernels: None) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
     model, plain, x = net(), net(), torch.randn(4, 6)
     rt.accelerate(model)
     func = torch.func
@@ -749,7 +751,7 @@ def test_transforms_and_modes_get_what_they_ask_for(kernels: None) -> None:
         lambda m: torch.autograd.functional.hvp(lambda x: m(x).pow(3).sum(), x, x)[1],
     ):
         torch.testing.assert_close(ask(model), ask(plain), rtol=1e-4, atol=1e-5)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False) as flops:
         model(x)
     assert flops.get_total_flops() == 2 * 4 * (6 * 16 + 16 * 12 + 12 * 3)
     with torch.device("meta"):
