@@ -12,9 +12,11 @@ import pytest
 
 import rectilinear
 from rectilinear.backends.numba_backend import NumbaBackend
+from rectilinear.kernels.loops import passes
 from rectilinear.kernels.loops.elementwise import RUN_BYTES
 from rectilinear.kernels.micro.library import host_simd
 from rectilinear.kernels.runtime import forks
+from rectilinear.kernels.runtime.memory import CHANGED
 from rectilinear.nn import SGD, Affine, Module, Sequential
 from rectilinear.nn.sgd import Rates, moved
 from rectilinear.threads import num_threads
@@ -370,3 +372,14 @@ def test_backends_need_not_have_it(served: list[bool], monkeypatch: pytest.Monke
     SGD(layer, 0.5).step()
     np.testing.assert_array_equal(layer.params["w"], before - np.float32(0.5) * layer.grads["w"])
     assert served == []
+
+
+def test_tuples_of_unlike_lengths_are_read_no_further_than_they_go(dtype: np.dtype[Any], rng: np.random.Generator) -> None:
+    a = Arrays(rng, dtype, (3,), (4,))
+    before = [w.copy() for w in a.w]
+    step = passes.sgd[dtype.itemsize]
+    for dw, v, momentum in ((a.dw[:1], a.v, 0.9), (a.dw, a.v[:1], 0.9), (a.dw[:1], a.v, 0.0)):
+        assert step(id(a.w), id(dw), id(v), 0, 0.1, momentum, 0.0, 1) == CHANGED
+    for w, was in zip(a.w, before, strict=True):
+        np.testing.assert_array_equal(w, was)
+    assert step(id(a.w), id(a.dw), id(a.v[:1]), 0, 0.1, 0.0, 0.0, 1) == 0  # without momentum v is not looked at
